@@ -15,7 +15,7 @@ _EXPORTS: dict[str, str] = {
     "SuperoptError": "superopt.ir.errors",
 }
 
-__all__ = ["SuperoptError", "__version__"]  # noqa: F822  (resolved by __getattr__)
+__all__ = ["SuperoptError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
