@@ -1,0 +1,142 @@
+"""Show the results: a table for people, JSON for machines, a list of missed targets for CI.
+
+In: `WorkloadResult`s and the facts of the machine. Out: text. The table has one line per workload;
+"bound" is the fraction of the measured limit that the contender reaches.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.contenders import NAMES, SUPEROPT
+from benchmarks.machine import Roofline
+from benchmarks.runner import WorkloadResult
+
+FORMAT_VERSION = 1
+# Above this many cores' worth of other processes a line is marked as noisy.
+_NOISY_CORES = 0.2
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a suite must show."""
+
+    min_ratio: float
+    min_geomean: float
+    max_search_s: float
+    max_warm_start_s: float
+
+
+TARGETS = {
+    "cpu": Targets(0.97, 1.1, 180.0, 1.0),
+    "cuda": Targets(0.0, 1.0, math.inf, math.inf),
+}
+
+
+def geomean(results: Sequence[WorkloadResult]) -> float | None:
+    """Return the geometric mean of superopt's ratios; None when there is none."""
+    ratios = [result.ratio.median for result in results if result.ratio is not None]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+
+
+def table(results: Sequence[WorkloadResult]) -> str:
+    """Return the table; times in milliseconds, `*` at the best of the others."""
+    present = [name for name in NAMES if any(name in r.timings for r in results)]
+    head = ["workload", *(f"{name} ms" for name in present), "bound ms", "of bound"]
+    if any(SUPEROPT in r.timings for r in results):
+        head += ["vs best", "search s", "prop/rej/prov", "warm s"]
+    rows = [head, *(_row(result, present, len(head)) for result in results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(_align(cell, i, widths[i]) for i, cell in enumerate(row)) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    lines += ["", *_footnotes(results)]
+    return "\n".join(lines)
+
+
+def _row(result: WorkloadResult, present: list[str], length: int) -> list[str]:
+    cells = [result.name]
+    for name in present:
+        timing = result.timings.get(name)
+        mark = "*" if name == result.best_other else " "
+        lost = "failed " if name in result.failures else "- "
+        cells.append(f"{timing.spread.median * 1e3:.3f}{mark}" if timing else lost)
+    own = SUPEROPT if SUPEROPT in result.timings else result.best_other
+    share = result.bound_s / result.timings[own].spread.median if own else math.nan
+    cells += [f"{result.bound_s * 1e3:.3f} {result.bound_kind[:3]}", f"{share:.0%}"]
+    if len(cells) < length:
+        search = result.search
+        counts = (search.proposed, search.rejected, search.proven) if search else ()
+        cells += [
+            f"{result.ratio.median:.2f}x" if result.ratio else "-",
+            f"{search.seconds:.1f}" if search else "-",
+            "/".join("?" if count is None else str(count) for count in counts) or "-",
+            f"{result.warm_start_s:.2f}" if result.warm_start_s is not None else "-",
+        ]
+    if (result.other_cores or 0.0) > _NOISY_CORES:
+        cells[0] += " ~"
+    return cells
+
+
+def _align(cell: str, column: int, width: int) -> str:
+    return cell.ljust(width) if column == 0 else cell.rjust(width)
+
+
+def _footnotes(results: Sequence[WorkloadResult]) -> list[str]:
+    lines = ["* best of the others; of bound: superopt's share, or the best's without superopt"]
+    if any((r.other_cores or 0.0) > _NOISY_CORES for r in results):
+        lines.append("~ other processes kept the machine busy meanwhile: times are not dependable")
+    mean = geomean(results)
+    if mean is not None:
+        lines.append(f"geometric mean over the best of the others: {mean:.3f}x")
+    lines += [f"{r.name}: {name}: {why}" for r in results for name, why in r.failures.items()]
+    return lines
+
+
+def document(
+    suite: str, facts: dict[str, Any], roofline: Roofline, results: Sequence[WorkloadResult]
+) -> dict[str, Any]:
+    """Return the result file's content."""
+    return {
+        "format": FORMAT_VERSION,
+        "suite": suite,
+        "machine": facts,
+        "roofline": {
+            "flops_per_s": roofline.flops_per_s,
+            "read_bytes_per_s_by_footprint": roofline.bytes_per_s,
+        },
+        "geomean": geomean(results),
+        "workloads": [asdict(result) for result in results],
+    }
+
+
+def missed_targets(suite: str, results: Sequence[WorkloadResult]) -> list[str]:
+    """Return one line for each target that these results miss."""
+    targets = TARGETS[suite]
+    missed: list[str] = []
+    for result in results:
+        missed += [f"{result.name}: {line}" for line in _missed_by(result, targets)]
+    mean = geomean(results)
+    if mean is not None and not mean > targets.min_geomean:
+        missed.append(f"geometric mean {mean:.3f}x, must be above {targets.min_geomean}x")
+    if not results:
+        missed.append("no workload was run")
+    return missed
+
+
+def _missed_by(result: WorkloadResult, targets: Targets) -> list[str]:
+    if SUPEROPT not in result.timings or result.ratio is None:
+        return [f"superopt did not run: {result.failures.get(SUPEROPT, 'it was skipped')}"]
+    missed = []
+    if result.ratio.median < targets.min_ratio:
+        ratio = f"{result.ratio.median:.3f}x the best of the others ({result.best_other})"
+        missed.append(f"{ratio}, must be at least {targets.min_ratio}x")
+    if result.search is None or result.search.seconds > targets.max_search_s:
+        found = f"{result.search.seconds:.0f} s" if result.search else "not measured"
+        missed.append(f"search {found}, must take at most {targets.max_search_s:.0f} s")
+    if math.isfinite(targets.max_warm_start_s):
+        start = result.warm_start_s
+        if start is None or start > targets.max_warm_start_s:
+            found = f"{start:.2f} s" if start is not None else "did not run"
+            missed.append(f"warm start {found}, must take at most {targets.max_warm_start_s} s")
+    return missed

@@ -1,0 +1,223 @@
+"""Run one workload: build every contender, check each against float64, time them interleaved.
+
+In: a workload and what to do with it. Out: a `WorkloadResult`, from which the table, the JSON and
+the check are made. A contender with a wrong result is reported and never timed.
+"""
+
+import gc
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import SUPEROPT, Contender, Failure, Search, SearchOptions, build
+from benchmarks.machine import OtherLoad, Roofline
+from benchmarks.timing import Clock, Effort, Spread, interleave, paired_ratio
+from benchmarks.workloads import Workload
+
+# A contender may be this many times less exact than eager, plus this many roundings.
+_ERROR_FACTOR = 4.0
+_ERROR_ROUNDINGS = 8.0
+_INPUT_SEEDS = (0, 1)
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """How to run the workloads of one suite."""
+
+    suite: str
+    device: str
+    dtype: torch.dtype
+    contenders: Sequence[str]
+    clock: Clock
+    effort: Effort
+    roofline: Roofline
+    search: SearchOptions
+    warm_start: bool = True
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distance to float64, relative to the size of the result: in the mean square, and at worst."""
+
+    mean_square: float
+    worst: float
+
+    def within(self, eager: "Errors", dtype: torch.dtype) -> bool:
+        """Tell whether this is as exact as eager, up to the tolerance."""
+        floor = _ERROR_ROUNDINGS * torch.finfo(dtype).eps
+        return (
+            self.mean_square <= _ERROR_FACTOR * eager.mean_square + floor
+            and self.worst <= _ERROR_FACTOR * eager.worst + floor
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender's times per call, in seconds."""
+
+    spread: Spread
+    build_s: float
+    errors: Errors
+
+
+@dataclass
+class WorkloadResult:
+    """Everything measured about one workload."""
+
+    name: str
+    dtype: str
+    moved_bytes: int
+    flops: int
+    bound_s: float = math.nan
+    bound_kind: str = ""
+    timings: dict[str, Timing] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    rounds: int = 0
+    best_other: str | None = None
+    ratio: Spread | None = None
+    """Best of the others over superopt, round by round: above 1 superopt is faster."""
+    search: Search | None = None
+    warm_start_s: float | None = None
+    """In a second process: from `import superopt` to the first result, with the plan cached."""
+    other_cores: float | None = None
+
+
+def run_workload(workload: Workload, job: Job) -> WorkloadResult:
+    """Build, check and time all contenders of one workload."""
+    torch._dynamo.reset()
+    inputs = workload.inputs(job.device, job.dtype, _INPUT_SEEDS[0])
+    result = WorkloadResult(
+        workload.name,
+        str(job.dtype).removeprefix("torch."),
+        moved_bytes=_size(inputs) + _size(_tensors(workload.program(*inputs))),
+        flops=workload.flops,
+    )
+    built: list[Contender] = []
+    for name in job.contenders:
+        contender = build(name, workload, inputs, job.search)
+        if isinstance(contender, Failure):
+            result.failures[name] = contender.reason
+        elif contender is not None:
+            built.append(contender)
+            result.search = contender.search or result.search
+    errors = _check(workload, job, built, result)
+    exact = [contender for contender in built if contender.name in errors]
+    _time(exact, inputs, errors, job, result)
+    if job.warm_start and SUPEROPT in errors:
+        result.warm_start_s = _warm_start(workload, job)
+    del built, exact, inputs
+    gc.collect()
+    return result
+
+
+def set_bound(result: WorkloadResult, roofline: Roofline) -> None:
+    """Fill in the bound; done last, when the roofline has seen the whole run."""
+    bound = roofline.bound(result.moved_bytes, result.flops)
+    result.bound_s, result.bound_kind = bound.seconds, bound.kind
+
+
+def _time(
+    exact: list[Contender],
+    inputs: tuple[Tensor, ...],
+    errors: dict[str, Errors],
+    job: Job,
+    result: WorkloadResult,
+) -> None:
+    calls = {contender.name: _bind(contender, inputs) for contender in exact}
+    load = OtherLoad()
+    samples = interleave(calls, job.clock, job.effort)
+    result.other_cores = load.cores()
+    for contender in exact:
+        spread = Spread.of(samples[contender.name])
+        result.timings[contender.name] = Timing(spread, contender.build_s, errors[contender.name])
+        result.rounds = len(samples[contender.name])
+    others = {name: timing for name, timing in result.timings.items() if name != SUPEROPT}
+    result.best_other = min(others, key=lambda name: others[name].spread.median, default=None)
+    if SUPEROPT in samples and result.best_other is not None:
+        result.ratio = paired_ratio(samples[result.best_other], samples[SUPEROPT])
+
+
+def _bind(contender: Contender, inputs: tuple[Tensor, ...]) -> Any:
+    call = contender.call
+    return lambda: call(*inputs)
+
+
+def _check(
+    workload: Workload, job: Job, built: list[Contender], result: WorkloadResult
+) -> dict[str, Errors]:
+    """Return the errors of the contenders that are right, on inputs they saw and on fresh ones.
+
+    Fresh inputs catch a contender that answers from what it remembers.
+    """
+    errors: dict[str, Errors] = {}
+    for seed in _INPUT_SEEDS:
+        inputs = workload.inputs(job.device, job.dtype, seed)
+        exact = _tensors(workload.program(*(_widen(tensor) for tensor in inputs)))
+        eager = _errors(_tensors(workload.program(*inputs)), exact)
+        for contender in built:
+            try:
+                found = _errors(_tensors(contender.call(*inputs)), exact)
+            except Exception as error:  # a contender that fails here leaves the run
+                result.failures[contender.name] = f"{type(error).__name__}: {error}"
+                continue
+            if not found.within(eager, job.dtype):
+                result.failures[contender.name] = (
+                    f"wrong on inputs of seed {seed}: relative error {found.mean_square:.2g} in the "
+                    f"mean square, {found.worst:.2g} at worst; eager has {eager.mean_square:.2g} "
+                    f"and {eager.worst:.2g}"
+                )
+            previous = errors.get(contender.name, Errors(0.0, 0.0))
+            errors[contender.name] = Errors(
+                max(previous.mean_square, found.mean_square), max(previous.worst, found.worst)
+            )
+    return {name: found for name, found in errors.items() if name not in result.failures}
+
+
+def _errors(outputs: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> Errors:
+    if [tuple(out.shape) for out in outputs] != [tuple(ref.shape) for ref in exact]:
+        return Errors(math.inf, math.inf)
+    mean_square = worst = 0.0
+    for out, ref in zip(outputs, exact, strict=True):
+        if not bool((torch.isfinite(out) == torch.isfinite(ref)).all()):
+            return Errors(math.inf, math.inf)
+        difference = (out.double() - ref).nan_to_num()
+        size = ref.nan_to_num()
+        mean_square = max(mean_square, _over(difference.norm(), size.norm()))
+        worst = max(worst, _over(difference.abs().max(), size.abs().max()))
+    return Errors(mean_square, worst)
+
+
+def _over(difference: Tensor, size: Tensor) -> float:
+    return float(difference) / max(float(size), 1e-300)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _tensors(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _warm_start(workload: Workload, job: Job) -> float | None:
+    """Ask a second process how soon it runs the plan that is now in the cache."""
+    dtype = str(job.dtype).removeprefix("torch.")
+    command = [sys.executable, "-m", "benchmarks.warmstart", job.suite, workload.name, dtype]
+    command += [str(job.search.cache), str(job.search.budget_s), str(torch.get_num_threads())]
+    ran = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    if ran.returncode != 0:
+        return None
+    return float(json.loads(ran.stdout.strip().split("\n")[-1])["seconds"])
