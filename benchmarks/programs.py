@@ -4,6 +4,8 @@
 baseline of a user who knows the library. Shapes: heads H, queries Q, keys K, head width D, rows B.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -141,4 +143,4 @@ def rope_scale(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (half-split), then the attention scale; q: [H, S, D], cos and sin: [S, D]."""
     first, second = q.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
-    return (q * cos + rotated * sin) * q.shape[-1] ** -0.5
+    return (q * cos + rotated * sin) / math.sqrt(q.shape[-1])
