@@ -1,0 +1,231 @@
+"""Compile generated C++17 to shared objects with the system compiler, and load them.
+
+In: the text of a translation unit (and the runtime headers beside this file). Out: the path of a
+shared object in a cache folder that the caller names, or a `CompileError` with the compiler's words.
+
+Invariants: an entry is addressed by everything that decides its content (source, headers, flags,
+compiler, processor); it appears by one atomic rename, so a reader sees all of it or nothing, however
+many processes write and whenever they are killed; it ends in the digest of what comes before it, so
+a damaged entry is noticed and built again.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, final
+
+from superopt.codegen.errors import CodegenError, CompileError, NoCompiler
+
+RUNTIME_FOLDER: Final = Path(__file__).parent / "runtime"
+ENTRY_POINT: Final = "superopt_kernel"
+_MAGIC: Final = b"\nsuperopt-so-1:"
+_DIGEST_BYTES: Final = 32
+_COMPILE_LIMIT_S: Final = 120.0
+# No -ffast-math, whole or in part: NaN, infinity and signed zero keep PyTorch's meaning. Contraction
+# to FMA only removes a rounding; errno is never read.
+_BASE_FLAGS: Final = (
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-w",
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """A C++ compiler that works on this machine: its command, and the flags for this processor."""
+
+    command: tuple[str, ...]
+    version: str
+    flags: tuple[str, ...]
+
+    @property
+    def openmp(self) -> bool:
+        """Whether kernels run on several threads."""
+        return "-fopenmp" in self.flags
+
+
+@functools.cache
+def find_compiler() -> Compiler | None:
+    """Return the first of $CXX, g++, clang++, c++ that works, or None."""
+    wanted = os.environ.get("CXX", "").strip()
+    for candidate in ([wanted] if wanted else []) + ["g++", "clang++", "c++"]:
+        command = tuple(shlex.split(candidate))
+        if command and shutil.which(command[0]) and (found := _probe(command)):
+            return found
+    return None
+
+
+def compile_source(
+    source: str, cache_folder: Path, *, extra_flags: Sequence[str] = (), force: bool = False
+) -> Path:
+    """Return the shared object built from `source`, from the cache when it is there and whole.
+
+    Raises:
+        NoCompiler: there is no C++ compiler on this machine.
+        CompileError: the compiler refused the source.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise NoCompiler
+    flags = (*compiler.flags, *extra_flags)
+    path = cache_folder / f"{_entry_key(source, compiler, flags)}.so"
+    if not force and _is_whole(path):
+        return path
+    cache_folder.mkdir(parents=True, exist_ok=True)
+    _build(source, compiler, flags, path)
+    return path
+
+
+def compile_many(
+    sources: Sequence[str], cache_folder: Path, *, workers: int | None = None
+) -> list[Path | CodegenError]:
+    """Compile every source, `workers` compilers at a time; failures are returned in their place."""
+
+    def attempt(source: str) -> Path | CodegenError:
+        try:
+            return compile_source(source, cache_folder)
+        except CodegenError as error:
+            return error
+
+    # Threads suffice: each only waits for its compiler, which is a process of its own.
+    with ThreadPoolExecutor(max_workers=workers or os.cpu_count() or 1) as pool:
+        return list(pool.map(attempt, sources))
+
+
+def load_kernel(path: Path, pointers: int, symbol: str = ENTRY_POINT) -> Callable[..., None]:
+    """Load `symbol(void*, ...)` with `pointers` pointer arguments; call it with integer addresses.
+
+    Import torch first where torch is used at all: its OpenMP runtime carries the name ours asks for,
+    so that both share one pool of threads instead of competing for the cores.
+
+    Raises:
+        CodegenError: the file is damaged, or not loadable on this machine.
+    """
+    if not _is_whole(path):
+        raise CodegenError(f"{path} is missing or damaged: compile it again")
+    try:
+        function = getattr(ctypes.CDLL(str(path)), symbol)
+    except (OSError, AttributeError) as error:
+        raise CodegenError(f"cannot load {symbol} from {path}: {error}") from error
+    function.argtypes = [ctypes.c_void_p] * pointers
+    function.restype = None
+    kernel: Callable[..., None] = function
+    return kernel
+
+
+def _probe(command: tuple[str, ...]) -> Compiler | None:
+    """Ask a compiler for its version and whether it has OpenMP; None when it does not answer."""
+    version = _run([*command, "--version"])
+    if version is None or version.returncode != 0:
+        return None
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    flags = (*_BASE_FLAGS, native)
+    with tempfile.TemporaryDirectory() as folder:
+        for candidate in ((*flags, "-fopenmp"), flags):
+            output = Path(folder, "probe.so")
+            arguments = [*command, *candidate, "-x", "c++", "-", "-o", str(output)]
+            done = _run(arguments, "void probe(){\n#pragma omp parallel\n;}")
+            if done is not None and done.returncode == 0:
+                first_line = version.stdout.splitlines()[0]
+                return Compiler(command, first_line, candidate)
+    return None
+
+
+def _run(arguments: list[str], stdin: str = "") -> subprocess.CompletedProcess[str] | None:
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        return subprocess.run(
+            arguments,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=_COMPILE_LIMIT_S,
+            env=environment,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _entry_key(source: str, compiler: Compiler, flags: Sequence[str]) -> str:
+    digest = hashlib.sha256(_MAGIC)
+    parts = (source, runtime_digest(), *compiler.command, compiler.version, *flags, _processor())
+    for part in parts:
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()[:40]
+
+
+@functools.cache
+def runtime_digest() -> str:
+    """Digest of the runtime headers: part of what a compiled kernel depends on."""
+    digest = hashlib.sha256()
+    for header in sorted(RUNTIME_FOLDER.glob("*.h")):
+        digest.update(header.name.encode() + b"\0" + header.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _processor() -> str:
+    """Name the processor and its instruction sets: what -march=native means here."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "Features", "CPU part")
+    first_processor = text.split("\n\n", 1)[0]
+    return "\n".join(line for line in first_processor.splitlines() if line.startswith(wanted))
+
+
+def _build(source: str, compiler: Compiler, flags: Sequence[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as folder:
+        source_path, object_path = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+        source_path.write_text(source, encoding="utf-8")
+        arguments = [*compiler.command, *flags, "-iquote", str(RUNTIME_FOLDER), str(source_path)]
+        done = _run([*arguments, "-o", str(object_path)])
+        if done is None or done.returncode != 0:
+            words = done.stderr if done else f"no answer within {_COMPILE_LIMIT_S:.0f} s"
+            raise CompileError(shlex.join(arguments), words, _keep(source_path, path))
+        content = object_path.read_bytes()
+        # A loader ignores what follows the last section, so the seal can live in the file itself
+        # and needs no second file that could disagree with it.
+        with object_path.open("ab") as file:
+            file.write(_MAGIC + hashlib.sha256(content).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(object_path, path)
+
+
+def _keep(source_path: Path, path: Path) -> str:
+    """Move a refused source beside the entry it should have become, for a bug report."""
+    kept = path.with_suffix(".refused.cpp")
+    os.replace(source_path, kept)
+    return str(kept)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    split = len(content) - _DIGEST_BYTES - len(_MAGIC)
+    if split <= 0 or content[split : split + len(_MAGIC)] != _MAGIC:
+        return False
+    return hashlib.sha256(content[:split]).digest() == content[-_DIGEST_BYTES:]

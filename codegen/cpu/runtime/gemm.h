@@ -1,0 +1,260 @@
+// Register-tiled tile products: C[m,n] (+)= sum over k of A[m,k] * B[k,n], accumulated in float32.
+//
+// In: pointers with strides in elements; operands are of any element type simd.h can load.
+// Out: C, float32, contiguous along n. Every extent is arbitrary: what does not fill a register tile
+// goes through an edge kernel with clamped rows and masked columns, so that nothing outside the
+// operands is ever touched.
+//
+//   gemm_nn   B contiguous along n; A is broadcast, its strides are free
+//   gemm_dot  A and B contiguous along k: vectors along k, one horizontal sum per output
+//   pack      copies that make one of the above applicable, or its walk contiguous
+//
+// The register-tile scheme is that of Goto and van de Geijn, "Anatomy of high-performance matrix
+// multiplication" (2008). Register tiles worth trying with 32 vector registers: 6x4, 4x4, 5x4, 8x2
+// for gemm_nn, 4x4, 4x6 for gemm_dot; with 16: 4x2, 6x2 and 2x4. MR * NV + NV + 1 registers are live.
+#pragma once
+#include "simd.h"
+
+namespace so {
+
+#define SO_NOINLINE static __attribute__((noinline))
+
+constexpr long min_of(long a, long b) { return a < b ? a : b; }
+constexpr long max_of(long a, long b) { return a > b ? a : b; }
+
+// One register tile, MR rows by NV vectors. EDGE: only `rows` rows and `cols` columns exist; the
+// rows beyond repeat the last one, so that loads stay inside A, and are not stored. Not inlined, so
+// that registers are allocated for this loop alone (inlined into a large kernel, GCC 12 spilled: up
+// to 1.6x slower attention on Cascade Lake); a constant stride still arrives as a constant, because
+// the compiler clones the function for it.
+template <int MR, int NV, bool EDGE, bool ACCUMULATE, bool PREFETCH, class TA, class TB>
+SO_NOINLINE void micro_nn(long k, const TA* a, long am, long ak, const TB* b, long bk, float* c,
+                          long cm, long rows, long cols, long ahead) {
+  vf sum[MR][NV];
+  const TA* row[MR];
+  int lanes[NV];
+  for (int j = 0; j < NV; ++j) lanes[j] = (int)min_of(max_of(cols - j * VL, 0), VL);
+  for (int i = 0; i < MR; ++i) row[i] = a + (EDGE ? min_of(i, rows - 1) : i) * am;
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NV; ++j) {
+      const float* from = c + (EDGE ? min_of(i, rows - 1) : i) * cm + j * VL;
+      if (!ACCUMULATE) sum[i][j] = vf{};
+      else if (EDGE) sum[i][j] = load_n<vf>(from, lanes[j], 0.0f);
+      else sum[i][j] = load<vf>(from);
+    }
+#pragma GCC unroll 1
+  for (long x = 0; x < k; ++x) {
+    vf right[NV];
+#pragma GCC unroll 16
+    for (int j = 0; j < NV; ++j) {
+      const TB* from = b + x * bk + j * VL;
+      right[j] = EDGE ? load_n<vf>(from, lanes[j], 0.0f) : load<vf>(from);
+      if (PREFETCH) __builtin_prefetch(from + ahead, 0, 2);
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < MR; ++i) {
+      const vf left = splat<vf>(load_scalar<float>(row[i] + x * ak));
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; ++j) sum[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NV; ++j) {
+      if (!EDGE) store(c + i * cm + j * VL, sum[i][j]);
+      else if (i < rows) store_n(c + i * cm + j * VL, sum[i][j], lanes[j]);
+    }
+}
+
+// One panel of NV vectors of B against all rows of A. REST: m % MR where it is known, else -1. Only
+// the first rows prefetch: the others find the panel in the first cache.
+template <int MR, int NV, int REST, bool EDGE, bool ACCUMULATE, bool PREFETCH, class TA, class TB>
+SO_INLINE void panel_nn(long m, long cols, long k, const TA* a, long am, long ak, const TB* b,
+                        long bk, float* c, long cm, long ahead) {
+  long i = 0;
+  if (PREFETCH && m >= MR) {
+    micro_nn<MR, NV, EDGE, ACCUMULATE, true>(k, a, am, ak, b, bk, c, cm, MR, cols, ahead);
+    i = MR;
+  }
+  for (; i + MR <= m; i += MR)
+    micro_nn<MR, NV, EDGE, ACCUMULATE, false>(k, a + i * am, am, ak, b, bk, c + i * cm, cm, MR,
+                                              cols, 0);
+  if constexpr (REST > 0) {
+    micro_nn<REST, NV, EDGE, ACCUMULATE, false>(k, a + i * am, am, ak, b, bk, c + i * cm, cm, REST,
+                                                cols, 0);
+  } else if constexpr (REST < 0) {
+    if (i < m)
+      micro_nn<MR, NV, true, ACCUMULATE, false>(k, a + i * am, am, ak, b, bk, c + i * cm, cm,
+                                                m - i, cols, 0);
+  }
+}
+
+// C[m,n] (+)= A[m,k] B[k,n] with B contiguous along n. Walks panels of NV vectors of B, each once
+// per MR rows of A: a panel of B (k * NV * VL elements) should fit the first or second cache.
+//
+// M, N: the extents where they are known at compile time, else -1.
+// bp, cp: distance between panels of B and C: NV * VL for rows that run through, or whole panels
+// apart where the operand was packed panel by panel (its walk is then one stream).
+// ahead: elements from B to what will be read after it, to be prefetched; PREFETCH says whether.
+template <int MR, int NV, bool ACCUMULATE, int M = -1, int N = -1, bool PREFETCH = false, class TA,
+          class TB>
+SO_INLINE void gemm_nn(long m, long n, long k, const TA* a, long am, long ak, const TB* b, long bk,
+                       float* c, long cm, long bp = NV * VL, long cp = NV * VL, long ahead = 0) {
+  constexpr int rest = M < 0 ? -1 : M % MR;
+  constexpr int columns = N < 0 ? -1 : N % (NV * VL);
+  const long panels = n / (NV * VL), left = n - panels * (NV * VL);
+  for (long p = 0; p < panels; ++p)
+    panel_nn<MR, NV, rest, false, ACCUMULATE, PREFETCH>(m, NV * VL, k, a, am, ak, b + p * bp, bk,
+                                                        c + p * cp, cm, ahead);
+  b += panels * bp;
+  c += panels * cp;
+  if constexpr (columns > 0) {
+    constexpr int vectors = (columns + VL - 1) / VL;
+    panel_nn<MR, vectors, rest, columns % VL != 0, ACCUMULATE, false>(m, columns, k, a, am, ak, b,
+                                                                     bk, c, cm, 0);
+  } else if constexpr (columns < 0) {
+    if (left > 0)
+      panel_nn<MR, NV, rest, true, ACCUMULATE, false>(m, left, k, a, am, ak, b, bk, c, cm, 0);
+  }
+}
+
+// MR rows of A against NR rows of B, both contiguous along k. EDGE as in micro_nn, for both.
+template <int MR, int NR, bool EDGE, bool ACCUMULATE, class TA, class TB>
+SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, float* c, long cm,
+                           long rows, long cols) {
+  vf sum[MR][NR];
+  const TA* left[MR];
+  const TB* right[NR];
+  for (int i = 0; i < MR; ++i) left[i] = a + (EDGE ? min_of(i, rows - 1) : i) * am;
+  for (int j = 0; j < NR; ++j) right[j] = b + (EDGE ? min_of(j, cols - 1) : j) * bn;
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NR; ++j) sum[i][j] = vf{};
+  const long whole = k / VL * VL;
+#pragma GCC unroll 2
+  for (long x = 0; x < whole; x += VL) {
+    vf l[MR];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) l[i] = load<vf>(left[i] + x);
+#pragma GCC unroll 16
+    for (int j = 0; j < NR; ++j) {
+      const vf r = load<vf>(right[j] + x);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) sum[i][j] += l[i] * r;
+    }
+  }
+  if (whole < k) {
+    const int lanes = (int)(k - whole);
+    for (int j = 0; j < NR; ++j) {
+      const vf r = load_n<vf>(right[j] + whole, lanes, 0.0f);
+      for (int i = 0; i < MR; ++i) sum[i][j] += load_n<vf>(left[i] + whole, lanes, 0.0f) * r;
+    }
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NR; ++j)
+      if (!EDGE || (i < rows && j < cols)) {
+        const float total = hsum(sum[i][j]);
+        float* out = c + i * cm + j;
+        *out = ACCUMULATE ? *out + total : total;
+      }
+}
+
+// C[m,n] (+)= A[m,k] B[n,k]: NR rows of B, read once from memory, against all rows of A. A's m * k
+// elements should fit the second cache; a horizontal sum per output asks for k of some hundreds.
+template <int MR, int NR, bool ACCUMULATE, class TA, class TB>
+SO_INLINE void gemm_dot(long m, long n, long k, const TA* a, long am, const TB* b, long bn,
+                        float* c, long cm) {
+  for (long j = 0; j < n; j += NR)
+    for (long i = 0; i < m; i += MR) {
+      const TA* ai = a + i * am;
+      const TB* bj = b + j * bn;
+      float* cij = c + i * cm + j;
+      if (i + MR <= m && j + NR <= n)
+        micro_dot<MR, NR, false, ACCUMULATE>(k, ai, am, bj, bn, cij, cm, MR, NR);
+      else
+        micro_dot<MR, NR, true, ACCUMULATE>(k, ai, am, bj, bn, cij, cm, min_of(MR, m - i),
+                                            min_of(NR, n - j));
+    }
+}
+
+template <int... LANE>
+struct lane_list {};
+template <int N, int... LANE>
+struct count_lanes : count_lanes<N - 1, N - 1, LANE...> {};
+template <int... LANE>
+struct count_lanes<0, LANE...> {
+  typedef lane_list<LANE...> type;
+};
+
+// Exchange rows and lanes of a square of VL vectors: swap blocks of 1, 2, 4, ... lanes across the
+// diagonal, log2(VL) rounds of two-source shuffles.
+template <int BLOCK, int... LANE>
+SO_INLINE void swap_blocks(vf& low, vf& high, lane_list<LANE...>) {
+  const vf first = __builtin_shufflevector(low, high, (LANE & BLOCK ? LANE - BLOCK + VL : LANE)...);
+  const vf second = __builtin_shufflevector(low, high, (LANE & BLOCK ? LANE + VL : LANE + BLOCK)...);
+  low = first;
+  high = second;
+}
+template <int BLOCK>
+SO_INLINE void transpose_square(vf (&row)[VL]) {
+  if constexpr (BLOCK < VL) {
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i)
+      if (!(i & BLOCK))
+        swap_blocks<BLOCK>(row[i], row[i + BLOCK], typename count_lanes<VL>::type());
+    transpose_square<BLOCK * 2>(row);
+  }
+}
+
+// to[x, i] = from[i, x] for i < n, x < k: a row-major [n,k] operand (rows `ld_from` apart) becomes
+// contiguous along n, converted to float.
+template <class T>
+SO_NOINLINE void pack_transposed(const T* from, long ld_from, long n, long k, float* to,
+                                 long ld_to) {
+  for (long i = 0; i < n; i += VL)
+    for (long x = 0; x < k; x += VL) {
+      const long rows = min_of(VL, n - i), lanes = min_of(VL, k - x);
+      const T* corner = from + i * ld_from + x;
+      float* out = to + x * ld_to + i;
+      if (rows < VL || lanes < VL) {
+        for (long r = 0; r < rows; ++r)
+          for (long l = 0; l < lanes; ++l)
+            out[l * ld_to + r] = load_scalar<float>(corner + r * ld_from + l);
+        continue;
+      }
+      vf square[VL];
+#pragma GCC unroll 16
+      for (int r = 0; r < VL; ++r) square[r] = load<vf>(corner + r * ld_from);
+      transpose_square<1>(square);
+#pragma GCC unroll 16
+      for (int r = 0; r < VL; ++r) store(out + r * ld_to, square[r]);
+    }
+}
+
+// to[x, i] = from[x, i] for i < n, x < k, rows `ld_from` apart, converted to float.
+template <class T>
+SO_NOINLINE void pack_rows(const T* from, long ld_from, long n, long k, float* to, long ld_to) {
+  const long whole = n / VL * VL;
+  for (long x = 0; x < k; ++x) {
+    for (long i = 0; i < whole; i += VL)
+      store(to + x * ld_to + i, load<vf>(from + x * ld_from + i));
+    if (whole < n)
+      store_n(to + x * ld_to + whole, load_n<vf>(from + x * ld_from + whole, n - whole, 0.0f),
+              n - whole);
+  }
+}
+
+// to[x, i] = from[i, x] for i < n, x < k, with any strides: contiguous along n, as gemm_nn wants B.
+template <class T>
+SO_INLINE void pack(const T* from, long stride_n, long stride_k, long n, long k, float* to,
+                    long ld_to) {
+  if (stride_n == 1) {
+    pack_rows(from, stride_k, n, k, to, ld_to);
+  } else if (stride_k == 1) {
+    pack_transposed(from, stride_n, n, k, to, ld_to);
+  } else {
+    for (long x = 0; x < k; ++x)
+      for (long i = 0; i < n; ++i)
+        to[x * ld_to + i] = load_scalar<float>(from + i * stride_n + x * stride_k);
+  }
+}
+
+}  // namespace so
