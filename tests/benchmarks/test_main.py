@@ -1,0 +1,160 @@
+"""The command line end to end on a tiny workload: JSON, exit code, wrong results kept out."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import __main__ as cli
+from benchmarks import contenders, machine, runner
+from benchmarks.timing import Effort
+from benchmarks.workloads import Workload
+
+
+def slow_scale(x: Tensor) -> Tensor:
+    """A program that wastes time, so that the contender below is certain to win."""
+    time.sleep(0.002)
+    return x * 2.0
+
+
+def quick_scale(x: Tensor) -> Tensor:
+    return x * 2.0
+
+
+TINY = Workload("tiny", slow_scale, lambda d: (d.normal(3, 5),), flops=0, quick=True)
+
+
+class Optimized:
+    """Stands in for what `superopt.optimize` returns."""
+
+    def __init__(self, program: Any) -> None:
+        self.program = program
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self.program(*inputs)
+
+    def warmup(self, *inputs: Tensor) -> None:
+        self.program(*inputs)
+
+    def report(self) -> SimpleNamespace:
+        return SimpleNamespace(proposed=7, rejected=4, proven=3)
+
+
+@pytest.fixture(autouse=True)
+def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    sizes = {"cpu": 1 << 21, "cuda": 1 << 21}
+    monkeypatch.setattr(machine, "_LARGEST_READ_BYTES", sizes)
+    monkeypatch.setattr(machine, "_MATMUL_SIZE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(cli, "CPU", (TINY,))
+    monkeypatch.setattr(cli, "CUDA", (TINY,))
+    monkeypatch.setattr(cli, "_FULL", Effort(budget_s=0.05, min_rounds=3, max_rounds=5))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_with(program: Any, monkeypatch: pytest.MonkeyPatch, out: Path, warm_s: float = 0.1) -> int:
+    def measured(workload: Workload, job: Any, result: runner.WorkloadResult) -> None:
+        result.warm_start_s = warm_s
+
+    monkeypatch.setattr(contenders, "optimized", lambda workload, options: Optimized(program))
+    monkeypatch.setattr(runner, "_warm_start", measured)
+    return cli.main(["cpu", "--check", "--skip", "compile,max-autotune", "--out", str(out)])
+
+
+def test_faster_and_right_passes_the_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with(quick_scale, monkeypatch, tmp_path / "out.json") == 0
+    printed = capsys.readouterr().out
+    assert "every target is met" in printed
+    assert "7/4/3" in printed
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["machine"]["torch"] == torch.__version__
+    assert written["machine"]["cores"] >= 1
+    assert written["roofline"]["flops_per_s"] > 0
+    (workload,) = written["workloads"]
+    assert workload["name"] == "tiny"
+    assert workload["moved_bytes"] == 2 * 3 * 5 * 4
+    assert workload["best_other"] == "eager"
+    assert workload["ratio"]["median"] > 2.0
+    assert written["geomean"] == pytest.approx(workload["ratio"]["median"])
+    assert set(workload["timings"]) == {"eager", "superopt"}
+    assert 0 < workload["bound_s"] < workload["timings"]["eager"]["spread"]["median"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x * 2.001,
+        lambda x: (x * 2.0)[:-1],
+        lambda x: torch.where(x > 0, x * 2.0, torch.nan),
+        lambda x, first=[]: first.append(x * 2.0) or first[0],
+    ],
+    ids=["inexact", "shape", "nan", "stale"],
+)
+def test_wrong_results_are_never_timed(
+    wrong: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with(wrong, monkeypatch, tmp_path / "out.json") == 1
+    assert "missed: float32: tiny: superopt did not run: wrong on" in capsys.readouterr().out
+    (workload,) = json.loads((tmp_path / "out.json").read_text())["workloads"]
+    assert "superopt" not in workload["timings"]
+    assert workload["ratio"] is None
+
+
+def test_slower_fails_the_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slower(x: Tensor) -> Tensor:
+        time.sleep(0.01)
+        return x * 2.0
+
+    assert run_with(slower, monkeypatch, tmp_path / "out.json", warm_s=1.5) == 1
+    missed = [line for line in capsys.readouterr().out.split("\n") if line.startswith("missed:")]
+    assert len(missed) == 3
+    assert "best of the others (eager), must be at least 0.97x" in missed[0]
+    assert "warm start 1.50 s, must take at most 1.0 s" in missed[1]
+    assert "geometric mean" in missed[2]
+
+
+def test_a_contender_that_raises_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("no such kernel")
+
+    assert run_with(broken, monkeypatch, tmp_path / "out.json") == 1
+    assert "superopt did not run: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+def test_skipping_superopt_misses_the_check_only_when_asked(tmp_path: Path) -> None:
+    skip = ["cpu", "--skip", "compile,max-autotune,superopt", "--out", str(tmp_path / "out.json")]
+    assert cli.main(skip) == 0
+    assert cli.main([*skip, "--check"]) == 1
+
+
+def test_unknown_workload_is_named() -> None:
+    with pytest.raises(SystemExit, match=r"no workload nonesuch; there are: tiny"):
+        cli.main(["cpu", "--only", "nonesuch"])
+
+
+def test_cuda_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        cli.main(["cuda"])
+
+
+@pytest.mark.gpu
+def test_cuda_suite_on_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    assert cli.main(["cuda", "--skip", "compile,superopt", "--out", str(out)]) == 0
+    for dtype in ("bfloat16", "float16"):
+        written = json.loads(out.with_name(f"out-{dtype}.json").read_text())
+        assert set(written["workloads"][0]["timings"]) == {"eager", "max-autotune"}
