@@ -221,10 +221,14 @@ alignas(64) static const float exp2_sixteenths[16] = {  // 2^(j/16)
     1.0f, 1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
     1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f, 1.8340081f,
     1.91520655f};
+alignas(64) static const float exp2_sixteenths_rest[16] = {  // what rounding took from them
+    0.0f, 4.83347016e-08f, -1.30775399e-08f, 5.38622231e-08f, 3.79763527e-08f, 4.4968381e-08f,
+    -4.01899953e-08f, -1.01233493e-08f, 2.4203235e-08f, -4.50089885e-08f, 8.07090483e-09f,
+    9.83621717e-09f, -2.47553267e-08f, -9.23577037e-09f, -1.1239278e-08f, 9.84532811e-09f};
 // As exp_bounded, with r reduced to |r| <= ln(2) / 32 by a table in one register: the sum at
 // 1.5 * 2^19 leaves x / ln 2 rounded to sixteenths, whose low four bits index the table, and
-// scalef drops the fraction of n.
-SO_INLINE vf exp_bounded_512(vf x) {
+// scalef drops the fraction of n. `Refined` halves the error for two more instructions.
+template <bool Refined> SO_INLINE vf exp_bounded_512(vf x) {
   const vf shift = splat<vf>(0x1.8p19f);
   vf t = fma(x, splat<vf>(0x1.715476p+0f), shift);
   vf n = t - shift;
@@ -232,11 +236,15 @@ SO_INLINE vf exp_bounded_512(vf x) {
   r = fma(n, splat<vf>(0x1.bd0106p-13f), r);
   vf e = fma(r * r, fma(r, splat<vf>(0x1.555722p-3f), splat<vf>(0x1.000222p-1f)), r);
   vf root = lookup(exp2_sixteenths, bit_cast<vi>(t));
-  return scale_by_power(fma(root, e, root), n);
+  if constexpr (!Refined) return scale_by_power(fma(root, e, root), n);
+  vf rest = lookup(exp2_sixteenths_rest, bit_cast<vi>(t));
+  return scale_by_power(root + fma(root, e, rest), n);
 }
-#define SO_EXP_BOUNDED exp_bounded_512
+SO_INLINE vf exp_refined(vf x) { return exp_bounded_512<true>(max_fast(splat<vf>(-104.0f), x)); }
+#define SO_EXP_BOUNDED exp_bounded_512<false>
 #else
 #define SO_EXP_BOUNDED exp_bounded
+SO_INLINE vf exp_refined(vf x) { return exp_bounded(max_fast(splat<vf>(-104.0f), x)); }
 #endif
 
 // exp: beyond the clamps the result is 0 or infinity all the same, and NaN passes through them.
@@ -260,15 +268,16 @@ SO_INLINE vf expm1(vf x) {
 #if SO_USE_512
 // An odd function by one polynomial per interval of |x|: index by exponent and first mantissa bit,
 // coefficients by register lookups. Row 0 is the expansion point, row 1 the value there (chosen
-// where the value is close to a float), then the coefficients upward.
+// where the value is close to a float), then the coefficients upward. Below 1/4 the polynomial
+// gives f(x) - x instead, so that x itself enters without a rounding.
 SO_INLINE vf odd_by_pieces(vf x, const float (&pieces)[8][16], float last) {
   vf size = min_fast(splat<vf>(last), abs(x));  // beyond `last` the function is 1; NaN stays
   vi index = bit_cast<vi>(size) >> 22;
-  index = index > 249 ? index : broadcast_i(249);  // one interval below 1/4
+  index = index > 249 ? index : broadcast_i(249);
   vf r = size - lookup(pieces[0], index);
   vf p = lookup(pieces[7], index);
-  for (int i = 6; i >= 1; --i) p = fma(p, r, lookup(pieces[i], index));
-  return with_sign(p, x);
+  for (int i = 6; i >= 2; --i) p = fma(p, r, lookup(pieces[i], index));
+  return with_sign(fma(p, r, select(index == 249, size, lookup(pieces[1], index))), x);
 }
 alignas(64) static const float tanh_pieces[8][16] = {
     {2.50000405f, 3.50002956f, 5.00009537f, 7.0f, 8.51019096f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f,
@@ -276,22 +285,22 @@ alignas(64) static const float tanh_pieces[8][16] = {
     {0.986614406f, 0.998178005f, 0.999909222f, 0.999998331f, 0.99999994f, 0.0f, 0.0f, 0.0f, 0.0f,
      0.0f, 0.302714169f, 0.411572605f, 0.554599762f, 0.703906536f, 0.84828949f, 0.941376448f},
     {0.0265921075f, 0.00364073785f, 0.000181803553f, 3.32610739e-06f, 1.62163232e-07f, 0.0f, 0.0f,
-     0.0f, 0.0f, 1.0f, 0.908364117f, 0.83060801f, 0.692419112f, 0.504515588f, 0.280404836f,
-     0.113810338f},
+     0.0f, 0.0f, 5.68794478e-09f, 0.908364117f, 0.83060801f, 0.692419112f, 0.504515588f,
+     0.280404836f, 0.113810338f},
     {-0.026235871f, -0.00363408006f, -0.00018172829f, -3.23555378e-06f, -1.61067339e-06f, 0.0f,
-     0.0f, 0.0f, 0.0f, -1.09746122e-06f, -0.274974674f, -0.341855556f, -0.384013802f,
+     0.0f, 0.0f, 0.0f, -1.58563819e-06f, -0.274974674f, -0.341855556f, -0.384013802f,
      -0.355131805f, -0.237864554f, -0.107138351f},
     {0.0170175042f, 0.00241162442f, 0.000118871838f, 2.20664333e-06f, 1.12337304e-07f, 0.0f, 0.0f,
-     0.0f, 0.0f, -0.333270192f, -0.219534218f, -0.136191428f, -0.017835822f, 0.0818064287f,
+     0.0f, 0.0f, -0.333258927f, -0.219534218f, -0.136191428f, -0.017835822f, 0.0818064287f,
      0.108324364f, 0.0629271567f},
     {-0.00805161055f, -0.0011972686f, -5.95420788e-05f, -1.31758907e-06f, 1.45052227e-05f, 0.0f,
-     0.0f, 0.0f, 0.0f, -0.00118372391f, 0.158128083f, 0.170011759f, 0.137638435f, 0.0607932657f,
+     0.0f, 0.0f, 0.0f, -0.00128845812f, 0.158128083f, 0.170011759f, 0.137638435f, 0.0607932657f,
      -0.0125882998f, -0.0235247295f},
     {0.00288683781f, 0.000490233593f, 2.84248927e-05f, 4.94588221e-07f, 1.09586318e-09f, 0.0f,
-     0.0f, 0.0f, 0.0f, 0.143084228f, 0.0424162f, -0.00183517416f, -0.054490868f, -0.0585973747f,
+     0.0f, 0.0f, 0.0f, 0.143507719f, 0.0424162f, -0.00183517416f, -0.054490868f, -0.0585973747f,
      -0.0196808465f, 0.00348608126f},
     {-0.000696502451f, -0.000157668444f, -9.38115045e-06f, -3.33901795e-08f, -3.68812434e-05f,
-     0.0f, 0.0f, 0.0f, 0.0f, -0.036976926f, -0.0764108598f, -0.0616387464f, -0.0140298679f,
+     0.0f, 0.0f, 0.0f, 0.0f, -0.0375976041f, -0.0764108598f, -0.0616387464f, -0.0140298679f,
      0.0129951918f, 0.0151086114f, 0.00210300204f},
 };
 alignas(64) static const float erf_pieces[8][16] = {
@@ -299,17 +308,17 @@ alignas(64) static const float erf_pieces[8][16] = {
      0.437501073f, 0.625003755f, 0.875003219f, 1.25000131f, 1.75001609f},
     {0.999593079f, 0.999999046f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.341469884f,
      0.463899136f, 0.623243749f, 0.78407675f, 0.922900438f, 0.986672521f},
-    {0.00217874511f, 6.95732206e-06f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 1.12837923f,
+    {0.00217874511f, 6.95732206e-06f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.128379166f,
      1.0233947f, 0.931811273f, 0.763495982f, 0.524742067f, 0.236520424f, 0.05277187f},
-    {-0.00544399908f, -2.40646041e-05f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, -1.16952706e-05f,
+    {-0.00544399908f, -2.40646041e-05f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, -5.05122102e-07f,
      -0.319811821f, -0.407668889f, -0.477187753f, -0.459151208f, -0.295651197f, -0.0923518315f},
-    {0.00832722615f, 4.99778471e-05f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, -0.375740409f,
+    {0.00832722615f, 4.99778471e-05f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, -0.37609449f,
      -0.27452305f, -0.191670999f, -0.0556786247f, 0.0929283872f, 0.167524233f, 0.0901742876f},
-    {-0.00864875969f, -8.02288123e-05f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, -0.00456550345f,
+    {-0.00864875969f, -8.02288123e-05f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, -0.000612318341f,
      0.149319887f, 0.17809841f, 0.176442191f, 0.112422965f, -0.00612485083f, -0.0481063053f},
-    {0.00631505018f, 0.000127041698f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.135951594f,
+    {0.00631505018f, 0.000127041698f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.117899314f,
      0.0675664321f, 0.0203943606f, -0.0266942363f, -0.067070514f, -0.0467904992f, 0.00597361056f},
-    {-0.00264294399f, -0.000113521193f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, -0.047864005f,
+    {-0.00264294399f, -0.000113521193f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, -0.0189920384f,
      -0.0172463078f, -0.0950620696f, -0.0404468179f, -0.0114564057f, 0.0205057207f, 0.00906523783f},
 };
 #endif
@@ -318,25 +327,38 @@ SO_INLINE vf tanh(vf x) {
 #if SO_USE_512
   return odd_by_pieces(x, tanh_pieces, 9.02f);
 #else
-  // tanh |x| = -e / (2 + e) with e = exp(-2 |x|) - 1, which is as accurate near 0 as away from it.
-  exp_parts parts = exp_reduce(max_fast(splat<vf>(-20.0f), abs(x) * -2.0f));
+  // Below 0.55 an odd polynomial, above it 1 - 2 z / (1 + z) with z = exp(-2 |x|).
+  vf size = abs(x);
+  vf s = size * size;
+  vf p = fma(splat<vf>(0x1.0db0e6p-6f), s, splat<vf>(-0x1.af991cp-5f));
+  p = fma(p, s, splat<vf>(0x1.10d038p-3f));
+  p = fma(p, s, splat<vf>(-0x1.55545ap-2f));
+  vf low = fma(p * s, size, size);
+  exp_parts parts = exp_reduce(max_fast(splat<vf>(-20.0f), size * -2.0f));
   vf power = power_of_two(parts.whole);
-  vf e = fma(power, parts.e, power - 1.0f);
-  return with_sign(abs(e / (e + 2.0f)), x);
+  vf z = fma(power, parts.e, power);
+  vf high = 1.0f - (z + z) / (z + 1.0f);
+  return with_sign(select(size < 0.55f, low, high), x);
 #endif
 }
 
 // With z = exp(-|x|) <= 1: 1 / (1 + z) above zero, z / (1 + z) below, so neither end cancels.
+// What the sum 1 + z lost to rounding is put back into the quotient.
 SO_INLINE vf sigmoid(vf x) {
-  vf z = exp_nonpositive(bit_cast<vf>(bit_cast<vi>(x) | static_cast<int32_t>(0x80000000u)));
+  vf z = exp_refined(bit_cast<vf>(bit_cast<vi>(x) | static_cast<int32_t>(0x80000000u)));
   vf denominator = z + 1.0f;
+  vf lost = z - (denominator - 1.0f);
   vf numerator = select(x < 0.0f, z, splat<vf>(1.0f));
 #if SO_USE_512
+  // A quotient good to 14 bits and one correction by its exact remainder.
   vf inverse = __builtin_ia32_rcp14ps512_mask(denominator, denominator, static_cast<unsigned short>(-1));
-  inverse = fma(inverse, fma(-denominator, inverse, splat<vf>(1.0f)), inverse);
-  return numerator * inverse;
+  vf quotient = numerator * inverse;
+  vf remainder = fma(-quotient, lost, fma(-quotient, denominator, numerator));
+  return fma(remainder, inverse, quotient);
 #else
-  return numerator / denominator;
+  vf quotient = numerator / denominator;
+  vf rough = 1.457f - 0.5f * denominator;  // 1 / denominator within 5 percent
+  return fma(-quotient * lost, rough, quotient);
 #endif
 }
 
@@ -487,33 +509,45 @@ SO_INLINE vf cos(vf x) {
 
 // ---- pow ----------------------------------------------------------------------------------------
 
-// |x|^y through float64: 2^(y log2 |x|), whose conversion to float32 also rounds, overflows and
-// underflows as it should.
-SO_INLINE vf pow_magnitude(vf size, vf y) {
-  vi tiny = size < 0x1p-126f;
-  vi bits = bit_cast<vi>(select(tiny, size * 0x1p23f, size));
-  vi n = (bits - 0x3f3504f3) >> 23;
-  vdd m = __builtin_convertvector(bit_cast<vf>(bits - (n << 23)), vdd);
-  vdd s = (m - 1.0) / (m + 1.0);
-  vdd s2 = s * s;
-  vdd p = s2 * 0x1.21b29368793fap-2 + 0x1.4795378472c15p-2;
+typedef float vf_half SO_VECTOR(SO_VECTOR_BYTES / 2);  // as many floats as vd has doubles
+
+// 2^(y (n + log2 m)) for m in [sqrt(1/2), sqrt(2)], through float64, whose conversion to float32
+// rounds, overflows and underflows as it should.
+SO_INLINE vf_half pow_half(vf_half mantissa, vf_half exponent, vf_half y) {
+  vd m = __builtin_convertvector(mantissa, vd);
+  vd s = (m - 1.0) / (m + 1.0);
+  vd s2 = s * s;
+  vd p = s2 * 0x1.21b29368793fap-2 + 0x1.4795378472c15p-2;
   p = p * s2 + 0x1.a61a2f8d8c5dcp-2;
   p = p * s2 + 0x1.2776c29247fb1p-1;
   p = p * s2 + 0x1.ec709dc53d29dp-1;
   p = p * s2 + 0x1.71547652b8251p+1;
-  vdd log2 = p * s + __builtin_convertvector(n + (tiny & -23), vdd);
-  vdd z = log2 * __builtin_convertvector(y, vdd);
-  z = z < -200.0 ? vdd{} - 200.0 : (z > 200.0 ? vdd{} + 200.0 : z);
-  vdd t = z + 0x1.8p52;
-  vdd r = z - (t - 0x1.8p52);
-  vdd q = r * 0x1.449901f6f5258p-13 + 0x1.5f48f462509f6p-10;
+  vd z = (p * s + __builtin_convertvector(exponent, vd)) * __builtin_convertvector(y, vd);
+  const vd bound = splat<vd>(200.0);
+  z = select(z < -bound, -bound, select(z > bound, bound, z));
+  vd t = z + 0x1.8p52;
+  vd r = z - (t - 0x1.8p52);
+  vd q = r * 0x1.449901f6f5258p-13 + 0x1.5f48f462509f6p-10;
   q = q * r + 0x1.3b2995e9148f4p-7;
   q = q * r + 0x1.c6aecbfb702b5p-5;
   q = q * r + 0x1.ebfbe10e4c8d9p-3;
   q = q * r + 0x1.62e430d088945p-1;
   q = q * r + 0x1.ffffffff4ddb0p-1;
-  vll whole = bit_cast<vll>(t) + 1023;  // only the low bits matter to the shift
-  return __builtin_convertvector(q * bit_cast<vdd>(whole << 52), vf);
+  vl power = (bit_cast<vl>(t) + 1023) << 52;  // of t only the low bits, an integer, are left
+  return __builtin_convertvector(q * bit_cast<vd>(power), vf_half);
+}
+
+// |x|^y for finite |x| > 0 and finite y.
+SO_INLINE vf pow_magnitude(vf size, vf y) {
+  vi tiny = size < 0x1p-126f;
+  vi bits = bit_cast<vi>(select(tiny, size * 0x1p23f, size));
+  vi n = (bits - 0x3f3504f3) >> 23;
+  struct pair { vf_half low, high; };
+  pair m = bit_cast<pair>(bits - (n << 23));
+  pair e = bit_cast<pair>(__builtin_convertvector(n + (tiny & -23), vf));
+  pair power = bit_cast<pair>(y);
+  pair result = {pow_half(m.low, e.low, power.low), pow_half(m.high, e.high, power.high)};
+  return bit_cast<vf>(result);
 }
 
 SO_INLINE vf pow(vf x, vf y) {
