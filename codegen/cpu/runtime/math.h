@@ -68,8 +68,10 @@ SO_INLINE float round(float x) { return __builtin_rintf(x); }
 SO_INLINE double round(double x) { return __builtin_rint(x); }
 SO_INLINE float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 SO_INLINE double rsqrt(double x) { return 1.0 / __builtin_sqrt(x); }
-SO_INLINE float sigmoid(float x) { return static_cast<float>(1.0 / (1.0 + __builtin_exp(-static_cast<double>(x)))); }
 SO_INLINE double sigmoid(double x) { return 1.0 / (1.0 + __builtin_exp(-x)); }
+SO_INLINE float sigmoid(float x) {
+  return static_cast<float>(sigmoid(static_cast<double>(x)));
+}
 SO_INLINE float exp_nonpositive(float x) { return __builtin_expf(x); }
 SO_INLINE double exp_nonpositive(double x) { return __builtin_exp(x); }
 SO_INLINE float pow(float x, float y) { return __builtin_powf(x, y); }
@@ -118,7 +120,7 @@ SO_INLINE vf round_portable(vf x) {
   return select(size < 0x1p23f, with_sign(rounded, x), x);
 }
 #if SO_USE_512
-#define SO_ROUND(x, mode) __builtin_ia32_rndscaleps_mask(x, mode, x, static_cast<unsigned short>(-1), 4)
+#define SO_ROUND(x, mode) __builtin_ia32_rndscaleps_mask(x, mode, x, every_lane, 4)
 #elif SO_USE_256
 #define SO_ROUND(x, mode) __builtin_ia32_roundps256(x, mode)
 #elif SO_USE_128 && defined(__SSE4_1__)
@@ -148,7 +150,7 @@ SO_INLINE vf trunc(vf x) {
 
 SO_INLINE vf sqrt(vf x) {
 #if SO_USE_512
-  return __builtin_ia32_sqrtps512_mask(x, x, static_cast<unsigned short>(-1), 4);
+  return __builtin_ia32_sqrtps512_mask(x, x, every_lane, 4);
 #elif SO_USE_256
   return __builtin_ia32_sqrtps256(x);
 #elif SO_USE_128
@@ -212,10 +214,10 @@ SO_INLINE vf exp_bounded(vf x) {
 
 #if SO_USE_512
 SO_INLINE vf scale_by_power(vf x, vf n) {  // x * 2^floor(n), rounded once, denormals included
-  return __builtin_ia32_scalefps512_mask(x, n, x, static_cast<unsigned short>(-1), 4);
+  return __builtin_ia32_scalefps512_mask(x, n, x, every_lane, 4);
 }
 SO_INLINE vf lookup(const float (&table)[16], vi index) {  // by the low four bits of each index
-  return __builtin_ia32_permvarsf512_mask(load_raw<vf>(table), index, vf{}, static_cast<unsigned short>(-1));
+  return __builtin_ia32_permvarsf512_mask(load_raw<vf>(table), index, vf{}, every_lane);
 }
 alignas(64) static const float exp2_sixteenths[16] = {  // 2^(j/16)
     1.0f, 1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
@@ -345,13 +347,13 @@ SO_INLINE vf tanh(vf x) {
 // With z = exp(-|x|) <= 1: 1 / (1 + z) above zero, z / (1 + z) below, so neither end cancels.
 // What the sum 1 + z lost to rounding is put back into the quotient.
 SO_INLINE vf sigmoid(vf x) {
-  vf z = exp_refined(bit_cast<vf>(bit_cast<vi>(x) | static_cast<int32_t>(0x80000000u)));
+  vf z = exp_refined(bit_cast<vf>(bit_cast<vi>(x) | sign_bit));
   vf denominator = z + 1.0f;
   vf lost = z - (denominator - 1.0f);
   vf numerator = select(x < 0.0f, z, splat<vf>(1.0f));
 #if SO_USE_512
   // A quotient good to 14 bits and one correction by its exact remainder.
-  vf inverse = __builtin_ia32_rcp14ps512_mask(denominator, denominator, static_cast<unsigned short>(-1));
+  vf inverse = __builtin_ia32_rcp14ps512_mask(denominator, denominator, every_lane);
   vf quotient = numerator * inverse;
   vf remainder = fma(-quotient, lost, fma(-quotient, denominator, numerator));
   return fma(remainder, inverse, quotient);
@@ -413,13 +415,16 @@ SO_INLINE vf log_edges(vf x, vf result) {
   return select((x > 0.0f) & (x < infinity), result, edge);
 }
 
+#if SO_USE_512
+SO_INLINE vf exponent(vf x) { return __builtin_ia32_getexpps512_mask(x, x, every_lane, 4); }
+#endif
+
 SO_INLINE vf log(vf x) {
 #if SO_USE_512
   // getmant: x = m 2^n with m in [0.75, 1.5), negative x giving NaN; getexp gives log2 of 0 and of
   // infinity, so nothing is left to repair.
-  const auto every = static_cast<unsigned short>(-1);
-  vf m = __builtin_ia32_getmantps512_mask(x, 3 | (2 << 2), x, every, 4);
-  vf n = __builtin_ia32_getexpps512_mask(x, x, every, 4) - __builtin_ia32_getexpps512_mask(m, m, every, 4);
+  vf m = __builtin_ia32_getmantps512_mask(x, 3 | (2 << 2), x, every_lane, 4);
+  vf n = exponent(x) - exponent(m);
   vf f = m - 1.0f;
   vf p = fma(splat<vf>(0x1.3d2614p-5f), f, splat<vf>(-0x1.7a908cp-4f));
   p = fma(p, f, splat<vf>(0x1.e09ff0p-4f));
@@ -464,8 +469,8 @@ constexpr float trig_bound = 65536.0f;  // beyond it the reduction below would n
 #if !SO_HAS_FMA
 SO_INLINE vf trig_reduce(vf size, vf n) {
   vdd wide = __builtin_convertvector(n, vdd);
-  return __builtin_convertvector(
-      (__builtin_convertvector(size, vdd) - wide * 0x1.921fb544p+0) - wide * 0x1.0b4611a626331p-34, vf);
+  vdd r = __builtin_convertvector(size, vdd) - wide * 0x1.921fb544p+0;
+  return __builtin_convertvector(r - wide * 0x1.0b4611a626331p-34, vf);
 }
 #else
 // pi / 2 in three floats: the first product cancels exactly, the others restore what it lacks.
@@ -492,14 +497,14 @@ SO_INLINE vf trig(vf size, int32_t quarter) {
   cosine = fma(cosine, s, splat<vf>(-0.5f));
   cosine = fma(cosine, s, splat<vf>(1.0f));
   vf value = select((quadrant & 1) != 0, cosine, sine);
-  return bit_cast<vf>(bit_cast<vi>(value) ^ (quadrant << 30 & static_cast<int32_t>(0x80000000u)));
+  return bit_cast<vf>(bit_cast<vi>(value) ^ (quadrant << 30 & sign_bit));
 }
 
 SO_INLINE vf sin(vf x) {
   vf size = abs(x);
   if (__builtin_expect(any(mask_not(size <= trig_bound)), 0)) return map_lanes<sin_function>(x);
   vf value = trig(size, 0);
-  return bit_cast<vf>(bit_cast<vi>(value) ^ (bit_cast<vi>(x) & static_cast<int32_t>(0x80000000u)));
+  return bit_cast<vf>(bit_cast<vi>(value) ^ (bit_cast<vi>(x) & sign_bit));
 }
 SO_INLINE vf cos(vf x) {
   vf size = abs(x);
@@ -560,7 +565,7 @@ SO_INLINE vf pow(vf x, vf y) {
   vi grows = ((size > one) & (y > zero)) | ((size < one) & (y < zero));
   vi extreme = (size == zero) | (size == infinity) | (abs(y) == infinity);
   result = select(extreme, select(size == one, one, select(grows, infinity, zero)), result);
-  result = bit_cast<vf>(bit_cast<vi>(result) ^ (odd & bit_cast<vi>(x) & static_cast<int32_t>(0x80000000u)));
+  result = bit_cast<vf>(bit_cast<vi>(result) ^ (odd & bit_cast<vi>(x) & sign_bit));
   vi undefined = (x < zero) & mask_not(whole) & (size != infinity);
   result = select(undefined | (x != x) | (y != y), splat<vf>(__builtin_nanf("")), result);
   return select((y == zero) | (x == one), one, result);
