@@ -12,7 +12,8 @@
 //
 // "Measured" comments: greatest error in ulp against float64 over 1.5 million values of all
 // exponents, for 64 / 32 / 16 byte vectors (AVX-512 / AVX2+FMA / SSE2 without FMA); then CPU cycles
-// per element on values in L1, 64 and 32 byte vectors; Xeon (Cascade Lake), GCC 12.2, 2026-11.
+// (at 3.1 GHz) per element on values in L1, 64 / 32 byte vectors; Xeon (Cascade Lake), GCC 12.2,
+// 2026-11. torch.exp took 0.8 cycles, tanh 1.2, sigmoid 2.0, erf 2.9, log 1.1 there in the same run.
 #pragma once
 
 #include "simd.h"
@@ -148,6 +149,7 @@ SO_INLINE vf trunc(vf x) {
 }
 #endif
 
+// Measured: 0.50 / 0.50 / 0.50 ulp; 0.86 / 0.75 cycles.
 SO_INLINE vf sqrt(vf x) {
 #if SO_USE_512
   return __builtin_ia32_sqrtps512_mask(x, x, every_lane, 4);
@@ -160,7 +162,7 @@ SO_INLINE vf sqrt(vf x) {
   return x;
 #endif
 }
-// Measured: 1.0 ulp.
+// Measured: 1.48 ulp (two roundings, as PyTorch's); 1.6 / 1.4 cycles.
 SO_INLINE vf rsqrt(vf x) { return splat<vf>(1.0f) / sqrt(x); }
 
 // torch.sign: 0 for both zeros and (as PyTorch's CPU kernel) for NaN.
@@ -250,13 +252,16 @@ SO_INLINE vf exp_refined(vf x) { return exp_bounded(max_fast(splat<vf>(-104.0f),
 #endif
 
 // exp: beyond the clamps the result is 0 or infinity all the same, and NaN passes through them.
+// Measured: 0.98 / 1.01 / 1.00 ulp; 0.70 / 2.1 cycles.
 SO_INLINE vf exp(vf x) {
   return SO_EXP_BOUNDED(min_fast(splat<vf>(89.0f), max_fast(splat<vf>(-104.0f), x)));
 }
 
 // exp for x <= 0 (or NaN), as in a softmax after the maximum is taken off: one clamp less.
+// Measured: 0.98 / 1.02 / 1.00 ulp; 0.58 / 1.9 cycles.
 SO_INLINE vf exp_nonpositive(vf x) { return SO_EXP_BOUNDED(max_fast(splat<vf>(-104.0f), x)); }
 
+// Measured: 1.52 / 1.52 / 1.65 ulp; 1.0 / 2.2 cycles.
 SO_INLINE vf expm1(vf x) {
   exp_parts parts = exp_reduce(min_fast(splat<vf>(89.0f), max_fast(splat<vf>(-20.0f), x)));
   // Half of 2^n, because 2^128 is a factor near overflow; tiny x would lose bits to the halving.
@@ -325,6 +330,7 @@ alignas(64) static const float erf_pieces[8][16] = {
 };
 #endif
 
+// Measured: 1.22 / 1.40 / 1.47 ulp; 1.1 / 3.4 cycles.
 SO_INLINE vf tanh(vf x) {
 #if SO_USE_512
   return odd_by_pieces(x, tanh_pieces, 9.02f);
@@ -346,6 +352,8 @@ SO_INLINE vf tanh(vf x) {
 
 // With z = exp(-|x|) <= 1: 1 / (1 + z) above zero, z / (1 + z) below, so neither end cancels.
 // What the sum 1 + z lost to rounding is put back into the quotient.
+// Measured: 1.50 / 1.96 / 1.96 ulp (three million values more, where z nears a power of two);
+// 1.7 / 3.8 cycles.
 SO_INLINE vf sigmoid(vf x) {
   vf z = exp_refined(bit_cast<vf>(bit_cast<vi>(x) | sign_bit));
   vf denominator = z + 1.0f;
@@ -364,6 +372,7 @@ SO_INLINE vf sigmoid(vf x) {
 #endif
 }
 
+// Measured: 1.41 / 0.94 / 1.13 ulp; 1.1 / 3.7 cycles.
 SO_INLINE vf erf(vf x) {
 #if SO_USE_512
   return odd_by_pieces(x, erf_pieces, 3.93f);
@@ -419,6 +428,7 @@ SO_INLINE vf log_edges(vf x, vf result) {
 SO_INLINE vf exponent(vf x) { return __builtin_ia32_getexpps512_mask(x, x, every_lane, 4); }
 #endif
 
+// Measured: 0.88 / 0.77 / 0.77 ulp; 1.1 / 4.0 cycles.
 SO_INLINE vf log(vf x) {
 #if SO_USE_512
   // getmant: x = m 2^n with m in [0.75, 1.5), negative x giving NaN; getexp gives log2 of 0 and of
@@ -449,6 +459,7 @@ SO_INLINE vf log(vf x) {
 
 // log of u + lost, where u = fl(1 + x) and lost is the rounding error of that sum: u scales into
 // m 2^n, and lost 2^-n joins m - 1.
+// Measured: 1.33 / 1.33 / 1.33 ulp; 2.6 / 5.8 cycles.
 SO_INLINE vf log1p(vf x) {
   vf u = x + 1.0f;
   vf back = u - 1.0f;
@@ -500,12 +511,14 @@ SO_INLINE vf trig(vf size, int32_t quarter) {
   return bit_cast<vf>(bit_cast<vi>(value) ^ (quadrant << 30 & sign_bit));
 }
 
+// Measured: 1.45 / 1.45 / 1.40 ulp; 1.4 / 3.4 cycles.
 SO_INLINE vf sin(vf x) {
   vf size = abs(x);
   if (__builtin_expect(any(mask_not(size <= trig_bound)), 0)) return map_lanes<sin_function>(x);
   vf value = trig(size, 0);
   return bit_cast<vf>(bit_cast<vi>(value) ^ (bit_cast<vi>(x) & sign_bit));
 }
+// Measured: 1.49 / 1.49 / 1.41 ulp; 1.4 / 3.5 cycles.
 SO_INLINE vf cos(vf x) {
   vf size = abs(x);
   if (__builtin_expect(any(mask_not(size <= trig_bound)), 0)) return map_lanes<cos_function>(x);
@@ -555,6 +568,7 @@ SO_INLINE vf pow_magnitude(vf size, vf y) {
   return bit_cast<vf>(result);
 }
 
+// Measured: 0.54 / 0.54 / 0.54 ulp; 9.3 / 18 cycles.
 SO_INLINE vf pow(vf x, vf y) {
   const vf one = splat<vf>(1.0f), zero = splat<vf>(0.0f), infinity = splat<vf>(__builtin_inff());
   vf size = abs(x);
