@@ -110,8 +110,8 @@ template <class To, class From> SO_INLINE To bit_cast(const From& from) {
 // ---- Broadcast ----------------------------------------------------------------------------------
 
 // x - 0 is x for every x, -0.0 included, and compilers know it: this becomes one broadcast. Setting
-// the lanes in a loop does not (GCC 12 builds half vectors; tile products ran 1.8x slower on a Cascade
-// Lake, 2026-11).
+// the lanes in a loop does not (GCC 12 builds half vectors; tile products ran 1.8x slower on a
+// Cascade Lake, 2026-11).
 template <class V> SO_INLINE V splat(typename value<V>::scalar x) {
   if constexpr (value<V>::lanes == 1) {
     return x;
