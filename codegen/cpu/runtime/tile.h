@@ -1,0 +1,148 @@
+// What generated kernels need beside vectors, functions and tile products: scratch memory, strided
+// and integer lanes, rounding to 16-bit types, integer division as PyTorch defines it.
+//
+// In: addresses and counts from the generated loops. Out: values of the kinds in simd.h.
+// Invariant: a masked access touches exactly the elements that it names.
+#pragma once
+
+#include "gemm.h"
+#include "math.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#define SO_KERNEL extern "C" __attribute__((visibility("default"))) void
+
+namespace so {
+
+// ---- Scratch ------------------------------------------------------------------------------------
+
+// One buffer per thread, kept between calls: page faults of fresh memory cost more than small
+// kernels do. Visible, so that all kernels of a process share it where the linker can.
+struct __attribute__((visibility("default"))) scratch_memory {
+  char* start = nullptr;
+  size_t size = 0;
+};
+__attribute__((visibility("default"))) inline scratch_memory& thread_scratch() {
+  static thread_local scratch_memory memory;
+  return memory;
+}
+SO_INLINE char* scratch(size_t bytes) {
+  scratch_memory& memory = thread_scratch();
+  if (memory.size < bytes) {
+    free(memory.start);
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    memory.start = static_cast<char*>(aligned_alloc(4096, rounded));
+    if (!memory.start) abort();
+    memory.size = rounded;
+  }
+  return memory.start;
+}
+
+template <class T>
+SO_NOINLINE void fill(T* to, long count, T value) {
+  for (long i = 0; i < count; ++i) to[i] = value;
+}
+
+// ---- Lanes that are not consecutive, and integer lanes -------------------------------------------
+
+template <class T>
+SO_INLINE vf load_strided(const T* p, long stride, long n = VL) {
+  vf v = {};
+  for (long i = 0; i < n; ++i) v[i] = load_scalar<float>(p + i * stride);
+  return v;
+}
+template <class T>
+SO_INLINE void store_strided(T* p, long stride, vf v, long n = VL) {
+  for (long i = 0; i < n; ++i) store(p + i * stride, static_cast<float>(v[i]));
+}
+
+// 64-bit integers as 32-bit lanes, saturated: a comparison with a number well inside the 32-bit
+// range has the same answer. Generated code uses them for nothing else.
+template <class T>
+SO_INLINE int32_t saturate(T x) {
+  const int64_t wide = static_cast<int64_t>(x);
+  return static_cast<int32_t>(wide < INT32_MIN ? INT32_MIN : wide > INT32_MAX ? INT32_MAX : wide);
+}
+template <class T>
+SO_INLINE vi load_integers(const T* p, long stride = 1, long n = VL) {
+  vi v = {};
+  for (long i = 0; i < n; ++i) v[i] = saturate(p[i * stride]);
+  return v;
+}
+SO_INLINE vi load_integers(const int32_t* p) { return load_raw<vi>(p); }
+template <class T>
+SO_INLINE void store_integers(T* p, vi v, long stride = 1, long n = VL) {
+  for (long i = 0; i < n; ++i) p[i * stride] = static_cast<T>(v[i]);
+}
+SO_INLINE vi splat_integer(int64_t x) { return broadcast_i(saturate(x)); }
+SO_INLINE vi splat_mask(bool x) { return broadcast_i(x ? -1 : 0); }
+SO_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+SO_INLINE vi min_integers(vi a, vi b) { return a < b ? a : b; }
+SO_INLINE vi max_integers(vi a, vi b) { return a > b ? a : b; }
+
+// ---- Meanings that C++ has no operator for -------------------------------------------------------
+
+// Round to a 16-bit type and back: the value an operation on that type has.
+template <class H>
+SO_INLINE vf round_to(vf x) { return widen(narrow(x, H{}), H{}); }
+template <class H>
+SO_INLINE float round_to(float x) { return widen(narrow(x, H{}), H{}); }
+
+// exp(m - shift) is meant to be free of NaN where m never was finite.
+SO_INLINE vf finite_or_zero(vf m) { return select(m > -__builtin_inff(), m, vf{}); }
+SO_INLINE float finite_or_zero(float m) { return m > -__builtin_inff() ? m : 0.0f; }
+SO_INLINE double finite_or_zero(double m) { return m > -__builtin_inf() ? m : 0.0; }
+
+template <class T>
+SO_INLINE T floor_divide(T a, T b) {
+  const T q = a / b;
+  return (a % b != 0 && ((a < 0) != (b < 0))) ? q - 1 : q;
+}
+template <class T>
+SO_INLINE T floor_modulo(T a, T b) {
+  const T r = a % b;
+  return (r != 0 && ((r < 0) != (b < 0))) ? r + b : r;
+}
+// torch.floor_divide on floats: exact multiples are not rounded past (as CPython's floor division).
+template <class V>
+SO_INLINE V floor_divide_real(V a, V b) {
+  const V modulo = fmod(a, b);
+  V q = (a - modulo) / b;
+  q = select(mask_and(modulo != 0.0f, mask_not((b < 0.0f) == (modulo < 0.0f))), q - 1.0f, q);
+  const V whole = floor(q);
+  const V rounded = select(q - whole > 0.5f, whole + 1.0f, whole);
+  const V zero = a / b * 0.0f;
+  return select(b == 0.0f, a / b, select(q != 0.0f, rounded, zero));
+}
+template <class T>
+SO_INLINE T power_integer(T base, T exponent) {
+  if (exponent < 0) return base == 1 ? 1 : base == -1 ? (exponent & 1 ? -1 : 1) : 0;
+  T result = 1;
+  for (; exponent; exponent >>= 1, base *= base)
+    if (exponent & 1) result *= base;
+  return result;
+}
+
+// One lane of a vector function: a scalar inside a loop over rows, without a library call.
+#define SO_ONE_LANE(name) \
+  SO_INLINE float name##_one(float x) { return name(splat<vf>(x))[0]; } \
+  SO_INLINE double name##_one(double x) { return name(x); }
+SO_ONE_LANE(exp) SO_ONE_LANE(log) SO_ONE_LANE(tanh) SO_ONE_LANE(sigmoid) SO_ONE_LANE(erf)
+SO_ONE_LANE(expm1) SO_ONE_LANE(log1p)
+#undef SO_ONE_LANE
+
+// C[m,n] (+)= A[m,k] B[k,n] for element types without a vector form, any strides.
+template <bool ACCUMULATE, class V, class TA, class TB>
+SO_NOINLINE void gemm_plain(long m, long n, long k, const TA* a, long am, long ak, const TB* b,
+                            long bk, long bn, V* c, long cm, long cn) {
+  for (long i = 0; i < m; ++i)
+    for (long j = 0; j < n; ++j) {
+      V sum = ACCUMULATE ? c[i * cm + j * cn] : V(0);
+      for (long x = 0; x < k; ++x)
+        sum += load_scalar<V>(a + i * am + x * ak) * load_scalar<V>(b + x * bk + j * bn);
+      c[i * cm + j * cn] = sum;
+    }
+}
+
+}  // namespace so
