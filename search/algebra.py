@@ -1,0 +1,213 @@
+"""Algebraic moves that fusion needs; each is a rule with a name, proven by `superopt.verify`.
+
+- `scale-out-of-contraction`: matmul(a * r, b) => matmul(a, b) * r where r does not vary along the
+  contracted dim; the same for division, for the right operand, and for several factors at once.
+- `scale-out-of-sum`: reduce_sum(a * r) => reduce_sum(a) * r where r does not vary along the axes.
+- `gather-below-elementwise`: gather(f(x), i) => f(gather(x, i)).
+- `gather-to-select`: gather(x, i) of one element per row => reduce_sum(where(iota == i, x, 0)),
+  which lets a loss read its logits once.
+
+Only factors that come out of a reduction are moved: those are what would force a second pass over
+the loop. Rules are a convenience: every candidate is verified as a whole.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, final
+
+from superopt.ir import build as b
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node, rebuild, rewrite, topological
+from superopt.ir.ops import contraction, elementwise, structural
+from superopt.ir.ops.registry import OpKind
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A named rewrite of one node; `apply` returns the replacement or None where it does not fit."""
+
+    name: str
+    apply: Callable[[Node], Node | None]
+
+
+def apply_rules(graph: Graph, rules: tuple[Rule, ...]) -> Graph:
+    """Rewrite bottom-up, each rule wherever it fits, until nothing changes."""
+    while True:
+        outputs = rewrite(graph.outputs, lambda node, inputs: _step(rebuild(node, inputs), rules))
+        if outputs == graph.outputs:
+            return graph
+        graph = graph.with_outputs(outputs)
+
+
+def _step(node: Node, rules: tuple[Rule, ...]) -> Node:
+    for rule in rules:
+        replaced = rule.apply(node)
+        if replaced is not None:
+            return replaced
+    return node
+
+
+@final
+@dataclass(slots=True)
+class _Product:
+    """A product of factors; `below` divide."""
+
+    above: list[Node]
+    below: list[Node]
+
+
+def _after_reduction(node: Node) -> bool:
+    kinds = (OpKind.REDUCTION, OpKind.CONTRACTION)
+    return any(n.op.kind in kinds for n in topological([node]))
+
+
+def _factors(node: Node) -> _Product:
+    """Flatten a product through mul, div, float casts and views that keep the last dims apart."""
+    if node.op is elementwise.MUL:
+        left, right = (_factors(i) for i in node.inputs)
+        return _Product(left.above + right.above, left.below + right.below)
+    if node.op is elementwise.DIV:
+        left, right = (_factors(i) for i in node.inputs)
+        return _Product(left.above + right.below, left.below + right.above)
+    if node.op is elementwise.CAST and node.inputs[0].tensor.dtype.is_float:
+        inner = _factors(node.inputs[0])
+        dtype = node.tensor.dtype
+        return _Product(
+            [b.cast(n, dtype) for n in inner.above], [b.cast(n, dtype) for n in inner.below]
+        )
+    if node.op in (structural.PERMUTE, structural.RESHAPE):
+        inner = _factors(node.inputs[0])
+        if len(inner.above) + len(inner.below) > 1:
+            above = [_through_view(node, n) for n in inner.above]
+            below = [_through_view(node, n) for n in inner.below]
+            if None not in above and None not in below:
+                return _Product(
+                    [n for n in above if n is not None], [n for n in below if n is not None]
+                )
+    return _Product([node], [])
+
+
+def _through_view(view: Node, factor: Node) -> Node | None:
+    """Apply a view of a product to one factor, which may have dims of size 1."""
+    before, after = view.inputs[0].shape, view.shape
+    if not factor.shape:
+        return factor
+    if view.op is structural.PERMUTE:
+        return rebuild(view, (factor,)) if factor.shape == before else b.permute(
+            factor, view.attrs.perm
+        )
+    if factor.shape == before:
+        return b.reshape(factor, after)
+    tail = 0
+    while tail < min(len(before), len(after)) and before[-1 - tail] == after[-1 - tail]:
+        tail += 1
+    head = len(factor.shape) - tail
+    if factor.shape[:head] == before[:head]:
+        return b.reshape(factor, (*after[: len(after) - tail], *factor.shape[head:]))
+    if all(d == 1 for d in factor.shape[:head]):
+        return b.reshape(factor, ((1,) * (len(after) - tail)) + factor.shape[head:])
+    return None
+
+
+def _split(node: Node, axes: tuple[int, ...]) -> tuple[Node, _Product] | None:
+    """Split a product into the part that varies along `axes` and factors that do not."""
+    product = _factors(node)
+
+    def invariant(n: Node) -> bool:
+        flat = not n.shape or all(n.shape[a] == 1 for a in axes)
+        return flat and _after_reduction(n)
+
+    out = _Product(
+        [n for n in product.above if invariant(n)], [n for n in product.below if invariant(n)]
+    )
+    if not out.above and not out.below:
+        return None
+    rest = [n for n in product.above if not invariant(n)]
+    under = [n for n in product.below if not invariant(n)]
+    if not rest or all(not n.shape for n in rest):
+        return None
+    kept = rest[0]
+    for n in rest[1:]:
+        kept = b.mul(kept, n)
+    for n in under:
+        kept = b.div(kept, n)
+    if any(kept.shape[a] != node.shape[a] for a in axes):
+        return None
+    return kept, out
+
+
+def _scaled(value: Node, product: _Product) -> Node:
+    for n in product.above:
+        value = b.mul(value, n)
+    for n in product.below:
+        value = b.div(value, n)
+    return value
+
+
+def _scale_out_of_contraction(node: Node) -> Node | None:
+    if node.op is not contraction.MATMUL:
+        return None
+    left, right = _split(node.inputs[0], (-1,)), _split(node.inputs[1], (-2,))
+    if left is None and right is None:
+        return None
+    a = node.inputs[0] if left is None else left[0]
+    c = node.inputs[1] if right is None else right[0]
+    result = b.matmul(a, c)
+    if result.tensor.rank != node.tensor.rank:
+        return None
+    for part in (left, right):
+        if part is not None:
+            result = _scaled(result, part[1])
+    return result if result.shape == node.shape else None
+
+
+def _scale_out_of_sum(node: Node) -> Node | None:
+    if node.op is not contraction.REDUCE_SUM or not node.tensor.dtype.is_float:
+        return None
+    found = _split(node.inputs[0], node.attrs.axes)
+    if found is None:
+        return None
+    kept, out = found
+    result = _scaled(b.reduce_sum(kept, node.attrs.axes), out)
+    return result if result.shape == node.shape else None
+
+
+def _gather_to_select(node: Node) -> Node | None:
+    if node.op is not structural.GATHER:
+        return None
+    x, index = node.inputs
+    axis = node.attrs.axis
+    if index.shape[axis] != 1 or not x.tensor.dtype.is_float:
+        return None
+    shape = [1] * x.tensor.rank
+    shape[axis] = x.shape[axis]
+    chosen = b.eq(b.iota(shape, axis, index.tensor.dtype), index)
+    return b.reduce_sum(b.where(chosen, x, b.constant(0.0, x.tensor.dtype)), axis)
+
+
+def _gather_below_elementwise(node: Node) -> Node | None:
+    if node.op is not structural.GATHER:
+        return None
+    x, index = node.inputs
+    axis = node.attrs.axis
+    if x.op.kind is not OpKind.ELEMENTWISE or index.shape[axis] != 1:
+        return None
+    parts = [
+        b.gather(i, index, axis) if i.shape and i.shape[axis] != 1 else i for i in x.inputs
+    ]
+    if any(p.shape and p.shape != node.shape for p in parts):
+        return None
+    return rebuild(x, tuple(parts))
+
+
+SCALE_OUT_OF_CONTRACTION: Final = Rule("scale-out-of-contraction", _scale_out_of_contraction)
+SCALE_OUT_OF_SUM: Final = Rule("scale-out-of-sum", _scale_out_of_sum)
+GATHER_TO_SELECT: Final = Rule("gather-to-select", _gather_to_select)
+GATHER_BELOW_ELEMENTWISE: Final = Rule("gather-below-elementwise", _gather_below_elementwise)
+FUSION_RULES: Final = (
+    SCALE_OUT_OF_CONTRACTION,
+    SCALE_OUT_OF_SUM,
+    GATHER_BELOW_ELEMENTWISE,
+    GATHER_TO_SELECT,
+)

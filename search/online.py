@@ -1,0 +1,156 @@
+"""Which maxima may be replaced by running ones inside the loop that reduces over them.
+
+A value computed with a shift m, such as exp(x - m), is *homogeneous* when another shift only
+multiplies it by a power of exp(m): v(m') = v(m) * exp(c * (m' - m)). Sums and contractions of
+homogeneous values can be accumulated with the running maximum and rescaled when it grows, which
+is the online softmax (Milakov & Gimelshein, 2018) for every program whose values have that
+property, whatever it is called. The analysis computes c, the *degree*, node by node.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from superopt.ir.node import Node
+from superopt.ir.ops import contraction, elementwise, leaf, structural
+from superopt.ir.ops.registry import OpKind
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Degree:
+    """How a value depends on the shift: plus `power` times it, or times exp(power * shift)."""
+
+    additive: bool
+    power: float
+
+
+_NONE = Degree(False, 0.0)
+_KEEPS = (
+    elementwise.NEG,
+    elementwise.CAST,
+    structural.PERMUTE,
+    structural.RESHAPE,
+    structural.BROADCAST,
+    structural.SLICE,
+    structural.FLIP,
+)
+
+
+def degree(node: Node, operands: list[Degree | None]) -> Degree | None:
+    """Return the degree of `node` from those of its operands; None when it has none."""
+    if any(o is None for o in operands):
+        return None
+    known = [o for o in operands if o is not None]
+    if all(o == _NONE for o in known):
+        return _NONE
+    op = node.op
+    if op in (elementwise.ADD, elementwise.SUB):
+        return _sum_degree(op is elementwise.SUB, known)
+    if op is elementwise.NEG and known[0].additive:
+        return Degree(True, -known[0].power)
+    if op in _KEEPS:
+        return known[0]
+    if op is elementwise.MUL and any(k.additive for k in known):
+        return _scaled(node, known)
+    if any(k.additive for k in known):
+        return _of_additive(node, known)
+    if op in (elementwise.MUL, contraction.MATMUL):
+        return Degree(False, known[0].power + known[1].power)
+    if op is elementwise.DIV:
+        return Degree(False, known[0].power - known[1].power)
+    if op is contraction.REDUCE_SUM:
+        return known[0]
+    if op is elementwise.WHERE and known[0] == _NONE:
+        return _select_degree(node, known)
+    return None
+
+
+def _sum_degree(subtract: bool, known: list[Degree]) -> Degree | None:
+    left, right = known
+    if left.additive or right.additive:
+        if any(not k.additive and k != _NONE for k in known):
+            return None
+        a = left.power if left.additive else 0.0
+        b = right.power if right.additive else 0.0
+        return Degree(True, a - b if subtract else a + b)
+    return left if left == right else None
+
+
+def _scaled(node: Node, known: list[Degree]) -> Degree | None:
+    for k, other in ((0, 1), (1, 0)):
+        scale = node.inputs[other]
+        if known[k].additive and scale.op is leaf.CONSTANT:
+            return Degree(True, known[k].power * float(scale.attrs.value))
+    return None
+
+
+def _of_additive(node: Node, known: list[Degree]) -> Degree | None:
+    if node.op is elementwise.EXP:
+        return Degree(False, known[0].power)
+    if node.op is elementwise.GT and known[1] == _NONE and _is_minus_infinity(node.inputs[1]):
+        # the guard "is there a finite maximum" is the same for every shift
+        return _NONE
+    if node.op is elementwise.WHERE and known[0] == _NONE:
+        condition, yes, no = node.inputs
+        if condition.op is elementwise.GT and condition.inputs[0] is yes and known[1].additive:
+            return known[1]
+        # -inf stays -inf under every shift
+        if known[1].additive and _is_minus_infinity(no):
+            return known[1]
+        if known[2].additive and _is_minus_infinity(yes):
+            return known[2]
+    return None
+
+
+def _is_minus_infinity(node: Node) -> bool:
+    return node.op is leaf.CONSTANT and node.attrs.value == float("-inf")
+
+
+def _select_degree(node: Node, known: list[Degree]) -> Degree | None:
+    yes, no = known[1], known[2]
+    if yes == no:
+        return yes
+    for one, other in ((1, 2), (2, 1)):
+        if node.inputs[other].op is leaf.CONSTANT and node.inputs[other].attrs.value == 0:
+            return known[one]
+    return None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Homogeneity:
+    """Degrees of a region's nodes in one shift, and the power to rescale by where the loop closes.
+
+    A node with degree None cannot be computed from a running maximum.
+    """
+
+    degree: dict[Node, Degree | None]
+    rescale: dict[Node, int]
+
+
+def homogeneity(shift: Node, body: tuple[Node, ...], closes: frozenset[Node]) -> Homogeneity:
+    """Analyse a region for `shift`; `closes` holds the reductions over the loop.
+
+    After a reduction in `closes` the true maximum is in force: the accumulator rescales.
+    """
+    found: dict[Node, Degree | None] = {shift: Degree(True, 1.0)}
+    rescale: dict[Node, int] = {}
+    for node in body:
+        if node is shift:
+            continue
+        operands = [found.get(i, _NONE) for i in node.inputs]
+        total = degree(node, operands)
+        if node in closes and total != _NONE:
+            summing = node.op in (contraction.REDUCE_SUM, contraction.MATMUL)
+            if total is None or total.additive or not summing or not total.power.is_integer():
+                total = None
+            else:
+                rescale[node] = -int(total.power)
+                total = _NONE
+        found[node] = total
+    return Homogeneity(found, rescale)
+
+
+def is_reduction(node: Node) -> bool:
+    """True for reductions and contractions."""
+    return node.op.kind in (OpKind.REDUCTION, OpKind.CONTRACTION)

@@ -1,0 +1,153 @@
+"""Regions: the sets of ops that become one kernel, and how their tensors lie in memory."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import final
+
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node, rebuild, topological, users_of
+from superopt.ir.ops import leaf, structural
+from superopt.ir.types import TensorType, contiguous_strides
+
+VIEWS = (structural.RESHAPE, structural.PERMUTE, structural.SLICE, structural.BROADCAST)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A convex set of ops: what it reads, its ops in topological order, what others read of it."""
+
+    inputs: tuple[Node, ...]
+    body: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+
+
+def is_leaf(node: Node) -> bool:
+    """True for constants and index sequences, which every kernel makes for itself."""
+    return node.op in (leaf.CONSTANT, leaf.IOTA)
+
+
+def make_region(graph: Graph, members: Iterable[Node]) -> Region:
+    """Return the region of the ops `members`, with the leaves and the views between them."""
+    chosen = set(members)
+    users = users_of(graph.outputs)
+    order = list(topological(graph.outputs))
+    feeds: set[Node] = set()
+    for node in reversed(order):
+        # a view is inside when it leads from one member to another
+        if node in chosen or (node.op in VIEWS and any(u in feeds for u in users[node])):
+            feeds.add(node)
+    for node in order:
+        if node in feeds and node.op in VIEWS and node.inputs[0] in chosen:
+            chosen.add(node)
+    body = [n for n in order if n in chosen]
+    leaves = dict.fromkeys(i for n in body for i in topological([n]) if _makes(n, i))
+    inputs = dict.fromkeys(
+        i for n in body for i in n.inputs if i not in chosen and i not in leaves
+    )
+    results = [
+        n for n in body if n in graph.outputs or any(u not in chosen for u in users.get(n, ()))
+    ]
+    made = [n for n in order if n in leaves]
+    return Region(tuple(inputs), (*made, *body), tuple(results))
+
+
+def _makes(node: Node, below: Node) -> bool:
+    """True when `below` is a leaf, or a view of one, that `node` reads directly."""
+    return any(_leaf_chain(i, below) for i in node.inputs)
+
+
+def _leaf_chain(node: Node, below: Node) -> bool:
+    chain = [node]
+    while chain[-1].op in VIEWS:
+        chain.append(chain[-1].inputs[0])
+    return is_leaf(chain[-1]) and any(n is below for n in chain)
+
+
+def view_type(node: Node) -> TensorType | None:
+    """Return how a chain of views over a tensor in memory lies there; None if it must be copied.
+
+    The strides are those of the view; a broadcast dim has stride 0. The tensor at the end of the
+    chain is a graph input (with its own strides) or a kernel's result (row-major).
+    """
+    if node.op not in VIEWS:
+        return node.tensor
+    base = view_type(node.inputs[0])
+    if base is None:
+        return None
+    strides = _view_strides(node, base)
+    return None if strides is None else TensorType(node.shape, base.dtype, strides)
+
+
+def is_view(node: Node) -> bool:
+    """True when `node` is free: a view of a tensor in memory."""
+    return node.op in VIEWS and view_type(node) is not None
+
+
+def _view_strides(node: Node, base: TensorType) -> tuple[int, ...] | None:
+    strides = base.element_strides
+    if node.op is structural.PERMUTE:
+        return tuple(strides[p] for p in node.attrs.perm)
+    if node.op is structural.BROADCAST:
+        pairs = zip(base.shape, node.shape, strides, strict=True)
+        return tuple(0 if a != b else s for a, b, s in pairs)
+    if node.op is structural.SLICE:
+        axis = len(base.shape) + node.attrs.axis
+        return tuple(s * node.attrs.step if i == axis else s for i, s in enumerate(strides))
+    return _reshape_strides(base.shape, strides, node.shape)
+
+
+def _reshape_strides(
+    shape: tuple[int, ...], strides: tuple[int, ...], new: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Strides of a reshape that needs no copy (the rule of torch's `view`), else None."""
+    if 0 in new:
+        return contiguous_strides(new)
+    runs: list[tuple[int, int]] = []
+    for extent, stride in zip(shape, strides, strict=True):
+        if extent == 1:
+            continue
+        if runs and runs[-1][1] == extent * stride:
+            runs[-1] = (runs[-1][0] * extent, stride)
+        else:
+            runs.append((extent, stride))
+    result = [0] * len(new)
+    dims = list(range(len(new)))[::-1]
+    for extent, stride in reversed(runs):
+        step = stride
+        missing = extent
+        while missing > 1:
+            while dims and new[dims[0]] == 1:
+                result[dims.pop(0)] = step
+            if not dims or missing % new[dims[0]]:
+                return None
+            i = dims.pop(0)
+            result[i] = step
+            step *= new[i]
+            missing //= new[i]
+    for i in dims:
+        result[i] = result[i + 1] * new[i + 1] if i + 1 < len(new) else 1
+    return tuple(result)
+
+
+def substitute(graph: Graph, replacements: Mapping[Node, Node]) -> Graph:
+    """Return `graph` with some nodes replaced by others of the same type.
+
+    Replacements may read nodes of the graph; these are replaced too.
+    """
+    new: dict[Node, Node] = {}
+    stack = list(graph.outputs)
+    while stack:
+        node = stack[-1]
+        target = replacements.get(node, node)
+        needed = [target] if target is not node else list(node.inputs)
+        missing = [n for n in needed if n not in new]
+        if node in new:
+            stack.pop()
+        elif missing:
+            stack += missing
+        else:
+            stack.pop()
+            inputs = tuple(new[i] for i in node.inputs) if target is node else ()
+            new[node] = rebuild(node, inputs) if target is node else new[target]
+    return graph.with_outputs([new[o] for o in graph.outputs])
