@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import final
 
-from superopt.ir.graph import Graph
-from superopt.ir.node import Node, rebuild, topological, users_of
+from superopt.ir.graph import Graph, Level
+from superopt.ir.node import Node, make, rebuild, topological, users_of
 from superopt.ir.ops import leaf, structural
 from superopt.ir.types import TensorType, contiguous_strides
 
@@ -151,3 +151,16 @@ def substitute(graph: Graph, replacements: Mapping[Node, Node]) -> Graph:
             inputs = tuple(new[i] for i in node.inputs) if target is node else ()
             new[node] = rebuild(node, inputs) if target is node else new[target]
     return graph.with_outputs([new[o] for o in graph.outputs])
+
+
+def extract(region: Region, name: str) -> Graph:
+    """Return the region as a kernel graph of its own; inputs keep their layouts."""
+    new: dict[Node, Node] = {}
+    for position, node in enumerate(region.inputs):
+        type_ = view_type(node) or TensorType(node.shape, node.tensor.dtype)
+        attrs = leaf.InputAttrs(f"t{position}", type_)
+        new[node] = make(leaf.INPUT, (), attrs)
+    inputs = tuple(new.values())
+    for node in region.body:
+        new[node] = rebuild(node, tuple(new[i] for i in node.inputs))
+    return Graph(Level.KERNEL, name, inputs, tuple(new[o] for o in region.outputs))

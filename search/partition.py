@@ -1,0 +1,145 @@
+"""Partition a kernel graph into kernels by predicted cost.
+
+Every op starts as a kernel of its own (library kernels for contractions, convolutions and opaque
+nodes); neighbours are merged, best saving first, as long as their union is one legal kernel that
+the model thinks cheaper than the two. Nothing but index structure and cost decides.
+
+In: a kernel graph of primitives (composites in it stay library kernels). Out: groups of nodes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import inf
+from typing import final
+
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node, topological
+from superopt.ir.ops import contraction, leaf, structural
+from superopt.ir.ops.registry import OpKind
+from superopt.search.cost import Machine, library_cost
+from superopt.search.region import VIEWS, is_leaf, is_view, make_region
+from superopt.search.schedule import derive
+from superopt.search.tiling import best_tiles
+
+_FUSIBLE = (OpKind.ELEMENTWISE, OpKind.REDUCTION, OpKind.CONTRACTION)
+_FUSIBLE_STRUCTURAL = (
+    structural.CONCAT,
+    structural.PAD,
+    structural.FLIP,
+    structural.SLICE,
+    structural.RESHAPE,
+    structural.BROADCAST,
+    contraction.SCAN,
+)
+_COARSE = 48
+Group = frozenset[Node]
+
+
+def is_compute(node: Node) -> bool:
+    """True for nodes that need a kernel: not inputs, leaves, projections or views."""
+    return not (node.op in (leaf.INPUT, leaf.ITEM) or is_leaf(node) or is_view(node))
+
+
+def partition(graph: Graph, machine: Machine, *, fuse_contractions: bool = True) -> list[Group]:
+    """Return groups of compute nodes, each one kernel, in topological order."""
+    return _Partition(graph, machine, fuse_contractions).run()
+
+
+@final
+@dataclass(slots=True)
+class _Partition:
+    graph: Graph
+    machine: Machine
+    fuse_contractions: bool
+    owner: dict[Node, Group] = field(default_factory=dict)
+    costs: dict[Group, float] = field(default_factory=dict)
+
+    def run(self) -> list[Group]:
+        order = [n for n in topological(self.graph.outputs) if is_compute(n)]
+        self.owner = {n: frozenset([n]) for n in order}
+        gains: dict[tuple[Group, Group], float] = {}
+        while True:
+            edges = self._edges(order)
+            gains = {e: gains[e] if e in gains else self._gain(*e) for e in edges}
+            legal = [e for e in edges if gains[e] > 0 and self._convex(*e)]
+            if not legal:
+                break
+            first, second = max(legal, key=lambda e: gains[e])
+            union = first | second
+            for node in union:
+                self.owner[node] = union
+        groups = dict.fromkeys(self.owner[n] for n in order)
+        return _sorted(self.graph, list(groups))
+
+    def _edges(self, order: list[Node]) -> list[tuple[Group, Group]]:
+        edges = {}
+        for node in order:
+            for producer in _producers(node):
+                a, b = self.owner[producer], self.owner[node]
+                if a != b:
+                    edges[a, b] = None
+        return list(edges)
+
+    def _convex(self, first: Group, second: Group) -> bool:
+        """True when no path leads from `first` to `second` through a third group."""
+        stack = [p for n in second for p in _producers(n)]
+        stack = [p for p in stack if p not in first and p not in second]
+        seen = set(stack)
+        while stack:
+            node = stack.pop()
+            if node in first:
+                return False
+            for producer in _producers(node):
+                if producer not in seen and producer not in second:
+                    seen.add(producer)
+                    stack.append(producer)
+        return True
+
+    def _gain(self, first: Group, second: Group) -> float:
+        union = first | second
+        if not all(self._fusible(n) for n in union):
+            return -inf
+        return self._cost(first) + self._cost(second) - self._cost(union)
+
+    def _fusible(self, node: Node) -> bool:
+        if node.op.kind is OpKind.CONTRACTION:
+            return self.fuse_contractions
+        return node.op.kind in _FUSIBLE or node.op in _FUSIBLE_STRUCTURAL
+
+    def _cost(self, group: Group) -> float:
+        if group not in self.costs:
+            self.costs[group] = self._estimate(group)
+        return self.costs[group]
+
+    def _estimate(self, group: Group) -> float:
+        cost = inf
+        if len(group) == 1:
+            (node,) = group
+            if node.op is leaf.ITEM or not hasattr(node.type, "shape"):
+                return self.machine.library_call_s
+            cost = library_cost(node, self.machine)
+            if not self._fusible(node):
+                return cost
+        for schedule in derive(make_region(self.graph, group)):
+            found = best_tiles(schedule, self.machine, 1, _COARSE)
+            if found:
+                cost = min(cost, found[0][0])
+        return cost
+
+
+def _producers(node: Node) -> list[Node]:
+    """Return the compute nodes whose results `node` reads, through views and projections."""
+    result = []
+    stack = list(node.inputs)
+    while stack:
+        current = stack.pop()
+        if is_compute(current):
+            result.append(current)
+        elif current.op in VIEWS or current.op is leaf.ITEM:
+            stack += current.inputs
+    return list(dict.fromkeys(result))
+
+
+def _sorted(graph: Graph, groups: Iterable[Group]) -> list[Group]:
+    position = {n: i for i, n in enumerate(topological(graph.outputs))}
+    return sorted(groups, key=lambda g: max(position[n] for n in g))

@@ -1,0 +1,88 @@
+"""Tile sizes: the choices per index and the most promising combinations under the cost model."""
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Final
+
+from superopt.ir.ops import contraction
+from superopt.search.cost import Machine, kernel_cost
+from superopt.search.indices import Atom
+from superopt.search.region import view_type
+from superopt.search.schedule import Role, Schedule
+
+_ROWS: Final = (1, 4, 8, 16, 32, 64, 128)
+_COLUMNS: Final = (16, 32, 64, 128, 256, 512, 1024, 2048)
+_LOOP: Final = (32, 64, 128, 256, 512, 1024)
+MAX_COMBINATIONS: Final = 512
+
+
+def choices(schedule: Schedule) -> dict[Atom, tuple[int, ...]]:
+    """Return the tile sizes worth trying for each grid and loop atom."""
+    space = schedule.space
+    columns = _fastest(schedule)
+    rows: set[Atom] = set()
+    for node in schedule.region.body:
+        if node.op is contraction.MATMUL:
+            columns.update(space.layout(node)[-1])
+            rows.update(space.layout(node)[-2])
+    if not rows:
+        rows = {o for n in schedule.region.outputs for o in space.atoms(n)[-2:]}
+    result: dict[Atom, tuple[int, ...]] = {}
+    for atom, role in schedule.roles.items():
+        extent = space.extent(atom)
+        if role is Role.LOOP:
+            options: tuple[int, ...] = _LOOP
+        elif role is Role.WHOLE:
+            continue
+        elif atom in columns:
+            options = _COLUMNS if atom not in rows else tuple(sorted({*_ROWS, *_COLUMNS}))
+        elif atom in rows:
+            options = _ROWS
+        else:
+            options = (1,)
+        result[atom] = tuple(dict.fromkeys(min(o, extent) for o in options))
+    return result
+
+
+def _fastest(schedule: Schedule) -> set[Atom]:
+    """Atoms along which some tensor is dense in memory."""
+    space = schedule.space
+    found: set[Atom] = set()
+    for node in schedule.region.inputs:
+        lies = view_type(node)
+        if lies is None:
+            continue
+        for dim, stride in zip(space.layout(node), lies.element_strides, strict=True):
+            if stride == 1 and dim:
+                found.add(dim[-1])
+    for node in schedule.region.outputs:
+        atoms = space.atoms(node)
+        found.update(atoms[-1:])
+    return found
+
+
+def best_tiles(
+    schedule: Schedule, machine: Machine, count: int, limit: int = MAX_COMBINATIONS
+) -> list[tuple[float, dict[Atom, int]]]:
+    """Return the `count` cheapest tile assignments with their predicted seconds.
+
+    At most `limit` combinations are estimated; the choices of every atom are thinned to fit.
+    """
+    table = choices(schedule)
+    while _size(table) > limit and any(len(o) > 2 for o in table.values()):
+        widest = max(table, key=lambda a: len(table[a]))
+        table[widest] = table[widest][::-2][::-1]
+    atoms = list(table)
+    found = []
+    for sizes in product(*table.values()):
+        tiles = dict(zip(atoms, sizes, strict=True))
+        found.append((kernel_cost(schedule, tiles, machine), tiles))
+    found.sort(key=lambda pair: (pair[0], tuple(pair[1].values())))
+    return found[:count]
+
+
+def _size(table: Mapping[Atom, tuple[int, ...]]) -> int:
+    total = 1
+    for options in table.values():
+        total *= len(options)
+    return total
