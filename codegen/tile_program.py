@@ -106,9 +106,9 @@ class _Scheduler:
         found = []
         for node in self._needs(sinks, have):
             here = self.loops_of[node] <= set(inside)
-            if is_accumulator(node) and here and node.attrs.loop not in inside:
-                found.append(node)
-            elif node.op is tile.STORE and not here:
+            if (is_accumulator(node) and here and node.attrs.loop not in inside) or (
+                node.op is tile.STORE and not here
+            ):
                 found.append(node)
         return found
 

@@ -1,0 +1,209 @@
+"""Tile products: a matmul node to calls of the register-tiled kernels in runtime/gemm.h.
+
+In: a product whose operands are in memory (tensors or scratch), and where its result goes. Out: loops
+over batch dims around one call, after the copies that the call needs: an operand that is contiguous
+along the contracted dim is transposed tile by tile, or multiplied along it; one whose rows share
+cache sets or which is stored in 16 bits is copied as floats.
+"""
+
+from dataclasses import dataclass, replace
+from typing import final
+
+from superopt.codegen.cpu.context import Context, Extent, View
+from superopt.codegen.cpu.inline import Plan, widens
+from superopt.codegen.errors import CodegenError
+from superopt.ir.node import Node
+from superopt.ir.ops import structural
+from superopt.ir.types import DType
+
+_SHARED_SETS_BYTES = 4096
+_MANY_COLUMNS = 64
+_STREAM_ROWS = 32
+_LONG_DOT = 512
+_SHORT_DOT = 64
+_FEW_ROWS = 4
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """A 2-d operand: address, element type, strides."""
+
+    text: str
+    element: str
+    row: int
+    column: int
+    in_scratch: bool
+
+
+def view_of(context: Context, plan: Plan, node: Node) -> View:
+    """Return the memory that `node` is, or looks at through moves and widening casts."""
+    chain = []
+    while node not in context.views:
+        if not node.inputs:
+            raise CodegenError(f"{node.op.name} is not in memory")
+        chain.append(node)
+        node = node.inputs[0]
+    view = context.views[node]
+    for step in reversed(chain):
+        if not widens(step):
+            view = _moved(view, step)
+    return view
+
+
+def _moved(view: View, node: Node) -> View:
+    source, strides = node.inputs[0].shape, view.strides
+    if node.op is structural.PERMUTE:
+        return replace(view, strides=tuple(strides[p] for p in node.attrs.perm))
+    if node.op is structural.BROADCAST:
+        kept = zip(source, node.shape, strides, strict=True)
+        return replace(view, strides=tuple(s if d == e else 0 for d, e, s in kept))
+    if node.op is structural.RESHAPE:
+        rest = iter([s for d, s in zip(source, strides, strict=True) if d != 1])
+        return replace(view, strides=tuple(0 if d == 1 else next(rest) for d in node.shape))
+    new = list(strides)
+    offset = 0
+    if node.op is structural.SLICE:
+        axis = node.attrs.axis + len(source)
+        offset = node.attrs.start * strides[axis]
+        new[axis] *= node.attrs.step
+    else:
+        for axis in (a + len(source) for a in node.attrs.axes):
+            offset += (source[axis] - 1) * strides[axis]
+            new[axis] = -strides[axis]
+    return replace(view, pointer=f"({view.pointer} + {offset})", strides=tuple(new))
+
+
+@final
+@dataclass(slots=True)
+class Product:
+    """Emits one matmul node."""
+
+    context: Context
+    plan: Plan
+    node: Node
+    target: View
+    accumulate: bool
+
+    def emit(self) -> None:
+        """Write the product: target (+)= operands."""
+        left = view_of(self.context, self.plan, self.node.inputs[0])
+        right = view_of(self.context, self.plan, self.node.inputs[1])
+        extents = self.context.extents(self.node)
+        self._batch(left, right, extents, 0, ["", "", ""])
+
+    def _batch(
+        self, left: View, right: View, extents: list[Extent], dim: int, offsets: list[str]
+    ) -> None:
+        if dim == len(extents) - 2:
+            matrices = [
+                _Matrix(v.pointer + o, v.element, v.strides[-2], v.strides[-1], v.in_scratch)
+                for v, o in zip((left, right, self.target), offsets, strict=True)
+            ]
+            self._matrix(*matrices, extents[-2], extents[-1])
+            return
+        name = self.context.fresh("b")
+        grown = []
+        shapes = (self.node.inputs[0].shape, self.node.inputs[1].shape, self.node.shape)
+        for view, shape, offset in zip((left, right, self.target), shapes, offsets, strict=True):
+            stride = view.strides[dim] if shape[dim] != 1 else 0
+            grown.append(offset + (f" + {name} * {stride}L" if stride else ""))
+        if extents[dim].full == 1 and extents[dim].known:
+            self._batch(left, right, extents, dim + 1, offsets)
+            return
+        text = extents[dim].text
+        with self.context.block(f"for (long {name} = 0; {name} < {text}; ++{name})"):
+            self._batch(left, right, extents, dim + 1, grown)
+
+    def _contracted(self) -> Extent:
+        left, right = (self.context.extents(i) for i in self.node.inputs)
+        return right[-2] if left[-1].known else left[-1]
+
+    def _matrix(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent) -> None:
+        k = self._contracted()
+        if self.node.tensor.dtype not in (DType.F32, DType.F16, DType.BF16):
+            self._plain(a, b, c, m, n, k)
+            return
+        if n.full == 1 and m.full > 1:
+            # a column: its transpose is a row, contiguous along what was m
+            a, b, m, n = _swapped(b), _swapped(a), n, m
+            c = replace(c, row=c.column, column=c.row)
+        if c.column != 1 and n.full > 1:
+            raise CodegenError("the result of a product must be contiguous along its columns")
+        if b.column == 1 or n.full == 1 != b.row:
+            self._broadcast(a, b, c, m, n, k)
+        elif b.row == 1 and self._runs_along(a, m, k):
+            self._dot(a, b, c, m, n, k)
+        else:
+            self._broadcast(a, self._pack(b, k, n), c, m, n, k)
+
+    def _runs_along(self, a: _Matrix, m: Extent, k: Extent) -> bool:
+        if a.column != 1 and k.full != 1:
+            return False
+        wanted = self.context.config.contraction
+        if wanted != "auto":
+            return wanted == "dot"
+        if m.full <= _FEW_ROWS:
+            return k.full >= _SHORT_DOT
+        return k.full >= _LONG_DOT
+
+    def _plain(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent) -> None:
+        flag = "true" if self.accumulate else "false"
+        self.context.write(
+            f"gemm_plain<{flag}>({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {a.column}L, "
+            f"{b.text}, {b.row}L, {b.column}L, {c.text}, {c.row}L, {c.column}L);"
+        )
+
+    def _pack(self, b: _Matrix, k: Extent, n: Extent) -> _Matrix:
+        view = self.context.allocate((k.full, n.full), DType.F32, "packed")
+        self.context.write(
+            f"pack({b.text}, {b.column}L, {b.row}L, {n.text}, {k.text}, {view.pointer}, "
+            f"{view.strides[0]}L);"
+        )
+        return _Matrix(view.pointer, "float", view.strides[0], 1, True)
+
+    def _prepared(self, a: _Matrix, m: Extent, n: Extent, k: Extent) -> _Matrix:
+        """Copy the broadcast operand where reading it in place is slow."""
+        shared = m.full > _FEW_ROWS and abs(a.row) * 4 % _SHARED_SETS_BYTES == 0 and a.row != 0
+        if n.full < _MANY_COLUMNS or not (a.element != "float" or (shared and not a.in_scratch)):
+            return a
+        packed = self._pack(_swapped(a), k, m)
+        return _swapped(packed)
+
+    def _broadcast(
+        self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent
+    ) -> None:
+        config = self.context.config
+        a = self._prepared(a, m, n, k)
+        parts = -(-m.full // config.rows)
+        rows = -(-m.full // parts)
+        vectors = f"(int)min_of({config.vectors}, ({n.full} + VL - 1) / VL)"
+        stream = (
+            config.prefetch
+            and not b.in_scratch
+            and m.full <= _STREAM_ROWS
+            and n.full >= 2 * _MANY_COLUMNS
+        )
+        flags = f"{_flag(self.accumulate)}, {m.static}, {n.static}, {_flag(stream)}"
+        distance = f", {vectors} * VL, {vectors} * VL, {k.full * b.row}L" if stream else ""
+        self.context.write(
+            f"gemm_nn<{rows}, {vectors}, {flags}>({m.text}, {n.text}, {k.text}, {a.text}, "
+            f"{a.row}L, {a.column}L, {b.text}, {b.row}L, {c.text}, {c.row}L{distance});"
+        )
+
+    def _dot(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent) -> None:
+        config = self.context.config
+        rows = min(config.dot_rows, m.full)
+        columns = min(config.dot_columns, n.full)
+        self.context.write(
+            f"gemm_dot<{rows}, {columns}, {_flag(self.accumulate)}>({m.text}, {n.text}, {k.text}, "
+            f"{a.text}, {a.row}L, {b.text}, {b.column}L, {c.text}, {c.row}L);"
+        )
+
+
+def _swapped(matrix: _Matrix) -> _Matrix:
+    return replace(matrix, row=matrix.column, column=matrix.row)
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"

@@ -1,0 +1,249 @@
+"""Which values are computed where they are read, and which of those have a vector form.
+
+In: a tile program. Out: `Plan`: the set of values that need memory, users, integer ranges. A value
+needs memory when it is a product, a reduction or a loop's state, when a product or a reshape reads
+it, or when computing it again would cost more than keeping it.
+"""
+
+from dataclasses import dataclass, field
+from typing import final
+
+from superopt.codegen.cpu.expressions import can_be_vector
+from superopt.codegen.tile_program import TileProgram
+from superopt.ir.node import Node, topological, users_of
+from superopt.ir.ops import contraction, elementwise, leaf, structural, tile
+from superopt.ir.ops.registry import OpKind
+from superopt.ir.types import DType
+
+_CHEAP = 4
+"""Operations that are computed again rather than kept."""
+_DEAR = 10
+_DEAR_OPS = frozenset(
+    {
+        elementwise.EXP,
+        elementwise.EXPM1,
+        elementwise.LOG,
+        elementwise.LOG1P,
+        elementwise.TANH,
+        elementwise.SIGMOID,
+        elementwise.ERF,
+        elementwise.POW,
+        elementwise.DIV,
+        elementwise.SQRT,
+        elementwise.SIN,
+        elementwise.COS,
+    }
+)
+_MOVES = frozenset({structural.BROADCAST, structural.PERMUTE, structural.SLICE, structural.FLIP})
+_INT32 = (-(2**31), 2**31 - 1)
+_RANGES = {
+    DType.BOOL: (0, 1),
+    DType.U8: (0, 255),
+    DType.I8: (-128, 127),
+    DType.I16: (-(2**15), 2**15 - 1),
+    DType.I32: _INT32,
+    DType.I64: (-(2**63), 2**63 - 1),
+}
+_COMPARISONS = frozenset(
+    {
+        elementwise.EQ,
+        elementwise.NE,
+        elementwise.LT,
+        elementwise.LE,
+        elementwise.GT,
+        elementwise.GE,
+    }
+)
+
+
+def adds_ones(node: Node) -> bool:
+    """True for a reshape that only adds or drops dims of size 1."""
+    before = [d for d in node.inputs[0].shape if d != 1]
+    return before == [d for d in node.shape if d != 1]
+
+
+def is_move(node: Node) -> bool:
+    """True for ops that only say from where an element is read."""
+    return node.op in _MOVES or (node.op is structural.RESHAPE and adds_ones(node))
+
+
+def widens(node: Node) -> bool:
+    """True for a cast of 16-bit floats to float: loads do it on the way."""
+    return (
+        node.op is elementwise.CAST
+        and node.tensor.dtype is DType.F32
+        and node.inputs[0].tensor.dtype in (DType.F16, DType.BF16)
+    )
+
+
+@final
+@dataclass(slots=True)
+class Plan:
+    """Decisions on every value of one tile program."""
+
+    program: TileProgram
+    memory: set[Node] = field(default_factory=set)
+    users: dict[Node, list[Node]] = field(default_factory=dict)
+    cost: dict[Node, int] = field(default_factory=dict)
+    ranges: dict[Node, tuple[int, int]] = field(default_factory=dict)
+    vector: dict[Node, bool] = field(default_factory=dict)
+    merged: dict[Node, Node] = field(default_factory=dict)
+    """A product that goes straight into an accumulator, and that accumulator."""
+
+    def __post_init__(self) -> None:
+        outputs = self.program.graph.outputs
+        self.users = users_of(outputs)
+        for node in topological(outputs):
+            self._operands(node)
+        for node in topological(outputs):
+            self._decide(node)
+            self.ranges[node] = self._range(node)
+            self.vector[node] = self._has_vector_form(node)
+
+    def operand_base(self, node: Node) -> Node:
+        """Return the value in memory that a view `node` looks at."""
+        while is_move(node) or (widens(node) and node not in self.memory):
+            node = node.inputs[0]
+        return node
+
+    def _operands(self, node: Node) -> None:
+        if node.op is contraction.MATMUL:
+            for operand in node.inputs:
+                base = self.operand_base(operand)
+                if base.op is not tile.LOAD:
+                    self.memory.add(base)
+            users = self.users[node]
+            if len(users) == 1 and users[0].op in (tile.ACCUM_SUM, tile.ACCUM_RESCALED):
+                if node is users[0].inputs[0] and node.tensor.dtype in (DType.F32, DType.F64):
+                    self.merged[node] = users[0]
+
+    def _decide(self, node: Node) -> None:
+        kind = node.op.kind
+        if kind is OpKind.TILE:
+            if node.op not in (tile.LOAD, tile.STORE, tile.TILE_INDEX):
+                self.memory.add(node)
+        elif kind in (OpKind.CONTRACTION, OpKind.REDUCTION):
+            if node not in self.merged:
+                self.memory.add(node)
+        elif node.op in (structural.CONCAT, structural.PAD) or (
+            node.op is structural.RESHAPE and not adds_ones(node)
+        ):
+            self.memory.add(node)
+        elif kind is OpKind.ELEMENTWISE and node.shape:
+            total = sum(self._inline_cost(i) for i in dict.fromkeys(node.inputs))
+            self.cost[node] = total + (_DEAR if node.op in _DEAR_OPS else 1)
+            if self._worth_keeping(node):
+                self.memory.add(node)
+            return
+        inputs = dict.fromkeys(node.inputs)
+        self.cost[node] = sum(self._inline_cost(i) for i in inputs) if is_move(node) else 0
+
+    def _inline_cost(self, node: Node) -> int:
+        return 0 if node in self.memory else self.cost.get(node, 0)
+
+    def _worth_keeping(self, node: Node) -> bool:
+        if widens(node) and self.operand_base(node).op is tile.LOAD:
+            return False
+        users = self._readers(node)
+        loops = self.program.loops_of
+        cost = self.cost[node]
+        if any(not self._scope(u) <= loops[node] for u in users) and cost > 1:
+            return True
+        size = node.tensor.elements
+        wider = any(u.tensor.elements > size for u in users if u.op is not tile.STORE)
+        return (len(users) > 1 and cost > _CHEAP) or (wider and cost > _CHEAP)
+
+    def _scope(self, node: Node) -> frozenset[str]:
+        found = self.program.loops_of[node]
+        loop = getattr(node.attrs, "loop", None)
+        return found | {loop} if loop else found
+
+    def _readers(self, node: Node) -> list[Node]:
+        """Users, looking through moves, which are read in place."""
+        found: list[Node] = []
+        stack = list(self.users[node])
+        while stack:
+            user = stack.pop()
+            if is_move(user):
+                stack += self.users[user]
+            else:
+                found.append(user)
+        return list(dict.fromkeys(found))
+
+    # -- integers ------------------------------------------------------------------------------
+
+    def _range(self, node: Node) -> tuple[int, int]:
+        dtype = node.tensor.dtype
+        whole = _RANGES.get(dtype, (0, 0))
+        if node.op is leaf.CONSTANT and not dtype.is_float:
+            return int(node.attrs.value), int(node.attrs.value)
+        if node.op is tile.TILE_INDEX:
+            return 0, node.attrs.dim.padded - 1
+        if node.op is leaf.IOTA:
+            return 0, max(node.shape[node.attrs.axis] - 1, 0)
+        inputs = [self.ranges[i] for i in node.inputs if i in self.ranges]
+        if is_move(node):
+            return inputs[0]
+        if dtype.is_float or node.op is tile.LOAD or not inputs:
+            return whole
+        found = _arithmetic_range(node, inputs)
+        inside = found is not None and whole[0] <= found[0] and found[1] <= whole[1]
+        return found if inside and found is not None else whole
+
+    def _has_vector_form(self, node: Node) -> bool:
+        """Say whether `node` can be computed in lanes where it stands, its inputs included."""
+        if node.op.kind is OpKind.ELEMENTWISE:
+            small = all(self._small(i, node) for i in node.inputs) and self._small(node, node)
+            if not can_be_vector(node, small=small):
+                return False
+        elif node.tensor.dtype is DType.F64:
+            return False
+        elif node.tensor.dtype.is_integer and node.op.kind in (OpKind.REDUCTION, OpKind.TILE):
+            return node.op in (tile.LOAD, tile.TILE_INDEX, tile.STORE)
+        return all(self.vector[i] or i in self.memory for i in node.inputs if i in self.vector)
+
+    def fits(self, node: Node) -> bool:
+        """Say whether an integer value can be moved through 32-bit lanes unchanged."""
+        low, high = self.ranges[node]
+        return _INT32[0] <= low and high <= _INT32[1]
+
+    def _small(self, node: Node, user: Node) -> bool:
+        dtype = node.tensor.dtype
+        if not dtype.is_integer:
+            return True
+        low, high = self.ranges[node]
+        if dtype is DType.I32:
+            return True
+        if _INT32[0] < low and high < _INT32[1]:
+            computed = node is user and node.op.kind is OpKind.ELEMENTWISE
+            return not computed or dtype is DType.I64 or self.ranges[node] != _RANGES[dtype]
+        # a saturated operand compares right with numbers well inside the range
+        base = self.operand_base(node)
+        others = [self.ranges[i] for i in user.inputs if i is not node]
+        return (
+            user.op in _COMPARISONS
+            and (base.op is tile.LOAD or base in self.memory)
+            and all(_INT32[0] < a and b < _INT32[1] for a, b in others)
+        )
+
+
+def _arithmetic_range(node: Node, inputs: list[tuple[int, int]]) -> tuple[int, int] | None:
+    if node.op is elementwise.CAST and not node.inputs[0].tensor.dtype.is_float:
+        return inputs[0]
+    if node.op is elementwise.WHERE:
+        return min(inputs[1][0], inputs[2][0]), max(inputs[1][1], inputs[2][1])
+    if len(inputs) != 2:
+        return None
+    (a, b), (c, d) = inputs
+    if node.op is elementwise.ADD:
+        return a + c, b + d
+    if node.op is elementwise.SUB:
+        return a - d, b - c
+    if node.op is elementwise.MUL:
+        corners = (a * c, a * d, b * c, b * d)
+        return min(corners), max(corners)
+    if node.op is elementwise.MAXIMUM:
+        return max(a, c), max(b, d)
+    if node.op is elementwise.MINIMUM:
+        return min(a, c), min(b, d)
+    return None

@@ -1,0 +1,419 @@
+"""Block graphs to C++: one function per kernel, blocks over OpenMP threads, tiles in scratch.
+
+In: a block graph and a `CpuConfig`. Out: `Source`: the text of a translation unit, the symbol to call
+and its arguments (inputs, then outputs, as plain pointers).
+
+A kernel is a loop over the grid around `block`, which is written twice where tiles are ragged along
+the grid: FULL knows that all of its tiles are whole. The same is done inside loops. Meaning:
+`superopt.ir.semantics`; positions past an extent are simply never computed.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import final
+
+from superopt.codegen.cpu.config import CpuConfig
+from superopt.codegen.cpu.context import Context, Extent, View, element_type
+from superopt.codegen.cpu.contraction import Product
+from superopt.codegen.cpu.expressions import LOWER, literal
+from superopt.codegen.cpu.fused import FusedLoop, Member, combine_kind, identity
+from superopt.codegen.cpu.inline import Plan
+from superopt.codegen.errors import CodegenError
+from superopt.codegen.tile_program import Compute, Item, Loop, tile_program
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node
+from superopt.ir.ops import contraction, structural, tile
+from superopt.ir.ops.registry import OpKind
+from superopt.ir.tiles import DimSource, is_accumulator
+from superopt.ir.types import contiguous_strides
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Source:
+    """C++ text of one kernel: `symbol(inputs…, outputs…)` with `pointers` arguments."""
+
+    text: str
+    symbol: str
+    pointers: int
+
+
+def lower(graph: Graph, config: CpuConfig, name: str) -> Source:
+    """Lower a block graph.
+
+    Raises:
+        CodegenError: an op or a combination of loops has no C++ form here; the caller keeps the
+            library's kernel.
+    """
+    for node in graph.nodes():
+        if node.op in LOWER.unsupported:
+            raise CodegenError(f"{node.op.name}: {LOWER.unsupported[node.op]}")
+        if node.tensor.dtype.is_complex:
+            raise CodegenError("complex tiles have no C++ form")
+    return _Kernel(graph, config, name).source()
+
+
+@final
+class _Kernel:
+    def __init__(self, graph: Graph, config: CpuConfig, name: str) -> None:
+        self.graph = graph
+        self.name = name
+        program = tile_program(graph)
+        self.context = Context(program, config)
+        self.plan = Plan(program)
+        self.fused = FusedLoop(self.context, self.plan)
+        self.inputs = {n: f"in_{_word(n.attrs.name)}" for n in graph.inputs}
+        self.outputs = [f"out{i}" for i in range(len(graph.outputs))]
+        self.factors: dict[Node, dict[int, View]] = {}
+        self.in_loops: list[str] = []
+
+    def source(self) -> Source:
+        self._find_ragged()
+        self._states()
+        context = self.context
+        self._declare_extents(())
+        self._items(context.program.items)
+        text = self._text()
+        return Source(text, "superopt_kernel", len(self.inputs) + len(self.outputs))
+
+    # -- the frame -----------------------------------------------------------------------------
+
+    def _text(self) -> str:
+        graph, context = self.graph, self.context
+        parameters = ["char* const memory"]
+        for node, name in self.inputs.items():
+            parameters.append(f"const {element_type(node.tensor.dtype)}* const {name}")
+        for node, name in zip(graph.outputs, self.outputs, strict=True):
+            parameters.append(f"{element_type(node.tensor.dtype)}* const {name}")
+        parameters += [f"const long {context.axis_text(a.name)}" for a in graph.grid]
+        lines = [
+            f"// {self.name}: generated from the block graph {graph.digest()[:16]}",
+            *(f"//   {line}" for line in str(graph).splitlines()),
+            '#include "tile.h"',
+            "",
+            "using namespace so;",
+            "",
+            "template <bool FULL>",
+            f"SO_NOINLINE void block({', '.join(parameters)}) {{",
+            *("  " + d for d in context.declarations),
+            *context.lines,
+            "}",
+            "",
+            *self._entry(),
+            "",
+        ]
+        return "\n".join(lines)
+
+    def _entry(self) -> list[str]:
+        graph, context = self.graph, self.context
+        names = [*self.inputs.values(), *self.outputs]
+        types = [f"const {element_type(n.tensor.dtype)}*" for n in graph.inputs]
+        types += [f"{element_type(n.tensor.dtype)}*" for n in graph.outputs]
+        parameters = [
+            f"{'const ' if t.startswith('const') else ''}void* a{i}" for i, t in enumerate(types)
+        ]
+        lines = [f"SO_KERNEL superopt_kernel({', '.join(parameters)}) {{"]
+        for i, (name, type_) in enumerate(zip(names, types, strict=True)):
+            lines.append(f"  {type_} const {name} = static_cast<{type_}>(a{i});")
+        blocks = prod(a.count for a in graph.grid)
+        schedule = "dynamic, 1" if any(a.bounds for a in graph.loops) else "static"
+        if blocks > 1:
+            lines.append("#pragma omp parallel")
+        lines += ["  {", f"    char* const memory = scratch({max(context.scratch_bytes, 64)});"]
+        if blocks > 1:
+            lines.append(f"#pragma omp for schedule({schedule}) nowait")
+        lines += [f"    for (long block_index = 0; block_index < {blocks}L; ++block_index) {{"]
+        divisor = 1
+        for axis in reversed(graph.grid):
+            position = f"block_index / {divisor}" if divisor > 1 else "block_index"
+            index = context.axis_text(axis.name)
+            lines.append(f"      const long {index} = {position} % {axis.count};")
+            divisor *= axis.count
+        arguments = ", ".join(["memory", *names, *(context.axis_text(a.name) for a in graph.grid)])
+        ragged = [s for s in context.ragged if not self._loops_in(s)]
+        if ragged:
+            whole = " && ".join(
+                f"{context.offset_text(s.map)} + {s.map.tile} <= {s.extent}" for s in ragged
+            )
+            lines.append(f"      if ({whole}) block<true>({arguments});")
+            lines.append(f"      else block<false>({arguments});")
+        else:
+            lines.append(f"      block<true>({arguments});")
+        return [*lines, "    }", "  }", "}"]
+
+    # -- ragged dims ---------------------------------------------------------------------------
+
+    def _find_ragged(self) -> None:
+        found: dict[DimSource, None] = {}
+        for node in self.graph.nodes():
+            for source in self.context.program.sources[node]:
+                if source is not None and source.ragged:
+                    found.setdefault(source)
+            if node.op is tile.STORE:
+                for dim, extent in zip(node.attrs.dims, node.attrs.shape, strict=True):
+                    if dim.padded > extent:
+                        found.setdefault(DimSource(dim, extent))
+        for i, source in enumerate(found):
+            self.context.ragged[source] = f"n{i}"
+
+    def _loops_in(self, source: DimSource) -> set[str]:
+        loops = {a.name for a in self.graph.loops}
+        return {n for n, _ in source.map.axes} & loops
+
+    def _declare_extents(self, opened: tuple[str, ...]) -> list[DimSource]:
+        """Declare the extents of dims whose last axis has just been opened."""
+        declared = []
+        for source, name in self.context.ragged.items():
+            loops = self._loops_in(source)
+            if loops <= set(opened) and (not opened or opened[-1] in loops):
+                rest = f"{source.extent} - ({self.context.offset_text(source.map)})"
+                text = f"max_of(0, min_of({source.map.tile}, {rest}))"
+                if not loops:
+                    text = f"FULL ? {source.map.tile} : {text}"
+                self.context.write(f"const long {name} = {text};")
+                declared.append(source)
+        return declared
+
+    # -- states of loops -----------------------------------------------------------------------
+
+    def _states(self) -> None:
+        for node in self.graph.nodes():
+            if node.op is tile.ACCUM_RESCALED:
+                shift = node.inputs[1]
+                if shift.op is not tile.PREFIX_MAX or shift.attrs.loop != node.attrs.loop:
+                    raise CodegenError("accum_rescaled needs the prefix_max of its own loop")
+                self.factors.setdefault(shift, {})
+                if node.attrs.power not in self.factors[shift]:
+                    view = self.context.allocate(shift.shape, shift.tensor.dtype, "factor")
+                    self.factors[shift][node.attrs.power] = view
+
+    def _view(self, node: Node, stem: str, *, dense: bool = False) -> View:
+        view = self.context.views.get(node)
+        if view is None:
+            view = self.context.allocate(node.shape, node.tensor.dtype, stem, dense=dense)
+            self.context.views[node] = view
+        return view
+
+    # -- items ---------------------------------------------------------------------------------
+
+    def _items(self, items: Sequence[Item]) -> None:
+        # loads only name addresses: first, so that they do not part what can be fused
+        loads = [i for i in items if isinstance(i, Compute) and i.node.op is tile.LOAD]
+        for load in loads:
+            self._load(load.node)
+        straight: list[Node] = []
+        for item in items:
+            if isinstance(item, Loop):
+                self._straight(straight)
+                straight = []
+                self._loop(item)
+            elif item.node.op is not tile.LOAD:
+                straight.append(item.node)
+        self._straight(straight)
+
+    def _straight(self, nodes: list[Node]) -> None:
+        """Compute values between two loops, products as late as they can be: more is fused."""
+        left = dict.fromkeys(nodes)
+        while left:
+            ready = [n for n in left if not any(i in left for i in n.inputs)]
+            chosen = [n for n in ready if not self._is_product(n)] or ready[:1]
+            for node in chosen:
+                del left[node]
+                self._compute(node)
+        self.fused.flush()
+
+    def _is_product(self, node: Node) -> bool:
+        if node.op is contraction.MATMUL:
+            return node not in self.plan.merged
+        return is_accumulator(node) and node.inputs[0] in self.plan.merged
+
+    def _loop(self, loop: Loop) -> None:
+        context = self.context
+        for state in loop.states:
+            self._start(state)
+        index = context.axis_text(loop.axis.name)
+        head = f"for (long {index} = 0; {index} < {loop.axis.count}; ++{index})"
+        self.in_loops.append(loop.axis.name)
+        kept = dict(context.views)
+        with context.block(head):
+            for bound in loop.axis.bounds:
+                terms = " + ".join(f"{c}L * {context.axis_text(n)}" for n, c in bound.terms)
+                context.write(f"if (!({terms} + {bound.constant}L >= 0)) continue;")
+            declared = self._declare_extents(tuple(self.in_loops))
+            if declared:
+                whole = " && ".join(f"{context.ragged[s]} == {s.map.tile}" for s in declared)
+                with context.block(f"if (FULL && {whole})"):
+                    context.full_sources |= set(declared)
+                    self._items(loop.body)
+                    context.full_sources -= set(declared)
+                inside = set(context.views) - set(kept)
+                for node in inside:
+                    if node.op is tile.LOAD:
+                        del context.views[node]
+                with context.block("else"):
+                    self._items(loop.body)
+            else:
+                self._items(loop.body)
+        self.in_loops.pop()
+        # values of the loop's body are computed anew should another loop want them
+        for node in [n for n in context.views if n not in kept and n not in loop.states]:
+            if loop.axis.name in context.program.loops_of[node]:
+                del context.views[node]
+        self._finish(loop)
+
+    def _start(self, state: Node) -> None:
+        if state.op is tile.ACCUM_LAST:
+            if state.inputs[0].op is not tile.PREFIX_MAX and self._bounded(state.attrs.loop):
+                raise CodegenError("accum_last of a loop with bounds is not lowered")
+            self._view(state, "last")
+            return
+        view = self._view(state, "state")
+        self._fill(view, state.shape, identity(combine_kind(state), state.tensor.dtype))
+
+    def _bounded(self, loop: str) -> bool:
+        return bool(self.graph.axis(loop).bounds)
+
+    def _fill(self, view: View, shape: tuple[int, ...], value: str) -> None:
+        count = max(view.strides[0] * shape[0], 1) if shape else 1
+        self.context.write(f"fill<{view.element}>({view.pointer}, {count}L, {value});")
+
+    def _finish(self, loop: Loop) -> None:
+        for state in loop.states:
+            extents = self._full(state.shape)
+            if state.op is tile.ACCUM_RESCALED:
+                shift = state.inputs[1]
+                view = self.context.views[shift]
+                self._add(
+                    Member(
+                        "finish",
+                        state,
+                        None,
+                        self.context.views[state],
+                        extents,
+                        factors=((1, view),),
+                        old_shape=shift.shape,
+                    )
+                )
+            elif state.op is tile.ACCUM_LAST and state.inputs[0].op is tile.PREFIX_MAX:
+                shift = state.inputs[0]
+                self._add(Member("write", state, shift, self.context.views[state], extents))
+        self.fused.flush()
+
+    def _full(self, shape: tuple[int, ...]) -> tuple[Extent, ...]:
+        return tuple(Extent(d, str(d), str(d)) for d in shape)
+
+    def _add(self, member: Member) -> None:
+        if not self.fused.accepts(member):
+            self.fused.flush()
+        self.fused.members.append(member)
+
+    def _compute(self, node: Node) -> None:
+        if node.op is tile.STORE:
+            self._store(node)
+        elif node in self.plan.merged or node not in self.plan.memory:
+            return
+        elif node.op is contraction.MATMUL:
+            self.fused.flush()
+            view = self._view(node, "product")
+            Product(self.context, self.plan, node, view, accumulate=False).emit()
+        elif node.op is tile.PREFIX_MAX:
+            self._prefix(node)
+        elif is_accumulator(node):
+            self._accumulate(node)
+        elif node.op.kind is OpKind.REDUCTION:
+            extents = tuple(self.context.extents(node.inputs[0]))
+            axes = tuple(a + len(extents) for a in node.attrs.axes)
+            view = self._view(node, "total")
+            self._add(Member("reduce", node, node.inputs[0], view, extents, axes=axes))
+        elif node.op in (structural.CONCAT, structural.PAD, structural.RESHAPE):
+            self._copy(node)
+        else:
+            view = self._view(node, "tile")
+            self._add(Member("write", node, node, view, tuple(self.context.extents(node))))
+
+    def _load(self, node: Node) -> None:
+        source = node.inputs[0]
+        strides = source.tensor.element_strides
+        offsets = []
+        for dim, stride in zip(node.attrs.dims, strides, strict=True):
+            offset = self.context.offset_text(dim)
+            if offset != "0" and stride:
+                offsets.append(f"{offset} * {stride}L")
+        name = self.context.fresh("x")
+        element = element_type(node.tensor.dtype)
+        start = " + ".join([self.inputs[source], *offsets])
+        self.context.write(f"const {element}* const {name} = {start};")
+        self.context.views[node] = View(name, element, node.tensor.dtype, strides, False)
+
+    def _store(self, node: Node) -> None:
+        dims, shape = node.attrs.dims, node.attrs.shape
+        strides = contiguous_strides(shape)
+        number = self.graph.outputs.index(node)
+        offsets = []
+        extents = []
+        for dim, extent, stride in zip(dims, shape, strides, strict=True):
+            offset = self.context.offset_text(dim)
+            if offset != "0":
+                offsets.append(f"{offset} * {stride}L")
+            extents.append(self.context.extent_of(DimSource(dim, extent), dim.tile))
+        element = element_type(node.tensor.dtype)
+        pointer = " + ".join([self.outputs[number], *offsets])
+        view = View(f"({pointer})", element, node.tensor.dtype, strides, False)
+        self._add(Member("store", node, node.inputs[0], view, tuple(extents)))
+
+    def _prefix(self, node: Node) -> None:
+        factors = tuple(self.factors.get(node, {}).items())
+        extents = tuple(self.context.extents(node.inputs[0]))
+        view = self.context.views[node]
+        self._add(Member("prefix", node, node.inputs[0], view, extents, factors=factors))
+
+    def _accumulate(self, node: Node) -> None:
+        if node.op is tile.ACCUM_LAST and node.inputs[0].op is tile.PREFIX_MAX:
+            return
+        operand = node.inputs[0]
+        view = self.context.views[node]
+        extents = tuple(self.context.extents(operand))
+        factors: tuple[tuple[int, View], ...] = ()
+        shape: tuple[int, ...] = ()
+        if node.op is tile.ACCUM_RESCALED:
+            shift = node.inputs[1]
+            factors = ((node.attrs.power, self.factors[shift][node.attrs.power]),)
+            shape = shift.shape
+        if operand not in self.plan.merged:
+            member = Member("accumulate", node, operand, view, extents, (), factors, shape)
+            self._add(member)
+            return
+        if factors:
+            self._add(Member("rescale", node, None, view, extents, (), factors, shape))
+        self.fused.flush()
+        Product(self.context, self.plan, operand, view, accumulate=True).emit()
+
+    def _copy(self, node: Node) -> None:
+        """Materialize an op that moves elements in a way no view can express."""
+        self.fused.flush()
+        view = self._view(node, "tile", dense=node.op is structural.RESHAPE)
+        if node.op is structural.RESHAPE:
+            source = node.inputs[0]
+            strides = contiguous_strides(source.shape)
+            shaped = View(view.pointer, view.element, view.dtype, strides, True)
+            self._add(Member("write", node, source, shaped, self._full(source.shape)))
+        else:
+            axis = node.attrs.axis + len(node.shape)
+            start = 0
+            if node.op is structural.PAD:
+                start = node.attrs.before
+                self._fill(view, node.shape, literal(node.attrs.value, node.tensor.dtype))
+            for part in node.inputs:
+                pointer = f"({view.pointer} + {start * view.strides[axis]})"
+                place = View(pointer, view.element, view.dtype, view.strides, True)
+                extents = tuple(self.context.extents(part))
+                self._add(Member("write", node, part, place, extents))
+                self.fused.flush()
+                start += part.shape[axis]
+        self.fused.flush()
+
+
+def _word(name: str) -> str:
+    return re.sub(r"\W", "_", name)

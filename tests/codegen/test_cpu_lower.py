@@ -1,0 +1,357 @@
+"""Lowered block graphs against their meaning (superopt.ir.semantics) evaluated by PyTorch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from superopt.codegen.cpu.compile import find_compiler
+from superopt.codegen.cpu.config import CpuConfig
+from superopt.codegen.cpu.expressions import LOWER
+from superopt.codegen.cpu.kernel import Kernel, compile_many
+from superopt.codegen.cpu.lower import lower
+from superopt.codegen.errors import CodegenError
+from superopt.ir import build as b
+from superopt.ir.build import BlockBuilder, accum_rescaled, accum_sum, accumulate, finite_or_zero
+from superopt.ir.graph import Graph
+from superopt.ir.ops import contraction, elementwise, tile
+from superopt.ir.types import DType
+from superopt.verify.reference import run_reference
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+
+TORCH = {
+    DType.F64: torch.float64,
+    DType.F32: torch.float32,
+    DType.F16: torch.float16,
+    DType.BF16: torch.bfloat16,
+    DType.I64: torch.int64,
+    DType.I32: torch.int32,
+    DType.BOOL: torch.bool,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+def tensor(node, generator) -> torch.Tensor:
+    type_ = node.tensor
+    if type_.dtype is DType.BOOL:
+        dense = torch.rand(type_.shape, generator=generator) < 0.5
+    elif type_.dtype.is_integer:
+        dense = torch.randint(-5, 20, type_.shape, generator=generator, dtype=TORCH[type_.dtype])
+    else:
+        dense = torch.randn(type_.shape, generator=generator).to(TORCH[type_.dtype])
+    if type_.strides is None:
+        return dense
+    size = 1 + sum((d - 1) * s for d, s in zip(type_.shape, type_.strides, strict=True))
+    held = torch.empty(size, dtype=dense.dtype).as_strided(type_.shape, type_.strides)
+    return held.copy_(dense)
+
+
+def check(graph: Graph, folder: Path, *, tolerance: float = 2e-5, config: CpuConfig | None = None):
+    source = lower(graph, config or CpuConfig(), graph.name)
+    (kernel,) = compile_many([source], folder)
+    assert isinstance(kernel, Kernel), kernel
+    generator = torch.Generator().manual_seed(3)
+    inputs = [tensor(i, generator) for i in graph.inputs]
+    expected = run_reference(graph, inputs)
+    guard = 8
+    held, outputs = [], []
+    for node in graph.outputs:
+        dtype = TORCH[node.tensor.dtype]
+        whole = torch.full((node.tensor.elements + 2 * guard,), 77).to(dtype)
+        held.append(whole)
+        outputs.append(whole[guard : guard + node.tensor.elements].view(node.shape))
+    kernel(*(t.data_ptr() for t in inputs), *(t.data_ptr() for t in outputs))
+    for whole, got, want in zip(held, outputs, expected, strict=True):
+        assert (whole[:guard] == torch.full((), 77).to(whole.dtype)).all()
+        assert (whole[-guard:] == torch.full((), 77).to(whole.dtype)).all()
+        if want.dtype.is_floating_point:
+            exact = 1e-2 if want.dtype in (torch.bfloat16, torch.float16) else tolerance
+            torch.testing.assert_close(got, want, rtol=exact, atol=exact, equal_nan=True)
+        else:
+            assert torch.equal(got, want)
+    return source
+
+
+def attention(heads, queries, keys, width, q_tile, k_tile, *, causal=False, dtype=DType.F32):
+    q = b.input_("q", (heads, queries, width), dtype)
+    k = b.input_("k", (heads, keys, width), dtype)
+    v = b.input_("v", (heads, keys, width), dtype)
+    grid = {"h": heads, "m": -(-queries // q_tile)}
+    build = BlockBuilder("attention", grid=grid, loops={"n": -(-keys // k_tile)})
+    if causal:
+        build.bound("n", {"m": q_tile, "n": -k_tile}, q_tile - 1)
+    q, k, v = (
+        b.cast(t, DType.F32)
+        for t in (
+            build.load(q, ("h", 1), ("m", q_tile), width),
+            build.load(k, ("h", 1), ("n", k_tile), width),
+            build.load(v, ("h", 1), ("n", k_tile), width),
+        )
+    )
+    s = b.mul(b.matmul(q, b.transpose(k)), width**-0.5)
+    if causal:
+        i = b.reshape(build.index(queries, ("m", q_tile)), (1, q_tile, 1))
+        j = b.reshape(build.index(keys, ("n", k_tile)), (1, 1, k_tile))
+        s = b.where(b.le(j, i), s, float("-inf"))
+    m = accumulate(tile.PREFIX_MAX, b.reduce_max(s, -1), "n")
+    p = b.exp(b.sub(s, finite_or_zero(m)))
+    total = accum_rescaled(b.reduce_sum(p, -1), m, "n")
+    o = accum_rescaled(b.matmul(p, v), m, "n")
+    build.store(
+        b.cast(b.div(o, total), dtype), (heads, queries, width), ("h", 1), ("m", q_tile), width
+    )
+    return build.graph()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys", "width", "q_tile", "k_tile"),
+    [
+        (2, 32, 64, 16, 16, 16),
+        (1, 37, 53, 24, 16, 20),
+        (2, 5, 100, 64, 1, 33),
+        (1, 40, 40, 7, 40, 9),
+    ],
+)
+def test_attention(folder, heads, queries, keys, width, q_tile, k_tile, causal):
+    check(attention(heads, queries, keys, width, q_tile, k_tile, causal=causal), folder)
+
+
+@pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])
+def test_attention_16_bit(folder, dtype):
+    check(attention(2, 37, 70, 32, 16, 32, dtype=dtype), folder)
+
+
+def linear(rows, inner, columns, tiles, *, transposed, norm=False, strides=None):
+    m_tile, k_tile, n_tile = tiles
+    x = b.input_("x", (rows, inner), **({"strides": strides} if strides else {}))
+    shape = (columns, inner) if transposed else (inner, columns)
+    w = b.input_("w", shape)
+    grid = {"m": -(-rows // m_tile), "n": -(-columns // n_tile)}
+    build = BlockBuilder("linear", grid=grid, loops={"k": -(-inner // k_tile)})
+    xt = build.load(x, ("m", m_tile), ("k", k_tile))
+    if transposed:
+        wt = b.transpose(build.load(w, ("n", n_tile), ("k", k_tile)))
+    else:
+        wt = build.load(w, ("k", k_tile), ("n", n_tile))
+    y = accum_sum(b.matmul(xt, wt), "k")
+    if norm:
+        squares = accum_sum(b.reduce_sum(b.mul(xt, xt), -1), "k")
+        y = b.div(y, b.sqrt(b.add(b.div(squares, float(inner)), 1e-6)))
+    build.store(y, (rows, columns), ("m", m_tile), ("n", n_tile))
+    return build.graph()
+
+
+@pytest.mark.parametrize("contraction_", ["auto", "pack", "dot"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "tiles"),
+    [
+        ((16, 64, 48), (16, 16, 48)),
+        ((13, 70, 100), (8, 32, 33)),
+        ((1, 600, 40), (1, 600, 16)),
+        ((20, 1024, 17), (20, 512, 17)),
+        ((9, 33, 1), (4, 8, 1)),
+        ((16, 4096, 256), (16, 8, 256)),
+    ],
+)
+def test_linear(folder, shape, tiles, transposed, contraction_):
+    graph = linear(*shape, tiles, transposed=transposed)
+    check(graph, folder, config=CpuConfig(contraction=contraction_), tolerance=5e-4)
+
+
+def test_norm_linear(folder):
+    check(linear(7, 100, 50, (4, 32, 20), transposed=False, norm=True), folder)
+
+
+def test_strided_input(folder):
+    check(linear(6, 32, 24, (4, 16, 24), transposed=False, strides=(1, 6)), folder)
+    check(linear(6, 32, 24, (4, 16, 24), transposed=False, norm=True, strides=(70, 2)), folder)
+
+
+@pytest.mark.parametrize("extent", [48, 50])
+def test_two_loops_one_after_the_other(folder, extent):
+    x = b.input_("x", (6, extent))
+    build = BlockBuilder("normalize", grid={"m": 3}, loops={"k": 4, "j": 4})
+    first = build.load(x, ("m", 2), ("k", 13))
+    mean = b.div(accum_sum(b.reduce_sum(first, -1), "k"), float(extent))
+    second = build.load(x, ("m", 2), ("j", 13))
+    build.store(b.sub(second, mean), (6, extent), ("m", 2), ("j", 13))
+    build.store(mean, (6, 1), ("m", 2), 1)
+    check(build.graph(), folder)
+
+
+def test_second_pass_over_one_loop(folder):
+    x = b.input_("x", (6, 50))
+    build = BlockBuilder("softmax", grid={"m": 3}, loops={"k": 4})
+    t = build.load(x, ("m", 2), ("k", 13))
+    top = accumulate(tile.ACCUM_MAX, b.reduce_max(t, -1), "k")
+    e = b.exp(b.sub(t, top))
+    build.store(b.div(e, accum_sum(b.reduce_sum(e, -1), "k")), (6, 50), ("m", 2), ("k", 13))
+    check(build.graph(), folder)
+
+
+def test_nested_loops(folder):
+    x, w = b.input_("x", (10, 24)), b.input_("w", (24, 30))
+    build = BlockBuilder("nested", grid={"m": 2}, loops={"n": 4, "k": 3})
+    y = accum_sum(
+        b.matmul(build.load(x, ("m", 5), ("k", 8)), build.load(w, ("k", 8), ("n", 8))), "k"
+    )
+    build.store(y, (10, 30), ("m", 5), ("n", 8))
+    build.store(accum_sum(b.reduce_sum(b.exp(y), -1), "n"), (10, 1), ("m", 5), 1)
+    check(build.graph(), folder, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("axes", [(-1,), (-2,), (-1, -2), (-3,)])
+@pytest.mark.parametrize(
+    "op",
+    [
+        contraction.REDUCE_SUM,
+        contraction.REDUCE_MAX,
+        contraction.REDUCE_MIN,
+        contraction.REDUCE_PROD,
+    ],
+)
+def test_reductions(folder, op, axes):
+    x = b.input_("x", (4, 6, 37))
+    build = BlockBuilder("reduce", grid={"a": 2})
+    t = build.load(x, ("a", 2), 6, 37)
+    y = b.reduce(op, b.mul(t, 0.5), axes)
+    shape = [2, 6, 37]
+    for a in axes:
+        shape[a] = 1
+    build.store(y, [2 * shape[0], *shape[1:]], ("a", shape[0]), *shape[1:])
+    check(build.graph(), folder)
+
+
+@pytest.mark.parametrize("op", [tile.ACCUM_SUM, tile.ACCUM_MAX, tile.ACCUM_MIN, tile.ACCUM_PROD])
+@pytest.mark.parametrize("extent", [24, 22])
+def test_accumulators_over_the_dim_itself(folder, op, extent):
+    x = b.input_("x", (5, extent))
+    build = BlockBuilder("accumulate", grid={"m": 1}, loops={"k": 3})
+    build.store(accumulate(op, build.load(x, 5, ("k", 8)), "k"), (5, 8), 5, 8)
+    check(build.graph(), folder)
+
+
+def test_last_and_prefix(folder):
+    x = b.input_("x", (5, 22))
+    build = BlockBuilder("last", grid={"m": 1}, loops={"k": 3})
+    m = accumulate(tile.PREFIX_MAX, b.reduce_max(build.load(x, 5, ("k", 8)), -1), "k")
+    build.store(accumulate(tile.ACCUM_LAST, m, "k"), (5, 1), 5, 1)
+    check(build.graph(), folder)
+
+
+UNARY = [
+    o
+    for o in vars(elementwise).values()
+    if getattr(o, "arity", None) == 1 and o in LOWER and o.attrs_class is None
+]
+BINARY = [o for o in vars(elementwise).values() if getattr(o, "arity", None) == 2 and o in LOWER]
+BITS = {elementwise.AND, elementwise.OR, elementwise.XOR, elementwise.SHL, elementwise.SHR}
+
+
+def test_every_float_op(folder):
+    x, y = b.input_("x", (3, 37)), b.input_("y", (3, 37))
+    build = BlockBuilder("unary", grid={"m": 3})
+    s = build.load(x, ("m", 1), 37)
+    t = build.load(y, ("m", 1), 37)
+    for op in UNARY:
+        if op is not elementwise.NOT:
+            build.store(b.elementwise_op(op, s), (3, 37), ("m", 1), 37)
+    for op in BINARY:
+        if op not in BITS:
+            build.store(b.elementwise_op(op, s, t), (3, 37), ("m", 1), 37)
+    check(build.graph(), folder, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [DType.I64, DType.I32])
+def test_integer_ops(folder, dtype):
+    x, y = b.input_("x", (3, 37), dtype), b.input_("y", (3, 37), dtype)
+    build = BlockBuilder("integers", grid={"m": 3})
+    s = build.load(x, ("m", 1), 37)
+    t = b.add(b.abs_(build.load(y, ("m", 1), 37)), 1)
+    ops = [o for o in BINARY if o is not elementwise.DIV and o is not elementwise.ATAN2]
+    for op in (*ops, elementwise.NEG, elementwise.ABS, elementwise.SIGN, elementwise.NOT):
+        values = (s, t) if op.arity == 2 else (s,)
+        if op is elementwise.POW:
+            values = (s, b.remainder(t, 4)) if hasattr(b, "remainder") else (t, t)
+            continue
+        build.store(b.elementwise_op(op, *values), (3, 37), ("m", 1), 37)
+    build.store(b.reduce_sum(s, -1), (3, 1), ("m", 1), 1)
+    build.store(b.cast(s, DType.F32), (3, 37), ("m", 1), 37)
+    check(build.graph(), folder)
+
+
+def test_float64(folder):
+    x = b.input_("x", (6, 40), DType.F64)
+    w = b.input_("w", (40, 12), DType.F64)
+    build = BlockBuilder("double", grid={"m": 2}, loops={"k": 3})
+    t = build.load(x, ("m", 3), ("k", 16))
+    y = accum_sum(b.matmul(b.exp(t), build.load(w, ("k", 16), 12)), "k")
+    build.store(y, (6, 12), ("m", 3), 12)
+    check(build.graph(), folder, tolerance=1e-12)
+
+
+def test_masks_and_labels(folder):
+    x = b.input_("x", (5, 40))
+    labels = b.input_("labels", (5, 1), DType.I64)
+    keep = b.input_("keep", (5, 40), DType.BOOL)
+    build = BlockBuilder("pick", grid={"m": 5}, loops={"c": 3})
+    t = build.load(x, ("m", 1), ("c", 16))
+    at = b.eq(b.reshape(build.index(40, ("c", 16)), (1, 16)), build.load(labels, ("m", 1), 1))
+    k = build.load(keep, ("m", 1), ("c", 16))
+    picked = b.where(b.and_(at, b.not_(k)), t, 0.0)
+    build.store(accum_sum(b.reduce_sum(picked, -1), "c"), (5, 1), ("m", 1), 1)
+    build.store(b.and_(at, k), (5, 40), ("m", 1), ("c", 16))
+    check(build.graph(), folder)
+
+
+def test_moving_elements(folder):
+    x = b.input_("x", (4, 6, 10))
+    build = BlockBuilder("moves", grid={"a": 2})
+    t = build.load(x, ("a", 2), 6, 10)
+    build.store(b.exp(b.permute(t, (1, 0, 2))), (6, 4, 10), 6, ("a", 2), 10)
+    build.store(b.permute(b.exp(t), (0, 2, 1)), (4, 10, 6), ("a", 2), 10, 6)
+    build.store(b.slice_(b.mul(t, 2.0), -1, 1, 8, 3), (4, 6, 3), ("a", 2), 6, 3)
+    build.store(b.flip(t, (-1, -2)), (4, 6, 10), ("a", 2), 6, 10)
+    build.store(b.reshape(b.neg(t), (2, 60)), (4, 60), ("a", 2), 60)
+    build.store(b.concat([t, b.exp(t)], -1), (4, 6, 20), ("a", 2), 6, 20)
+    build.store(b.pad(t, -2, 1, 2, 3.0), (4, 9, 10), ("a", 2), 9, 10)
+    build.store(b.add(b.reduce_max(t, -1), t), (4, 6, 10), ("a", 2), 6, 10)
+    check(build.graph(), folder)
+
+
+def test_batched_matmul_broadcast_and_views(folder):
+    q = b.input_("q", (2, 4, 3, 16))
+    k = b.input_("k", (2, 1, 50, 16))
+    build = BlockBuilder("grouped", grid={"b": 2, "n": 3})
+    s = b.matmul(
+        build.load(q, ("b", 1), 4, 3, 16),
+        b.permute(build.load(k, ("b", 1), 1, ("n", 20), 16), (0, 1, 3, 2)),
+    )
+    build.store(s, (2, 4, 3, 50), ("b", 1), 4, 3, ("n", 20))
+    check(build.graph(), folder)
+
+
+def test_fully_masked_rows_give_zero_over_zero(folder):
+    x = b.input_("x", (3, 20))
+    build = BlockBuilder("empty", grid={"m": 1}, loops={"k": 2})
+    t = b.where(b.gt(build.load(x, 3, ("k", 10)), 1e9), 1.0, float("-inf"))
+    m = accumulate(tile.PREFIX_MAX, b.reduce_max(t, -1), "k")
+    one = b.add(b.exp(b.sub(t, finite_or_zero(m))), 1.0)
+    build.store(accum_rescaled(b.reduce_sum(one, -1), m, "k"), (3, 1), 3, 1)
+    check(build.graph(), folder)
+
+
+def test_refusals_and_completeness():
+    assert LOWER.missing() == []
+    x = b.input_("x", (3, 20))
+    build = BlockBuilder("scan", grid={"m": 1})
+    build.store(b.scan(build.load(x, 3, 20), -1, "sum"), (3, 20), 3, 20)
+    with pytest.raises(CodegenError, match="scan"):
+        lower(build.graph(), CpuConfig(), "scan")
