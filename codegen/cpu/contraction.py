@@ -96,11 +96,11 @@ class Product:
         self, left: View, right: View, extents: list[Extent], dim: int, offsets: list[str]
     ) -> None:
         if dim == len(extents) - 2:
-            matrices = [
+            a, b, c = (
                 _Matrix(v.pointer + o, v.element, v.strides[-2], v.strides[-1], v.in_scratch)
                 for v, o in zip((left, right, self.target), offsets, strict=True)
-            ]
-            self._matrix(*matrices, extents[-2], extents[-1])
+            )
+            self._matrix(a, b, c, extents[-2], extents[-1])
             return
         name = self.context.fresh("b")
         grown = []

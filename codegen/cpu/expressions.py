@@ -329,6 +329,6 @@ LOWER.refuse(
 )
 LOWER.refuse("expanded to elementwise ops before lowering", library.THREAD)
 for _op in all_ops():
-    if _op.kind in (OpKind.LIBRARY, OpKind.COMPOSITE, OpKind.GRAPH) and _op not in LOWER:
-        if _op not in LOWER.unsupported:
-            LOWER.refuse("not a primitive on tiles", _op)
+    known = _op in LOWER or _op in LOWER.unsupported
+    if _op.kind in (OpKind.LIBRARY, OpKind.COMPOSITE, OpKind.GRAPH) and not known:
+        LOWER.refuse("not a primitive on tiles", _op)

@@ -417,9 +417,9 @@ class _Row:
         source = member.source
         if source is None:
             return True
-        if source.tensor.dtype.is_integer:
-            if member.kind not in ("write", "store") or not self.plan.fits(source):
-                return False
+        moved = member.kind in ("write", "store") and self.plan.fits(source)
+        if source.tensor.dtype.is_integer and not moved:
+            return False
         loaded = source in self.context.views and source is not member.node
         return loaded or self.plan.vector[source]
 
@@ -444,7 +444,7 @@ class _Row:
         return any(p.node in leaves or p.node is member.node for p in self.pending)
 
     def _depends_on_total(self, member: Member) -> bool:
-        """True when the member reads what the current vector loop has only at its end."""
+        """Say whether the member reads what the current vector loop has only at its end."""
         leaves = self._leaves(member)
         return any(
             (p.kind == "reduce" and p.node in leaves)

@@ -57,18 +57,18 @@ _COMPARISONS = frozenset(
 
 
 def adds_ones(node: Node) -> bool:
-    """True for a reshape that only adds or drops dims of size 1."""
+    """Recognize a reshape that only adds or drops dims of size 1."""
     before = [d for d in node.inputs[0].shape if d != 1]
     return before == [d for d in node.shape if d != 1]
 
 
 def is_move(node: Node) -> bool:
-    """True for ops that only say from where an element is read."""
+    """Recognize ops that only say from where an element is read."""
     return node.op in _MOVES or (node.op is structural.RESHAPE and adds_ones(node))
 
 
 def widens(node: Node) -> bool:
-    """True for a cast of 16-bit floats to float: loads do it on the way."""
+    """Recognize a cast of 16-bit floats to float: loads do it on the way."""
     return (
         node.op is elementwise.CAST
         and node.tensor.dtype is DType.F32
@@ -113,9 +113,10 @@ class Plan:
                 if base.op is not tile.LOAD:
                     self.memory.add(base)
             users = self.users[node]
-            if len(users) == 1 and users[0].op in (tile.ACCUM_SUM, tile.ACCUM_RESCALED):
-                if node is users[0].inputs[0] and node.tensor.dtype in (DType.F32, DType.F64):
-                    self.merged[node] = users[0]
+            sums = users[0].op in (tile.ACCUM_SUM, tile.ACCUM_RESCALED) and len(users) == 1
+            wide = node.tensor.dtype in (DType.F32, DType.F64)
+            if sums and wide and node is users[0].inputs[0]:
+                self.merged[node] = users[0]
 
     def _decide(self, node: Node) -> None:
         kind = node.op.kind

@@ -78,6 +78,7 @@ SO_INLINE void store_integers(T* p, vi v, long stride = 1, long n = VL) {
 SO_INLINE vi splat_integer(int64_t x) { return broadcast_i(saturate(x)); }
 SO_INLINE vi splat_mask(bool x) { return broadcast_i(x ? -1 : 0); }
 SO_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+SO_INLINE vi abs(vi x) { return x < 0 ? -x : x; }
 SO_INLINE vi min_integers(vi a, vi b) { return a < b ? a : b; }
 SO_INLINE vi max_integers(vi a, vi b) { return a > b ? a : b; }
 
