@@ -1,9 +1,30 @@
-"""What can be tuned in a C++ kernel beside its block graph's tile sizes."""
+"""What can be tuned in a C++ kernel beside its block graph's tile sizes.
 
-from dataclasses import dataclass
-from typing import Literal, final
+In: a block graph and a target's vector width. Out: `CpuConfig`s in order of promise: the first is
+what to run untuned.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, final
+
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node, topological
+from superopt.ir.ops import contraction, structural
 
 Contraction = Literal["auto", "pack", "dot"]
+_AVX512_BYTES = 64
+_SKINNY = 16
+_TINY = 4
+_UNROLLS = (4, 2, 8)
+
+
+class VectorTarget(Protocol):
+    """What tuning asks of a target."""
+
+    @property
+    def vector_bytes(self) -> int:
+        """Width of a vector register."""
+        ...
 
 
 @final
@@ -14,7 +35,8 @@ class CpuConfig:
     `rows` x `vectors` is the register tile of products that broadcast one operand, `dot_rows` x
     `dot_columns` of those that run along the contracted dim. `contraction` decides for operands
     that are contiguous along the contracted dim: transpose them tile by tile ("pack"), run along
-    them ("dot"), or go by the shape ("auto").
+    them ("dot"), or go by the shape ("auto"). `prefetch` fetches the next iteration's weights while
+    few rows use this one's. `unroll` is the number of partial sums of a reduction along a row.
     """
 
     rows: int = 6
@@ -24,3 +46,47 @@ class CpuConfig:
     contraction: Contraction = "auto"
     prefetch: bool = True
     unroll: int = 4
+
+
+def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]:
+    """Return the configurations worth timing for `graph`, the most promising first."""
+    products = [n for n in topological(graph.outputs) if n.op is contraction.MATMUL]
+    if not products:
+        return [CpuConfig(unroll=u) for u in _UNROLLS]
+    wide = target is None or target.vector_bytes >= _AVX512_BYTES
+    rows = max(p.shape[-2] for p in products)
+    found = [_tile(r, v, wide=wide) for r, v in _register_tiles(rows, wide=wide)]
+    if any(_runs_along(p.inputs[1]) for p in products):
+        first = found[0]
+        found[1:1] = [replace(first, contraction="dot"), replace(first, contraction="pack")]
+        if wide:
+            found.append(replace(first, contraction="dot", dot_columns=6))
+    if rows <= _SKINNY:
+        found.append(replace(found[0], prefetch=False))
+    return list(dict.fromkeys(found))
+
+
+def _tile(rows: int, vectors: int, *, wide: bool) -> CpuConfig:
+    return CpuConfig(rows, vectors, dot_rows=4 if wide else 2)
+
+
+def _register_tiles(rows: int, *, wide: bool) -> list[tuple[int, int]]:
+    """Tiles whose accumulators, one row of vectors and a broadcast fit the registers."""
+    if not wide:
+        return [(6, 2), (4, 2), (2, 4)]
+    if rows <= _TINY:
+        return [(rows, 4), (rows, 6)]
+    if rows <= _SKINNY:
+        return [(8, 2), (4, 4), (6, 4)]
+    return [(6, 4), (4, 4), (5, 4), (8, 2)]
+
+
+def _runs_along(node: Node) -> bool:
+    """Say whether an operand, a transposed view, is contiguous along the contracted dim."""
+    swaps = 0
+    while node.inputs:
+        if node.op is structural.PERMUTE and node.attrs.perm[-1] != len(node.shape) - 1:
+            swaps += 1
+        node = node.inputs[0]
+    strides = node.tensor.element_strides
+    return bool(strides) and (strides[-1] == 1) == (swaps % 2 == 1)
