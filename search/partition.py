@@ -31,7 +31,7 @@ _FUSIBLE_STRUCTURAL = (
     structural.BROADCAST,
     contraction.SCAN,
 )
-_COARSE = 48
+_COARSE = 160
 Group = frozenset[Node]
 
 

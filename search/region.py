@@ -7,6 +7,7 @@ from typing import final
 from superopt.ir.graph import Graph, Level
 from superopt.ir.node import Node, make, rebuild, topological, users_of
 from superopt.ir.ops import leaf, structural
+from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import TensorType, contiguous_strides
 
 VIEWS = (structural.RESHAPE, structural.PERMUTE, structural.SLICE, structural.BROADCAST)
@@ -23,8 +24,20 @@ class Region:
 
 
 def is_leaf(node: Node) -> bool:
-    """True for constants and index sequences, which every kernel makes for itself."""
-    return node.op in (leaf.CONSTANT, leaf.IOTA)
+    """True for what every kernel makes for itself: constants, indices, and masks made of them."""
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen or current.op in (leaf.CONSTANT, leaf.IOTA):
+            continue
+        if not current.inputs:
+            return False
+        if current.op.kind is not OpKind.ELEMENTWISE and current.op not in VIEWS:
+            return False
+        seen.add(current)
+        stack += current.inputs
+    return True
 
 
 def make_region(graph: Graph, members: Iterable[Node]) -> Region:
@@ -53,15 +66,12 @@ def make_region(graph: Graph, members: Iterable[Node]) -> Region:
 
 
 def _makes(node: Node, below: Node) -> bool:
-    """True when `below` is a leaf, or a view of one, that `node` reads directly."""
-    return any(_leaf_chain(i, below) for i in node.inputs)
+    """True when `below` is a leaf under `node`, reached through leaves alone."""
+    return is_leaf(below) and any(is_leaf(i) and _under(i, below) for i in node.inputs)
 
 
-def _leaf_chain(node: Node, below: Node) -> bool:
-    chain = [node]
-    while chain[-1].op in VIEWS:
-        chain.append(chain[-1].inputs[0])
-    return is_leaf(chain[-1]) and any(n is below for n in chain)
+def _under(node: Node, below: Node) -> bool:
+    return any(n is below for n in topological([node]))
 
 
 def view_type(node: Node) -> TensorType | None:

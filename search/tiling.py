@@ -56,8 +56,7 @@ def _fastest(schedule: Schedule) -> set[Atom]:
             if stride == 1 and dim:
                 found.add(dim[-1])
     for node in schedule.region.outputs:
-        atoms = space.atoms(node)
-        found.update(atoms[-1:])
+        found.update(space.layout(node)[-1][-1:] if node.shape else ())
     return found
 
 

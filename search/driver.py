@@ -1,0 +1,366 @@
+"""The driver: from a program to the best proven program that the budget allows.
+
+It proposes algebraic variants, partitions each into kernels, tries schedules and tile sizes of every
+kernel on the clock (cheapest prediction first, then a hill climb over tile sizes), compares each
+with its library alternative, and proves the assembled program equal to the original as a whole.
+What is not proven is dropped, kernel by kernel, until the rest is.
+
+In: the lifted kernel graph, machine rates, a `Measurer`. Out: a `SearchResult`; it always holds a
+program (the original when nothing better was proven).
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, Protocol, final
+
+from superopt.ir.composite import ATTENTION
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node, topological
+from superopt.ir.ops.registry import OpKind
+from superopt.ir.semantics import expand
+from superopt.search.algebra import FUSION_RULES, apply_rules
+from superopt.search.cost import Machine
+from superopt.search.emit import block_graph, place
+from superopt.search.errors import NotFusible
+from superopt.search.indices import Atom
+from superopt.search.partition import Group, partition
+from superopt.search.region import Region, extract, make_region, substitute
+from superopt.search.schedule import Schedule, derive
+from superopt.search.tiling import best_tiles, choices
+from superopt.verify.equivalence import Verdict, verify_field
+
+
+class Measurer(Protocol):
+    """Compiles and times; the pipeline implements it with a backend."""
+
+    def kernels(self, graphs: Sequence[Graph]) -> list[float]:
+        """Return seconds per block graph; inf for one that does not compile, run or agree."""
+        ...
+
+    def programs(self, graphs: Sequence[Graph]) -> list[float]:
+        """Return seconds per kernel graph, timed against each other in turn."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One step of the search, for progress and logs."""
+
+    kind: str
+    message: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@final
+@dataclass(slots=True)
+class Statistics:
+    """What the search did."""
+
+    proposed: int = 0
+    measured: int = 0
+    rejected: int = 0
+    proven: int = 0
+    seconds: float = 0.0
+    stopped: str = "done"
+
+
+@final
+@dataclass(slots=True)
+class SearchResult:
+    """The best proven program, its verdict (None: it is the original), and how it was found."""
+
+    graph: Graph
+    verdict: Verdict | None
+    original_s: float
+    best_s: float
+    statistics: Statistics
+    notes: list[str]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A kernel that was measured for a region."""
+
+    schedule: Schedule
+    tiles: dict[Atom, int]
+    graph: Graph
+    seconds: float
+
+
+@final
+@dataclass(slots=True)
+class Driver:
+    """Search state; `run` is anytime and stops at the budget."""
+
+    original: Graph
+    machine: Machine
+    measurer: Measurer
+    budget_s: float
+    seed: int
+    on_event: Callable[[Event], None] = lambda event: None
+    statistics: Statistics = field(default_factory=Statistics)
+    started: float = field(default_factory=time.monotonic)
+    timed: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def _left(self) -> float:
+        return self.budget_s - (time.monotonic() - self.started)
+
+    def _tell(self, kind: str, message: str, **data: Any) -> None:
+        self.on_event(Event(kind, message, data))
+
+    def run(self) -> SearchResult:
+        """Search until done or out of budget; Ctrl-C ends it with the best so far."""
+        best: tuple[Graph, Verdict] | None = None
+        try:
+            best = self._search()
+        except KeyboardInterrupt:
+            self.statistics.stopped = "interrupted"
+        self.statistics.seconds = time.monotonic() - self.started
+        if best is None:
+            seconds = self.measurer.programs([self.original])[0]
+            return SearchResult(self.original, None, seconds, seconds, self.statistics, self.notes)
+        original_s, best_s = self.measurer.programs([self.original, best[0]])
+        self._tell("result", f"{original_s * 1e3:.3f} ms -> {best_s * 1e3:.3f} ms")
+        return SearchResult(best[0], best[1], original_s, best_s, self.statistics, self.notes)
+
+    def _search(self) -> tuple[Graph, Verdict] | None:
+        programs: list[Graph] = []
+        variants = self._variants()
+        for number, variant in enumerate(variants):
+            share = self._left() / (len(variants) - number) * 0.85
+            program = self._assemble(variant, time.monotonic() + share)
+            if program is not None:
+                programs.append(program)
+        if not programs:
+            return None
+        times = self.measurer.programs(programs)
+        for _, program in sorted(zip(times, programs, strict=True), key=lambda pair: pair[0]):
+            verdict = verify_field(self.original, program, seed=self.seed)
+            if verdict.equivalent:
+                self.statistics.proven += 1
+                self._tell("proven", "the program is proven equal to the original")
+                return program, verdict
+            self.statistics.rejected += 1
+            self._tell("rejected", f"a program was rejected: {verdict}")
+        return None
+
+    def _variants(self) -> list[Graph]:
+        """Algebraic variants, most promising first; duplicates dropped."""
+        plain = apply_rules(expand(self.original), FUSION_RULES)
+        found = [plain]
+        if any(n.op is ATTENTION for n in self.original.nodes()):
+            found.append(apply_rules(_expand_but(self.original), FUSION_RULES))
+        return list({g.digest(): g for g in found}.values())
+
+    def _assemble(self, variant: Graph, deadline: float) -> Graph | None:
+        """Choose a kernel or the library for every part of a variant."""
+        groups = [g for g in partition(variant, self.machine) if _worth(variant, g)]
+        self._tell("partition", f"{len(groups)} kernels to generate", kernels=len(groups))
+        replacements: dict[Node, Node] = {}
+        for number, group in enumerate(groups):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self.statistics.stopped = "budget"
+                break
+            until = time.monotonic() + left / (len(groups) - number)
+            for region, choice in self._kernels_of(variant, group, until):
+                results = place(region, choice.schedule, choice.graph, region.inputs)
+                replacements.update(zip(region.outputs, results, strict=True))
+                self.notes.append(f"{choice.graph.name}: {choice.schedule.describe()}")
+        return substitute(variant, replacements) if replacements else None
+
+    def _kernels_of(
+        self, variant: Graph, group: Group, until: float
+    ) -> list[tuple[Region, _Choice]]:
+        """Return the kernels for a group: one, or those of its parts around library calls."""
+        region = make_region(variant, group)
+        whole = self._tune(region, until)
+        if not any(n.op.kind is OpKind.CONTRACTION for n in group):
+            return [] if whole is None else [(region, whole)]
+        # the alternative: contractions in the library, what is around them fused
+        subgraph = extract(region, "part")
+        parts = []
+        for part in partition(subgraph, self.machine, fuse_contractions=False):
+            if not _worth(subgraph, part):
+                continue
+            inner = make_region(subgraph, part)
+            choice = self._tune(inner, until)
+            if choice is not None:
+                parts.append((inner, choice))
+        library = _replaced(subgraph, parts)
+        if whole is None:
+            return _moved(variant, region, parts)
+        fused = subgraph.with_outputs(
+            place(region, whole.schedule, whole.graph, subgraph.inputs)
+        )
+        custom_s, library_s = self.measurer.programs([fused, library])
+        self._tell(
+            "compared",
+            f"one kernel {custom_s * 1e3:.3f} ms, library kernels {library_s * 1e3:.3f} ms",
+        )
+        if custom_s <= library_s:
+            return [(region, whole)]
+        return _moved(variant, region, parts)
+
+    # -- tuning one kernel ---------------------------------------------------------------------
+
+    def _tune(self, region: Region, until: float) -> _Choice | None:
+        """Return the fastest kernel found for a region before `until`."""
+        schedules = derive(region)
+        ranked: list[tuple[float, Schedule, dict[Atom, int]]] = []
+        for schedule in schedules:
+            ranked += [(c, schedule, t) for c, t in best_tiles(schedule, self.machine, 12)]
+        ranked.sort(key=lambda entry: entry[0])
+        if not ranked:
+            return None
+        first = [entry for entry in ranked if entry[0] <= 2.5 * ranked[0][0]]
+        batch = _diverse(first, 6)
+        best = self._measure([(s, t) for _, s, t in batch], None)
+        random_ = random.Random(self.seed)
+        tried = {_key(s, t) for _, s, t in batch}
+        while best is not None and time.monotonic() < until:
+            near = [m for m in _neighbours(best) if _key(*m) not in tried]
+            if not near:
+                break
+            random_.shuffle(near)
+            near = near[:6]
+            tried |= {_key(*m) for m in near}
+            better = self._measure(near, best)
+            if better is best:
+                break
+            best = better
+        return best
+
+    def _measure(
+        self, candidates: Sequence[tuple[Schedule, dict[Atom, int]]], best: _Choice | None
+    ) -> _Choice | None:
+        graphs: list[tuple[Schedule, dict[Atom, int], Graph]] = []
+        for schedule, tiles in candidates:
+            self.statistics.proposed += 1
+            try:
+                graph = block_graph(schedule, tiles, "kernel")
+            except NotFusible:
+                self.statistics.rejected += 1
+                continue
+            graphs.append((schedule, tiles, graph))
+        fresh = [g for _, _, g in graphs if g.digest() not in self.timed]
+        for graph, seconds in zip(fresh, self.measurer.kernels(fresh), strict=True):
+            self.timed[graph.digest()] = seconds
+            self.statistics.measured += 1
+        for schedule, tiles, graph in graphs:
+            seconds = self.timed[graph.digest()]
+            if seconds == inf:
+                self.statistics.rejected += 1
+            elif best is None or seconds < best.seconds:
+                best = _Choice(schedule, tiles, graph, seconds)
+        if best is not None:
+            self._tell("kernel", f"best so far {best.seconds * 1e3:.3f} ms")
+        return best
+
+
+def search(
+    graph: Graph,
+    machine: Machine,
+    measurer: Measurer,
+    *,
+    budget_s: float = 120.0,
+    seed: int = 0,
+    on_event: Callable[[Event], None] | None = None,
+) -> SearchResult:
+    """Search for a faster program equal to `graph` for at most about `budget_s` seconds."""
+    driver = Driver(graph, machine, measurer, budget_s, seed, on_event or (lambda event: None))
+    return driver.run()
+
+
+def _expand_but(graph: Graph) -> Graph:
+    """Expand composites except attention, for which libraries have a kernel of their own."""
+    from superopt.ir.node import rebuild, rewrite
+
+    def step(node: Node, inputs: tuple[Node, ...]) -> Node:
+        fresh = rebuild(node, inputs)
+        if fresh.op.expand is None or fresh.op is ATTENTION:
+            return fresh
+        return fresh.op.expand(fresh.inputs, fresh.attrs)
+
+    outputs = rewrite(graph.outputs, step)
+    return graph.with_outputs(outputs)
+
+
+def _worth(graph: Graph, group: Group) -> bool:
+    """False for single library ops, which gain nothing from a kernel of their own."""
+    if len(group) > 1:
+        return True
+    (node,) = group
+    return node.op.kind in (OpKind.ELEMENTWISE, OpKind.REDUCTION, OpKind.CONTRACTION)
+
+
+def _replaced(graph: Graph, parts: Sequence[tuple[Region, _Choice]]) -> Graph:
+    replacements: dict[Node, Node] = {}
+    for region, choice in parts:
+        results = place(region, choice.schedule, choice.graph, region.inputs)
+        replacements.update(zip(region.outputs, results, strict=True))
+    return substitute(graph, replacements)
+
+
+def _moved(
+    variant: Graph, region: Region, parts: Sequence[tuple[Region, _Choice]]
+) -> list[tuple[Region, _Choice]]:
+    """Carry kernels found on an extracted region back to the graph that it came from."""
+    back: dict[Node, Node] = {}
+    subgraph = extract(region, "part")
+    back.update(zip(subgraph.inputs, region.inputs, strict=True))
+    originals = [n for n in region.body]
+    copies: dict[Node, Node] = dict(zip(region.inputs, subgraph.inputs, strict=True))
+    from superopt.ir.node import rebuild
+
+    for node in originals:
+        copies[node] = rebuild(node, tuple(copies[i] for i in node.inputs))
+        back[copies[node]] = node
+    result = []
+    for inner, choice in parts:
+        moved = Region(
+            tuple(back[n] for n in inner.inputs),
+            tuple(back[n] for n in inner.body),
+            tuple(back[n] for n in inner.outputs),
+        )
+        result.append((moved, choice))
+    return result
+
+
+def _key(schedule: Schedule, tiles: dict[Atom, int]) -> tuple[Any, ...]:
+    return (schedule.loop, tuple(sorted(tiles.items())))
+
+
+def _diverse(
+    ranked: Sequence[tuple[float, Schedule, dict[Atom, int]]], count: int
+) -> list[tuple[float, Schedule, dict[Atom, int]]]:
+    """Take the best of every schedule in turn, so that one schedule does not fill the batch."""
+    queues: dict[Atom | None, list[tuple[float, Schedule, dict[Atom, int]]]] = {}
+    for entry in ranked:
+        queues.setdefault(entry[1].loop, []).append(entry)
+    chosen = []
+    while len(chosen) < count and any(queues.values()):
+        for queue in queues.values():
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+    return chosen
+
+
+def _neighbours(best: _Choice) -> list[tuple[Schedule, dict[Atom, int]]]:
+    result = []
+    for atom, options in choices(best.schedule).items():
+        sizes = sorted({*options, best.tiles[atom]})
+        at = sizes.index(best.tiles[atom])
+        for other in sizes[max(0, at - 1) : at + 2]:
+            if other != best.tiles[atom]:
+                result.append((best.schedule, {**best.tiles, atom: other}))
+    return result
+
+
+_ = topological
