@@ -33,9 +33,13 @@ SO_NOINLINE void micro_nn(long k, const TA* a, long am, long ak, const TB* b, lo
   vf sum[MR][NV];
   const TA* row[MR];
   int lanes[NV];
+#pragma GCC unroll 32
   for (int j = 0; j < NV; ++j) lanes[j] = (int)min_of(max_of(cols - j * VL, 0), VL);
+#pragma GCC unroll 32
   for (int i = 0; i < MR; ++i) row[i] = a + (EDGE ? min_of(i, rows - 1) : i) * am;
+#pragma GCC unroll 32
   for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 32
     for (int j = 0; j < NV; ++j) {
       const float* from = c + (EDGE ? min_of(i, rows - 1) : i) * cm + j * VL;
       if (!ACCUMULATE) sum[i][j] = vf{};
@@ -58,7 +62,9 @@ SO_NOINLINE void micro_nn(long k, const TA* a, long am, long ak, const TB* b, lo
       for (int j = 0; j < NV; ++j) sum[i][j] += left * right[j];
     }
   }
+#pragma GCC unroll 32
   for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 32
     for (int j = 0; j < NV; ++j) {
       if (!EDGE) store(c + i * cm + j * VL, sum[i][j]);
       else if (i < rows) store_n(c + i * cm + j * VL, sum[i][j], lanes[j]);
@@ -124,9 +130,13 @@ SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, f
   vf sum[MR][NR];
   const TA* left[MR];
   const TB* right[NR];
+#pragma GCC unroll 32
   for (int i = 0; i < MR; ++i) left[i] = a + (EDGE ? min_of(i, rows - 1) : i) * am;
+#pragma GCC unroll 32
   for (int j = 0; j < NR; ++j) right[j] = b + (EDGE ? min_of(j, cols - 1) : j) * bn;
+#pragma GCC unroll 32
   for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 32
     for (int j = 0; j < NR; ++j) sum[i][j] = vf{};
   const long whole = k / VL * VL;
 #pragma GCC unroll 2
@@ -143,12 +153,16 @@ SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, f
   }
   if (whole < k) {
     const int lanes = (int)(k - whole);
+#pragma GCC unroll 32
     for (int j = 0; j < NR; ++j) {
       const vf r = load_n<vf>(right[j] + whole, lanes, 0.0f);
+#pragma GCC unroll 32
       for (int i = 0; i < MR; ++i) sum[i][j] += load_n<vf>(left[i] + whole, lanes, 0.0f) * r;
     }
   }
+#pragma GCC unroll 32
   for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 32
     for (int j = 0; j < NR; ++j)
       if (!EDGE || (i < rows && j < cols)) {
         const float total = hsum(sum[i][j]);
