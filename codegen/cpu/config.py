@@ -35,8 +35,8 @@ class CpuConfig:
     `rows` x `vectors` is the register tile of products that broadcast one operand, `dot_rows` x
     `dot_columns` of those that run along the contracted dim. `contraction` decides for operands
     that are contiguous along the contracted dim: transpose them tile by tile ("pack"), run along
-    them ("dot"), or go by the shape ("auto"). `prefetch` fetches the next iteration's weights while
-    few rows use this one's. `unroll` is the number of partial sums of a reduction along a row.
+    them ("dot"), or go by the shape ("auto"). Weights that few rows use are read `stream_rows` rows
+    at a time, the next ones being fetched meanwhile (`prefetch`). `unroll` is the number of partial sums of a reduction along a row.
     """
 
     rows: int = 6
@@ -45,6 +45,7 @@ class CpuConfig:
     dot_columns: int = 4
     contraction: Contraction = "auto"
     prefetch: bool = True
+    stream_rows: int = 8
     unroll: int = 4
 
 
@@ -62,7 +63,7 @@ def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]
         if wide:
             found.append(replace(first, contraction="dot", dot_columns=6))
     if rows <= _SKINNY:
-        found.append(replace(found[0], prefetch=False))
+        found += [replace(found[0], stream_rows=16), replace(found[0], prefetch=False)]
     return list(dict.fromkeys(found))
 
 

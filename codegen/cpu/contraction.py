@@ -178,18 +178,20 @@ class Product:
         parts = -(-m.full // config.rows)
         rows = -(-m.full // parts)
         vectors = f"(int)min_of({config.vectors}, ({n.full} + VL - 1) / VL)"
-        stream = (
-            config.prefetch
-            and not b.in_scratch
-            and m.full <= _STREAM_ROWS
-            and n.full >= 2 * _MANY_COLUMNS
+        head = f"{rows}, {vectors}, {_flag(self.accumulate)}, {m.static}, {n.static}"
+        tail = (
+            f"({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {a.column}L, {b.text}, "
+            f"{b.row}L, {c.text}, {c.row}L);"
         )
-        flags = f"{_flag(self.accumulate)}, {m.static}, {n.static}, {_flag(stream)}"
-        distance = f", {vectors} * VL, {vectors} * VL, {k.full * b.row}L" if stream else ""
-        self.context.write(
-            f"gemm_nn<{rows}, {vectors}, {flags}>({m.text}, {n.text}, {k.text}, {a.text}, "
-            f"{a.row}L, {a.column}L, {b.text}, {b.row}L, {c.text}, {c.row}L{distance});"
-        )
+        if self._streams(b, m, n):
+            call = f"gemm_stream<{head}, {config.stream_rows}, {_flag(config.prefetch)}>"
+        else:
+            call = f"gemm_nn<{head}>"
+        self.context.write(call + tail)
+
+    def _streams(self, b: _Matrix, m: Extent, n: Extent) -> bool:
+        few = m.full <= _STREAM_ROWS
+        return few and not b.in_scratch and n.full >= 2 * _MANY_COLUMNS
 
     def _dot(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent) -> None:
         config = self.context.config

@@ -123,6 +123,21 @@ SO_INLINE void gemm_nn(long m, long n, long k, const TA* a, long am, long ak, co
   }
 }
 
+// The same for B that is read once, from memory: few rows of A, many columns. B's rows are walked
+// KB at a time from end to end, so that memory sees a few long streams; C waits in the second cache
+// meanwhile. Walking down narrow column strips instead costs a page walk per row (2x slower for
+// 16x4096 @ 4096x4096 on Cascade Lake).
+template <int MR, int NV, bool ACCUMULATE, int M, int N, int KB, bool PREFETCH, class TA, class TB>
+SO_INLINE void gemm_stream(long m, long n, long k, const TA* a, long am, long ak, const TB* b,
+                           long bk, float* c, long cm) {
+  const long first = min_of(KB, k), ahead = KB * bk;
+  gemm_nn<MR, NV, ACCUMULATE, M, N, PREFETCH>(m, n, first, a, am, ak, b, bk, c, cm, NV * VL,
+                                              NV * VL, ahead);
+  for (long x = first; x < k; x += KB)
+    gemm_nn<MR, NV, true, M, N, PREFETCH>(m, n, min_of(KB, k - x), a + x * ak, am, ak, b + x * bk,
+                                          bk, c, cm, NV * VL, NV * VL, ahead);
+}
+
 // MR rows of A against NR rows of B, both contiguous along k. EDGE as in micro_nn, for both.
 template <int MR, int NR, bool EDGE, bool ACCUMULATE, class TA, class TB>
 SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, float* c, long cm,
