@@ -1,165 +1,422 @@
-"""Run a plan's kernel graph: straight-line generated Python around compiled kernels.
+"""The runtime: a kernel graph with compiled kernels becomes straight-line Python.
 
-In: a kernel graph and a compiled kernel per block graph. Out: a function from input tensors to output
-tensors. Views of tensors become addresses, never copies, where the layout allows; library nodes
-run through their PyTorch meaning. The function keeps no state, so threads may share it.
+In: a kernel graph, one callable per block graph in it, the strides of its inputs, and how eager PyTorch laid
+out the results. Out: a `Program`: generated Python, kept as readable text, that takes and returns
+tensors. Kernels get addresses; views are resolved to offsets and strides while the text is written, so
+that they cost nothing when it runs, and a copy is made only where a layout cannot be expressed.
+
+Invariant: a program holds no state between calls but a pool of scratch buffers, taken and given
+back by single list operations, so that it is re-entrant.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final, final
 
 import torch
 
-from superopt.ir.errors import GraphError
+from superopt.errors import PlanError
 from superopt.ir.graph import Graph
-from superopt.ir.node import Node, topological, users_of
+from superopt.ir.node import Node, make, rebuild, topological
 from superopt.ir.ops import leaf, library, structural
-from superopt.search.region import VIEWS, view_type
+from superopt.ir.ops.registry import OpKind
+from superopt.ir.types import TensorType
+from superopt.plan import OutputSpec
 from superopt.verify.reference import DTYPES, TORCH, TorchDomain
 
-Tensors = Sequence[torch.Tensor]
-KernelCall = Callable[..., None]
+VIEWS: Final = (structural.RESHAPE, structural.PERMUTE, structural.SLICE, structural.BROADCAST)
+_ALIGNMENT: Final = 64
+_FOLD_LIMIT_BYTES: Final = 64 << 20
+_PLAIN_CALLS: Final = {"matmul": "torch.matmul"}
 
 
-def build(graph: Graph, kernels: Mapping[str, KernelCall]) -> Callable[..., tuple[Any, ...]]:
-    """Return `run(*tensors) -> tuple of tensors` for a kernel graph.
+@final
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A runnable program and the Python text that it is made of."""
+
+    source: str
+    run: Callable[..., tuple[torch.Tensor, ...]] = field(repr=False)
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run on the graph's inputs in order."""
+        return self.run(*tensors)
+
+
+def build_program(
+    graph: Graph,
+    kernels: Mapping[str, Callable[..., None]],
+    *,
+    strides: Sequence[tuple[int, ...]] | None = None,
+    outputs: Sequence[OutputSpec] | None = None,
+    writes: Mapping[int, int] | None = None,
+) -> Program:
+    """Write and compile the program of `graph`.
 
     Args:
-        graph: input tensors must lie as the graph's input types say.
-        kernels: block graph digest -> function of input and output addresses.
+        graph: kernel level; its custom nodes are looked up in `kernels` by their block graph's digest.
+        kernels: entry points that take addresses, inputs before outputs.
+        strides: of the inputs as they will come (None: as the graph's input types say).
+        outputs: how the results are to lie in memory (None: as it comes).
+        writes: output index -> index of the input that it is copied into after all is computed.
     """
-    source, names = _Writer(graph, kernels).write()
-    scope: dict[str, Any] = dict(names)
-    exec(compile(source, f"<plan {graph.name}>", "exec"), scope)
-    function: Callable[..., tuple[Any, ...]] = scope["run"]
-    function.__doc__ = source
-    return function
+    return _Writer(graph, kernels, strides, outputs, dict(writes or {})).program()
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a node's value is: a view, described by a tensor without data, of a base."""
+
+    base: Node
+    view: torch.Tensor
+
+
+@final
 class _Writer:
-    def __init__(self, graph: Graph, kernels: Mapping[str, KernelCall]) -> None:
+    """Writes the text of one program."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        kernels: Mapping[str, Callable[..., None]],
+        strides: Sequence[tuple[int, ...]] | None,
+        outputs: Sequence[OutputSpec] | None,
+        writes: dict[int, int],
+    ) -> None:
         self.graph = graph
         self.kernels = kernels
-        self.scope: dict[str, Any] = {"empty": torch.empty}
+        self.outputs = outputs
+        self.writes = writes
         self.lines: list[str] = []
+        self.values: dict[str, Any] = {"torch": torch, "empty": torch.empty}
         self.names: dict[Node, str] = {}
-        self.results: dict[Node, list[str]] = {}
-        self.users = users_of(graph.outputs)
+        self.places: dict[Node, _Place] = {}
+        self.addresses: dict[Node, str] = {}
+        self.folded: dict[Node, torch.Tensor] = {}
+        self.tensors: dict[Node, str] = {}
+        self.workspace = 0
         self.domain = TorchDomain()
+        self.pointer_only: set[Node] = set()
+        for i, node in enumerate(graph.inputs):
+            lies = node.tensor.element_strides if strides is None else strides[i]
+            self.names[node] = f"x{i}"
+            self._materialized(node, _meta(node, lies))
 
-    def write(self) -> tuple[str, dict[str, Any]]:
-        for position, node in enumerate(self.graph.inputs):
-            self.names[node] = f"a{position}"
-        for node in topological(self.graph.outputs):
-            # views and projections are made where they are read; kernels and library calls here
-            if node.op is library.CUSTOM:
-                self._kernel(node)
-        outputs = ", ".join(self._tensor(o) for o in self.graph.outputs)
+    # -- the whole -----------------------------------------------------------------------------
+
+    def program(self) -> Program:
+        """Write all nodes, the results, and compile the text."""
+        order = [n for n in topological(self.graph.outputs) if n.op is not leaf.INPUT]
+        self._fold(order)
+        self.pointer_only = self._only_kernels_read(order)
+        for node in order:
+            if node not in self.folded:
+                self._node(node)
+        results = self._results()
         arguments = ", ".join(self.names[i] for i in self.graph.inputs)
-        body = "\n".join(f"    {line}" for line in self.lines)
-        return f"def run({arguments}):\n{body}\n    return ({outputs},)\n", self.scope
+        head = [f"def program({arguments}):"]
+        tail = [*results]
+        if self.workspace:
+            head += [
+                "    work = pool.pop() if pool else empty(work_bytes, dtype=torch.uint8)",
+                "    w = work.data_ptr()",
+            ]
+            tail.insert(len(tail) - 1, "pool.append(work)")
+            self.values["pool"] = []
+            self.values["work_bytes"] = self.workspace
+        text = "\n".join([*head, *(f"    {line}" for line in [*self.lines, *tail])]) + "\n"
+        # the text is made here, of numbers and names of our own: nothing of it comes from a file
+        exec(compile(text, f"<superopt {self.graph.name}>", "exec"), self.values)
+        return Program(text, self.values["program"])
 
-    def _bind(self, prefix: str, value: Any) -> str:
-        name = f"{prefix}{len(self.scope)}"
-        self.scope[name] = value
-        return name
+    def _fold(self, order: Sequence[Node]) -> None:
+        """Compute what depends on no input once, now."""
+        for node in order:
+            if node.op.kind is OpKind.GRAPH or node.op is library.OPAQUE:
+                continue
+            if any(i not in self.folded for i in node.inputs) or node.op is leaf.ITEM:
+                continue
+            if node.op not in VIEWS and node.tensor.size_bytes > _FOLD_LIMIT_BYTES:
+                continue
+            args = [self.folded[i] for i in node.inputs]
+            value = TORCH[node.op](node, args, self.domain)
+            self.folded[node] = value
+            if not isinstance(value, torch.Tensor):
+                continue
+            self.names[node] = f"c{len(self.folded)}"
+            self._materialized(node, _meta(node, value.stride()))
+
+    def _only_kernels_read(self, order: Sequence[Node]) -> set[Node]:
+        """Return kernel results that need no tensor object: only kernels read them."""
+        outputs = set(self.graph.outputs)
+        wanted = set(outputs)
+        for node in reversed(order):
+            if node.op.kind is OpKind.GRAPH:
+                continue
+            if node.op in VIEWS:
+                if node in wanted:
+                    wanted.update(node.inputs)
+                continue
+            if node.op is leaf.ITEM and node.inputs[0].op.kind is OpKind.GRAPH:
+                continue
+            wanted.update(node.inputs)
+        return {n for n in order if n not in wanted}
+
+    # -- nodes ---------------------------------------------------------------------------------
+
+    def _node(self, node: Node) -> None:
+        if node.op.kind is OpKind.GRAPH:
+            self._kernel(node)
+        elif node.op in VIEWS:
+            self._view(node)
+        elif node.op is leaf.ITEM:
+            if node.inputs[0].op.kind is not OpKind.GRAPH:
+                self._result(node, f"{self.names[node.inputs[0]]}[{node.attrs.index}]")
+        else:
+            self._library(node)
+
+    def _result(self, node: Node, expression: str, *, dense: bool = False) -> None:
+        name = self.names.setdefault(node, f"t{len(self.names)}")
+        if not dense:
+            expression = f"{expression}.contiguous()"
+        self.lines.append(f"{name} = {expression}")
+        self._materialized(node, _meta(node, None))
+
+    def _materialized(self, node: Node, view: torch.Tensor) -> None:
+        self.places[node] = _Place(node, view)
+
+    def _library(self, node: Node) -> None:
+        args = [self._tensor(i) for i in node.inputs]
+        if node.op.name in _PLAIN_CALLS and node.tensor.dtype.is_float:
+            self._result(node, f"{_PLAIN_CALLS[node.op.name]}({', '.join(args)})")
+            return
+        number = len(self.values)
+        rule, record = f"{node.op.name}_{number}", f"node_{number}"
+        self.values[rule] = TORCH[node.op]
+        self.values[record] = node
+        self.values["domain"] = self.domain
+        call = f"{rule}({record}, [{', '.join(args)}], domain)"
+        if hasattr(node.type, "items"):
+            self.names[node] = f"t{len(self.names)}"
+            self.lines.append(f"{self.names[node]} = {call}")
+            return
+        self._result(node, call)
+
+    def _view(self, node: Node) -> None:
+        source = node.inputs[0]
+        place = self.places[source]
+        view = _apply_view(node, place.view)
+        if view is None:
+            self._result(node, f"{self._tensor(source)}.reshape({node.shape})", dense=True)
+            return
+        self.places[node] = _Place(place.base, view)
+
+    def _kernel(self, node: Node) -> None:
+        block: Graph = node.attrs.graph
+        entry = self.kernels.get(block.digest())
+        if entry is None:
+            raise PlanError(f"no kernel for the block graph {block.name}: optimize again")
+        results = self._kernel_results(node, block)
+        arguments = [
+            self._pointer(operand, wanted)
+            for operand, wanted in zip(node.inputs, block.inputs, strict=True)
+        ]
+        name = f"{_word(block.name)}_{len(self.values)}"
+        self.values[name] = entry
+        self.lines.append(f"{name}({', '.join([*arguments, *results])})")
+
+    def _kernel_results(self, node: Node, block: Graph) -> list[str]:
+        """Make room for the results; return their addresses."""
+        single = len(block.outputs) == 1
+        items: dict[int, Node] = {0: node} if single else {}
+        if not single:
+            for user in topological(self.graph.outputs):
+                if user.op is leaf.ITEM and user.inputs[0] is node:
+                    items[user.attrs.index] = user
+        addresses = []
+        for i, output in enumerate(block.outputs):
+            result = items.get(i)
+            if result is None or result in self.pointer_only:
+                addresses.append(self._scratch(output.tensor.size_bytes))
+                if result is not None:
+                    self.addresses[result] = addresses[-1]
+                    self._materialized(result, _meta(result, None))
+                continue
+            self._allocate(result)
+            addresses.append(self._address(result))
+        return addresses
+
+    def _allocate(self, node: Node) -> None:
+        dtype = f"dtype_{node.tensor.dtype.value}"
+        self.values[dtype] = DTYPES[node.tensor.dtype]
+        self._result(node, f"empty({node.shape}, dtype={dtype})", dense=True)
+
+    def _scratch(self, size_bytes: int) -> str:
+        offset = self.workspace
+        self.workspace += -(-max(size_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
+        return f"w + {offset}" if offset else "w"
+
+    # -- operands ------------------------------------------------------------------------------
+
+    def _address(self, base: Node) -> str:
+        """Return the address of a base, read once per call."""
+        if base not in self.addresses:
+            if base in self.folded:
+                value = self.folded[base]
+                self.values[f"hold_{self.names[base]}"] = value
+                self.addresses[base] = str(value.data_ptr())
+            else:
+                name = f"{self.names[base]}_at"
+                self.lines.append(f"{name} = {self.names[base]}.data_ptr()")
+                self.addresses[base] = name
+        return self.addresses[base]
+
+    def _pointer(self, operand: Node, wanted: Node) -> str:
+        place = self.places[operand]
+        strides = wanted.tensor.element_strides
+        if _same_strides(place.view, strides):
+            offset = place.view.storage_offset() * place.view.element_size()
+            address = self._address(place.base)
+            return f"{address} + {offset}" if offset else address
+        name = f"t{len(self.values)}_copy"
+        self.values.setdefault("restride", restride)
+        self.values[name] = None
+        self.lines.append(f"{name} = restride({self._tensor(operand)}, {strides})")
+        return f"{name}.data_ptr()"
 
     def _tensor(self, node: Node) -> str:
-        """Return an expression for the tensor of `node`, computing it first where needed."""
-        if node in self.names:
+        """Return the name of a tensor object for `node`, made if there is none yet."""
+        if node in self.tensors:
+            return self.tensors[node]
+        place = self.places.get(node)
+        if place is None:
             return self.names[node]
-        if node.op is library.CUSTOM:
-            return self._kernel(node)[0]
-        if node.op is leaf.ITEM and node.inputs[0].op is library.CUSTOM:
-            return self._kernel(node.inputs[0])[node.attrs.index]
-        arguments = "".join(f"{self._tensor(i)}, " for i in node.inputs)
-        name = f"v{len(self.names)}"
-        if node.op in VIEWS:
-            self.lines.append(f"{name} = {self._view(node)}")
-        else:
-            rule = self._bind("library", _library_call(node, self.domain))
-            self.lines.append(f"{name} = {rule}(({arguments}))")
-        self.names[node] = name
+        if node in self.folded:
+            self.values[self.names[node]] = self.folded[node]
+        name = self.names.get(node)
+        if place.base is not node:
+            base = self._tensor(place.base)
+            start = place.view.storage_offset()
+            origin = f"{base}.storage_offset() + " if place.base.op is leaf.INPUT else ""
+            if origin and start == 0:
+                origin, offset = f"{base}.storage_offset()", ""
+            else:
+                offset = str(start)
+            name = f"t{len(self.tensors)}_view"
+            self.lines.append(
+                f"{name} = {base}.as_strided({tuple(place.view.shape)}, "
+                f"{place.view.stride()}, {origin}{offset})"
+            )
+        elif node in self.pointer_only:
+            raise AssertionError(f"{node} was planned as scratch memory, but a tensor is needed")
+        assert name is not None, node
+        self.tensors[node] = name
         return name
 
-    def _view(self, node: Node) -> str:
-        x = self._tensor(node.inputs[0])
-        if node.op is structural.RESHAPE:
-            return f"{x}.reshape({node.attrs.shape!r})"
-        if node.op is structural.PERMUTE:
-            return f"{x}.permute({node.attrs.perm!r})"
-        if node.op is structural.BROADCAST:
-            return f"{x}.expand({node.attrs.shape!r})"
-        a = node.attrs
-        axis = len(node.shape) + a.axis
-        index = ", ".join([":"] * axis + [f"{a.start}:{a.stop}:{a.step}"])
-        return f"{x}[{index}]"
+    # -- results -------------------------------------------------------------------------------
 
-    def _kernel(self, node: Node) -> list[str]:
-        if node in self.results:
-            return self.results[node]
-        digest = node.attrs.graph.digest()
-        if digest not in self.kernels:
-            raise GraphError(f"no compiled kernel for block graph {node.attrs.graph.name}")
-        addresses = [self._address(i) for i in node.inputs]
-        outputs = []
-        for index, output in enumerate(node.attrs.graph.outputs):
-            name = f"o{len(self.results)}_{index}"
-            shape, viewed = self._final_shape(node, index)
-            dtype = self._bind("dtype", DTYPES[output.tensor.dtype])
-            self.lines.append(f"{name} = empty({shape!r}, dtype={dtype})")
-            if viewed is not None:
-                self.names[viewed] = name
-            outputs.append(name)
-        kernel = self._bind("kernel", self.kernels[digest])
-        pointers = ", ".join([*addresses, *(f"{o}.data_ptr()" for o in outputs)])
-        self.lines.append(f"{kernel}({pointers})")
-        self.results[node] = outputs
-        return outputs
+    def _results(self) -> list[str]:
+        """Give the results the layout and the aliasing that eager PyTorch gives them."""
+        names: list[str] = []
+        fresh: set[Node] = set()
+        returned: list[str] = []
+        for i, node in enumerate(self.graph.outputs):
+            name = self._tensor(node)
+            if i in self.writes:
+                names.append(name)
+                continue
+            spec = self.outputs[len(returned)] if self.outputs is not None else None
+            if spec is None:
+                names.append(name)
+                returned.append(name)
+                continue
+            name = self._as_eager(node, name, spec, returned, fresh)
+            names.append(name)
+            returned.append(name)
+        copies = [f"x{target}.copy_({names[i]})" for i, target in self.writes.items()]
+        comma = "," if len(returned) == 1 else ""
+        return [*copies, f"return ({', '.join(returned)}{comma})"]
 
-    def _final_shape(self, node: Node, index: int) -> tuple[tuple[int, ...], Node | None]:
-        """Allocate a result in the shape in which it is read, when that is the only one."""
-        result = node
-        if len(node.attrs.graph.outputs) > 1:
-            items = [u for u in self.users[node] if u.attrs.index == index]
-            if not items:
-                return node.attrs.graph.outputs[index].shape, None
-            result = items[0]
-        users = self.users[result]
-        if len(users) == 1 and users[0].op is structural.RESHAPE and (
-            result not in self.graph.outputs
-        ):
-            return users[0].shape, users[0]
-        return result.shape, None
+    def _as_eager(
+        self, node: Node, name: str, spec: OutputSpec, earlier: list[str], fresh: set[Node]
+    ) -> str:
+        kind, _, index = spec.base.partition(":")
+        if kind != "fresh":
+            base = f"x{index}" if kind == "input" else earlier[int(index)]
+            if spec.same:
+                return base
+            view = f"{base}.storage_offset() + {spec.offset}"
+            return self._line(f"{base}.as_strided({spec.shape}, {spec.strides}, {view})")
+        place = self.places[node]
+        own = place.base.op is not leaf.INPUT and place.base not in self.folded
+        if own and place.base not in fresh and _same_strides(place.view, spec.strides):
+            fresh.add(place.base)
+            return name
+        self.values.setdefault("restride", restride)
+        return self._line(f"restride({name}, {spec.strides})")
 
-    def _address(self, node: Node) -> str:
-        """Return an expression for the address of the first element of a kernel operand."""
-        lies = view_type(node)
-        base, offset = node, 0
-        if lies is not None:
-            while base.op in VIEWS:
-                if base.op is structural.SLICE:
-                    inner = view_type(base.inputs[0])
-                    assert inner is not None, "a view of something that is not a view"
-                    axis = len(base.shape) + base.attrs.axis
-                    offset += base.attrs.start * inner.element_strides[axis]
-                if base in self.names:
-                    # allocated in this shape: it is dense
-                    break
-                base = base.inputs[0]
-        name = self._tensor(base)
-        if base.op is not leaf.INPUT and base.op is not library.CUSTOM:
-            dense = f"{name}c"
-            self.lines.append(f"{dense} = {name}.contiguous()")
-            name = dense
-        shift = f" + {offset * base.tensor.dtype.size_bytes}" if offset else ""
-        return f"{name}.data_ptr(){shift}"
+    def _line(self, expression: str) -> str:
+        name = f"r{len(self.lines)}"
+        self.lines.append(f"{name} = {expression}")
+        return name
 
 
-def _library_call(node: Node, domain: TorchDomain) -> Callable[[Sequence[Any]], Any]:
-    rule = TORCH[node.op]
+def with_layouts(graph: Graph, tensors: Sequence[torch.Tensor]) -> Graph:
+    """Return `graph` with its inputs lying in memory as the tensors do."""
+    new: dict[Node, Node] = {}
+    for node, given in zip(graph.inputs, tensors, strict=True):
+        type_ = TensorType(node.shape, node.tensor.dtype, tuple(given.stride()))
+        new[node] = make(leaf.INPUT, (), leaf.InputAttrs(node.attrs.name, type_))
+    for node in topological(graph.outputs):
+        if node not in new:
+            new[node] = rebuild(node, tuple(new[i] for i in node.inputs))
+    inputs = tuple(new[i] for i in graph.inputs)
+    return Graph(graph.level, graph.name, inputs, tuple(new[o] for o in graph.outputs))
 
-    def call(arguments: Sequence[Any]) -> Any:
-        return rule(node, arguments, domain)
 
-    return call
+def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """Return a copy of `tensor` with these strides (0: the elements along that dim are the same)."""
+    shape = tuple(tensor.shape)
+    spread = [d for d, (n, s) in enumerate(zip(shape, strides, strict=True)) if s == 0 and n > 1]
+    for dim in spread:
+        tensor = tensor.narrow(dim, 0, 1)
+    made = torch.empty_strided(
+        tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
+    ).copy_(tensor)
+    return made.expand(shape) if spread else made
+
+
+def _meta(node: Node, strides: Sequence[int] | None) -> torch.Tensor:
+    dtype = DTYPES[node.tensor.dtype]
+    if strides is None:
+        return torch.empty(node.shape, dtype=dtype, device="meta")
+    return torch.empty_strided(node.shape, tuple(strides), dtype=dtype, device="meta")
+
+
+def _apply_view(node: Node, source: torch.Tensor) -> torch.Tensor | None:
+    """Apply a view op to a tensor without data; None when it cannot be a view."""
+    attrs = node.attrs
+    if node.op is structural.PERMUTE:
+        return source.permute(attrs.perm)
+    if node.op is structural.BROADCAST:
+        return source.expand(attrs.shape)
+    if node.op is structural.SLICE:
+        rest = (slice(None),) * (-1 - attrs.axis)
+        return source[(..., slice(attrs.start, attrs.stop, attrs.step), *rest)]
+    try:
+        return source.view(attrs.shape)
+    except RuntimeError:
+        return None
+
+
+def _same_strides(view: torch.Tensor, strides: Sequence[int]) -> bool:
+    """Compare strides where they matter: along dims of more than one element."""
+    if view.numel() == 0:
+        return True
+    pairs = zip(view.shape, view.stride(), strides, strict=True)
+    return all(n == 1 or a == b for n, a, b in pairs)
+
+
+def _word(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)

@@ -1,0 +1,121 @@
+"""The cache folder: plans by key, compiled kernels by content, rates of the machine.
+
+In: keys and sealed text. Out: the text, or None when it is absent or damaged. Invariants: a file appears
+by one atomic rename, so that a reader sees all of it or nothing, however many processes write and
+whenever one is killed; what does not match its seal is treated as absent, removed, and made again.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+from platformdirs import user_cache_path
+
+from superopt.errors import PlanError
+from superopt.plan import Plan
+
+logger = logging.getLogger("superopt")
+
+FOLDER_VARIABLE: Final = "SUPEROPT_CACHE_DIR"
+
+
+def default_folder() -> Path:
+    """Return the user's cache folder."""
+    return user_cache_path("superopt")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def key_of(*parts: Any) -> str:
+    """Return the key of an entry: a digest of everything that decides its content."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stored file, for listings."""
+
+    path: Path
+    kind: str
+    size_bytes: int
+    modified_s: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """One cache folder."""
+
+    folder: Path
+
+    @property
+    def kernels(self) -> Path:
+        """Where compiled kernels are kept."""
+        return self.folder / "kernels"
+
+    def _path(self, kind: str, key: str) -> Path:
+        return self.folder / kind / key[:2] / f"{key}.json"
+
+    def load_plan(self, key: str) -> Plan | None:
+        """Return the plan under `key`; None when there is none or it is damaged."""
+        path = self._path("plans", key)
+        try:
+            return Plan.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError, PlanError) as error:
+            logger.warning("cache entry %s is made again: %s", path, error)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+
+    def save_plan(self, key: str, plan: Plan) -> None:
+        """Store a plan; a full or read-only disk costs the entry, not the program."""
+        try:
+            write_atomically(self._path("plans", key), plan.to_json())
+        except OSError as error:
+            logger.warning("the plan is not cached: %s", error)
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield all stored files, oldest first."""
+        found = []
+        for path in self.folder.rglob("*") if self.folder.is_dir() else ():
+            with contextlib.suppress(OSError):
+                if path.is_file():
+                    status = path.stat()
+                    kind = {".so": "kernel", ".cpp": "refused source"}.get(path.suffix, "plan")
+                    kind = "machine" if path.name.startswith("machine-") else kind
+                    found.append(Entry(path, kind, status.st_size, status.st_mtime))
+        yield from sorted(found, key=lambda e: (e.modified_s, str(e.path)))
+
+    def clear(self) -> int:
+        """Remove what superopt stored here; return how many files there were."""
+        count = sum(1 for _ in self.entries())
+        for name in ("plans", "kernels"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for path in self.folder.glob("machine-*.json"):
+            path.unlink(missing_ok=True)
+        return count

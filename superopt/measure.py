@@ -1,0 +1,248 @@
+"""The clock: compiles candidates and times them against each other.
+
+In: block graphs and kernel graphs that the search proposes. Out: seconds, infinity for what does not
+compile, run, or agree with its own meaning. Compilation is parallel; timing is alone, interleaved,
+and by medians, so that a slow moment of the machine meets every candidate alike.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from statistics import median
+from typing import Final, final
+
+import torch
+
+from superopt.backends import Backend, Entry
+from superopt.codegen.errors import CodegenError
+from superopt.ir.errors import SuperoptError
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node, topological
+from superopt.ir.ops.registry import OpKind
+from superopt.ir.types import TensorType
+from superopt.plan import KernelSource
+from superopt.runtime import Program, build_program, restride
+from superopt.verify.reference import DTYPES, run_reference
+
+logger = logging.getLogger("superopt")
+
+_SAMPLE_S: Final = 3e-4
+_ROUNDS: Final = 9
+_HOPELESS: Final = 1.6
+_TOLERANCE: Final = 2e-2
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One kernel that runs here, with the source that it came from and its time."""
+
+    source: KernelSource
+    entry: Entry
+    seconds: float
+
+
+def interleaved(
+    calls: Sequence[Callable[[], object]], *, limit_s: float = 1.0, rounds: int = _ROUNDS
+) -> list[float]:
+    """Return the median seconds of each call, all called in turn; hopeless ones are dropped early."""
+    repeats: list[int] = []
+    samples: list[list[float]] = []
+    for call in calls:
+        call()
+        once = _timed(call, 1)
+        repeats.append(max(1, int(_SAMPLE_S / max(once, 1e-7))))
+        samples.append([once])
+    alive = list(range(len(calls)))
+    end = time.perf_counter() + limit_s
+    for number in range(rounds):
+        for i in alive:
+            samples[i].append(_timed(calls[i], repeats[i]))
+        best = min(median(s) for s in samples)
+        if number >= 1:
+            alive = [i for i in alive if median(samples[i]) <= _HOPELESS * best]
+        if time.perf_counter() > end and number >= 2:
+            break
+    return [median(s[1:]) if len(s) > 1 else s[0] for s in samples]
+
+
+def _timed(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+@final
+@dataclass(slots=True)
+class Clock:
+    """The search's measurer: compiles with one backend, times on this machine.
+
+    `inputs` are the caller's own tensors for programs over the original graph's inputs; other graphs
+    get random ones, for which every kernel's result is compared with the reference executor.
+    """
+
+    backend: Backend
+    inputs: Mapping[Node, torch.Tensor]
+    seed: int = 0
+    compiled: dict[str, Compiled] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    _random: dict[tuple[int, TensorType], torch.Tensor] = field(default_factory=dict)
+
+    # -- kernels -------------------------------------------------------------------------------
+
+    def kernels(self, graphs: Sequence[Graph]) -> list[float]:
+        """Return seconds per block graph; inf for one that does not compile, run or agree."""
+        fresh = [g for g in graphs if g.digest() not in self.compiled]
+        ready: list[tuple[Graph, KernelSource, Entry]] = []
+        wanted: list[tuple[Graph, KernelSource]] = []
+        for graph in fresh:
+            for source in self.backend.variants(graph, 1):
+                if isinstance(source, CodegenError):
+                    self._failed(graph, source)
+                else:
+                    wanted.append((graph, source))
+        entries = self.backend.load([s for _, s in wanted])
+        for (graph, source), entry in zip(wanted, entries, strict=True):
+            if isinstance(entry, CodegenError):
+                self._failed(graph, entry)
+            else:
+                ready.append((graph, source, entry))
+        times = interleaved([self._call(g, e) for g, _, e in ready], limit_s=0.4 * len(ready))
+        ranked = sorted(zip(times, ready, strict=True), key=lambda pair: pair[0])
+        for position, (seconds, (graph, source, entry)) in enumerate(ranked):
+            if self._agrees(graph, entry):
+                for late_s, (late, late_source, late_entry) in ranked[position:]:
+                    self.compiled[late.digest()] = Compiled(late_source, late_entry, late_s)
+                break
+            self._failed(graph, CodegenError("its result differs from its meaning"))
+        found = (self.compiled.get(g.digest()) for g in graphs)
+        return [inf if c is None else c.seconds for c in found]
+
+    def _failed(self, graph: Graph, error: SuperoptError) -> None:
+        self.failures.append(f"{graph.name} {graph.digest()[:12]}: {error}")
+        logger.debug("kernel %s dropped: %s\n%s", graph.name, error, graph)
+
+    def tune(self, graph: Graph, count: int) -> Compiled | None:
+        """Time up to `count` configurations of one kernel, keep the fastest that agrees."""
+        known = self.compiled.get(graph.digest())
+        sources = [s for s in self.backend.variants(graph, count) if isinstance(s, KernelSource)]
+        entries = self.backend.load(sources)
+        loaded = [
+            (s, e) for s, e in zip(sources, entries, strict=True) if not isinstance(e, CodegenError)
+        ]
+        if not loaded:
+            return known
+        calls = [self._call(graph, e) for _, e in loaded]
+        times = interleaved(calls, limit_s=0.3 * len(calls))
+        for seconds, (source, entry) in sorted(
+            zip(times, loaded, strict=True), key=lambda pair: pair[0]
+        ):
+            if self._agrees(graph, entry):
+                best = Compiled(source, entry, seconds)
+                self.compiled[graph.digest()] = best
+                return best
+        return known
+
+    def _call(self, graph: Graph, entry: Entry) -> Callable[[], object]:
+        operands = [self._operand(i, n.tensor) for i, n in enumerate(graph.inputs)]
+        results = [_poisoned(o.tensor) for o in graph.outputs]
+        addresses = [t.data_ptr() for t in (*operands, *results)]
+        held = (operands, results)
+
+        def call() -> object:
+            entry(*addresses)
+            return held
+
+        return call
+
+    def _operand(self, position: int, wanted: TensorType) -> torch.Tensor:
+        key = (position, wanted)
+        if key not in self._random:
+            self._random[key] = random_tensor(wanted, self.seed + position)
+        return self._random[key]
+
+    def _agrees(self, graph: Graph, entry: Entry) -> bool:
+        operands = [self._operand(i, n.tensor) for i, n in enumerate(graph.inputs)]
+        results = [_poisoned(o.tensor) for o in graph.outputs]
+        entry(*(t.data_ptr() for t in (*operands, *results)))
+        expected = run_reference(graph, operands)
+        return all(_close(r, e) for r, e in zip(results, expected, strict=True))
+
+    # -- programs ------------------------------------------------------------------------------
+
+    def programs(self, graphs: Sequence[Graph]) -> list[float]:
+        """Return seconds per kernel graph, timed against each other in turn."""
+        seconds = [inf] * len(graphs)
+        calls: list[tuple[int, Callable[[], object]]] = []
+        for i, graph in enumerate(graphs):
+            try:
+                call = self._program_call(graph)
+                call()
+            except SuperoptError as error:
+                self._failed(graph, error)
+                continue
+            calls.append((i, call))
+        with torch.no_grad():
+            times = interleaved([c for _, c in calls], limit_s=0.8 * len(calls))
+        for (i, _), taken in zip(calls, times, strict=True):
+            seconds[i] = taken
+        return seconds
+
+    def program(self, graph: Graph) -> Program:
+        """Build the program of a kernel graph whose kernels are compiled already."""
+        self.ensure(graph)
+        entries = {d: c.entry for d, c in self.compiled.items()}
+        tensors = self._inputs(graph)
+        return build_program(graph, entries, strides=[t.stride() for t in tensors])
+
+    def ensure(self, graph: Graph) -> None:
+        """Compile the kernels of `graph` that are not compiled yet."""
+        blocks = [n.attrs.graph for n in topological(graph.outputs) if n.op.kind is OpKind.GRAPH]
+        missing = [b for b in blocks if b.digest() not in self.compiled]
+        if missing:
+            self.kernels(missing)
+
+    def _program_call(self, graph: Graph) -> Callable[[], object]:
+        program = self.program(graph)
+        tensors = self._inputs(graph)
+        return lambda: program.run(*tensors)
+
+    def _inputs(self, graph: Graph) -> list[torch.Tensor]:
+        found = []
+        for i, node in enumerate(graph.inputs):
+            given = self.inputs.get(node)
+            found.append(self._operand(i, node.tensor) if given is None else given)
+        return found
+
+
+def random_tensor(wanted: TensorType, seed: int) -> torch.Tensor:
+    """Return a random tensor of a type, strides included; integers are zero, so that they can index."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = DTYPES[wanted.dtype]
+    if wanted.dtype.is_float:
+        values = torch.randn(wanted.shape, generator=generator).to(dtype)
+    elif dtype is torch.bool:
+        values = torch.rand(wanted.shape, generator=generator) < 0.8
+    else:
+        values = torch.zeros(wanted.shape, dtype=dtype)
+    return values if wanted.strides is None else restride(values, wanted.strides)
+
+
+def _poisoned(wanted: TensorType) -> torch.Tensor:
+    """Return memory for a result in which nothing right stands yet."""
+    dtype = DTYPES[wanted.dtype]
+    if wanted.dtype.is_float:
+        return torch.full(wanted.shape, float("nan"), dtype=dtype)
+    return torch.full(wanted.shape, 1, dtype=dtype)
+
+
+def _close(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    if not expected.is_floating_point():
+        return bool((result == expected).float().mean() > 1 - _TOLERANCE)
+    wide, exact = result.double(), expected.double()
+    finite = exact[torch.isfinite(exact)]
+    scale = float(finite.abs().mean()) if finite.numel() else 1.0
+    return torch.allclose(wide, exact, rtol=_TOLERANCE, atol=_TOLERANCE * scale, equal_nan=True)
