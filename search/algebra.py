@@ -94,8 +94,10 @@ def _through_view(view: Node, factor: Node) -> Node | None:
     if not factor.shape:
         return factor
     if view.op is structural.PERMUTE:
-        return rebuild(view, (factor,)) if factor.shape == before else b.permute(
-            factor, view.attrs.perm
+        return (
+            rebuild(view, (factor,))
+            if factor.shape == before
+            else b.permute(factor, view.attrs.perm)
         )
     if factor.shape == before:
         return b.reshape(factor, after)
@@ -193,9 +195,7 @@ def _gather_below_elementwise(node: Node) -> Node | None:
     axis = node.attrs.axis
     if x.op.kind is not OpKind.ELEMENTWISE or index.shape[axis] != 1:
         return None
-    parts = [
-        b.gather(i, index, axis) if i.shape and i.shape[axis] != 1 else i for i in x.inputs
-    ]
+    parts = [b.gather(i, index, axis) if i.shape and i.shape[axis] != 1 else i for i in x.inputs]
     if any(p.shape and p.shape != node.shape for p in parts):
         return None
     return rebuild(x, tuple(parts))

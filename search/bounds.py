@@ -69,7 +69,8 @@ def _conditions(
         failed = _conjuncts(condition)
         return (
             (failed if _is_constant(no, 0.0) else set()) | (zero[yes] & zero[no]),
-            (failed if _is_constant(no, float("-inf")) else set()) | (lowest[yes] & lowest[no])
+            (failed if _is_constant(no, float("-inf")) else set())
+            | (lowest[yes] & lowest[no])
             | (lowest[yes] if _is_constant(no, float("-inf")) else set()),
         )
     if op is elementwise.EXP:

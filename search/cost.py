@@ -64,7 +64,7 @@ def kernel_cost(schedule: Schedule, tiles: Mapping[Atom, int], machine: Machine)
 def library_cost(node: Node, machine: Machine) -> float:
     """Return the predicted seconds of one op as a library kernel."""
     moved = sum(tensor(i.type).size_bytes for i in node.inputs) + node.tensor.size_bytes
-    flops = node.op.flops([i.type for i in node.inputs], node.type) if node.op.flops else 0
+    flops = node.op.flops(tuple(i.type for i in node.inputs), node.type) if node.op.flops else 0
     rate = machine.peak_flops * machine.library_efficiency
     if node.op.kind not in (OpKind.CONTRACTION, OpKind.LIBRARY):
         rate = machine.vector_ops * machine.cores

@@ -18,7 +18,7 @@ from typing import Any, Protocol, final
 
 from superopt.ir.composite import ATTENTION
 from superopt.ir.graph import Graph
-from superopt.ir.node import Node, topological
+from superopt.ir.node import Node, rebuild, rewrite
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 from superopt.search.algebra import FUSION_RULES, apply_rules
@@ -196,9 +196,7 @@ class Driver:
         library = _replaced(subgraph, parts)
         if whole is None:
             return _moved(variant, region, parts)
-        fused = subgraph.with_outputs(
-            place(region, whole.schedule, whole.graph, subgraph.inputs)
-        )
+        fused = subgraph.with_outputs(place(region, whole.schedule, whole.graph, subgraph.inputs))
         custom_s, library_s = self.measurer.programs([fused, library])
         self._tell(
             "compared",
@@ -280,20 +278,20 @@ def search(
 
 def _expand_but(graph: Graph) -> Graph:
     """Expand composites except attention, for which libraries have a kernel of their own."""
-    from superopt.ir.node import rebuild, rewrite
 
     def step(node: Node, inputs: tuple[Node, ...]) -> Node:
         fresh = rebuild(node, inputs)
         if fresh.op.expand is None or fresh.op is ATTENTION:
             return fresh
-        return fresh.op.expand(fresh.inputs, fresh.attrs)
+        defined: Node = fresh.op.expand(fresh.inputs, fresh.attrs)
+        return defined
 
     outputs = rewrite(graph.outputs, step)
     return graph.with_outputs(outputs)
 
 
 def _worth(graph: Graph, group: Group) -> bool:
-    """False for single library ops, which gain nothing from a kernel of their own."""
+    """Say whether a group may gain from a kernel of its own; single library ops do not."""
     if len(group) > 1:
         return True
     (node,) = group
@@ -315,11 +313,8 @@ def _moved(
     back: dict[Node, Node] = {}
     subgraph = extract(region, "part")
     back.update(zip(subgraph.inputs, region.inputs, strict=True))
-    originals = [n for n in region.body]
     copies: dict[Node, Node] = dict(zip(region.inputs, subgraph.inputs, strict=True))
-    from superopt.ir.node import rebuild
-
-    for node in originals:
+    for node in region.body:
         copies[node] = rebuild(node, tuple(copies[i] for i in node.inputs))
         back[copies[node]] = node
     result = []
@@ -344,7 +339,7 @@ def _diverse(
     queues: dict[Atom | None, list[tuple[float, Schedule, dict[Atom, int]]]] = {}
     for entry in ranked:
         queues.setdefault(entry[1].loop, []).append(entry)
-    chosen = []
+    chosen: list[tuple[float, Schedule, dict[Atom, int]]] = []
     while len(chosen) < count and any(queues.values()):
         for queue in queues.values():
             if queue and len(chosen) < count:
@@ -361,6 +356,3 @@ def _neighbours(best: _Choice) -> list[tuple[Schedule, dict[Atom, int]]]:
             if other != best.tiles[atom]:
                 result.append((best.schedule, {**best.tiles, atom: other}))
     return result
-
-
-_ = topological

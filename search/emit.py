@@ -49,8 +49,7 @@ def place(region: Region, schedule: Schedule, graph: Graph, operands: Sequence[N
     Returns one node per region output, in its own shape.
     """
     shaped = [
-        b.reshape(o, _atom_shape(schedule, i))
-        for o, i in zip(operands, region.inputs, strict=True)
+        b.reshape(o, _atom_shape(schedule, i)) for o, i in zip(operands, region.inputs, strict=True)
     ]
     results = b.apply_graph(graph, shaped)
     return [b.reshape(r, o.shape) for r, o in zip(results, region.outputs, strict=True)]
@@ -337,7 +336,7 @@ class _Emitter:
         rank = len(have)
         axes = {rank + axis for axis in reduction_axes(node)}
         value = self._materialize(value, have, {a for axis in axes for a in have[axis]})
-        positions = []
+        positions: list[int] = []
         position = 0
         for i, dim in enumerate(have):
             width = max(1, len(dim))
@@ -365,7 +364,7 @@ class _Emitter:
             extent = self.schedule.space.extent(atom)
             attrs = tile.TileIndexAttrs(self._map(atom, number), extent, dtype)
             index = make(tile.TILE_INDEX, (), attrs)
-            index = b.reshape(index, [self.tiles[a] if a == atom else 1 for a in slots])
+            index = b.reshape(index, [self.tiles[atom] if a == atom else 1 for a in slots])
             if stride != 1:
                 index = b.mul(index, stride)
             total = index if total.op is leaf.CONSTANT else b.add(total, index)
@@ -389,8 +388,8 @@ class _Emitter:
             return b.reshape(value, [1 if a is None else sizes.pop(0) for a in _slots(layout)])
         if op is structural.BROADCAST:
             return self._align(value, have, layout)
-        axis = len(layout) + node.attrs.axis if hasattr(node.attrs, "axis") else None
-        touched = [axis] if axis is not None else [len(layout) + a for a in node.attrs.axes]
+        axes = getattr(node.attrs, "axes", None) or (node.attrs.axis,)
+        touched = [len(layout) + a for a in axes]
         if any(len(x[t]) > 1 for x in (*layouts, layout) for t in touched):
             raise NotFusible("a merged dim is cut, joined or scanned")
         ready = [
@@ -430,5 +429,3 @@ class _Emitter:
         value = b.cast(b.broadcast(value, shape), node.tensor.dtype)
         maps = tuple(self._map(a, number) for a in slots)
         return make(tile.STORE, (value,), tile.StoreAttrs(maps, _atom_shape(s, node)))
-
-

@@ -228,5 +228,5 @@ def analyse(inputs: Iterable[Node], body: Iterable[Node]) -> IndexSpace:
 
 
 def extent_of(space: IndexSpace, atoms: Iterable[Atom]) -> int:
-    """Number of points of several atoms together."""
+    """Return the number of points of several atoms together."""
     return prod(space.extent(a) for a in atoms)

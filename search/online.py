@@ -152,5 +152,5 @@ def homogeneity(shift: Node, body: tuple[Node, ...], closes: frozenset[Node]) ->
 
 
 def is_reduction(node: Node) -> bool:
-    """True for reductions and contractions."""
+    """Say whether a node is a reduction or a contraction."""
     return node.op.kind in (OpKind.REDUCTION, OpKind.CONTRACTION)

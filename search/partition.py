@@ -36,7 +36,7 @@ Group = frozenset[Node]
 
 
 def is_compute(node: Node) -> bool:
-    """True for nodes that need a kernel: not inputs, leaves, projections or views."""
+    """Say whether a node needs a kernel: not inputs, leaves, projections or views."""
     return not (node.op in (leaf.INPUT, leaf.ITEM) or is_leaf(node) or is_view(node))
 
 
@@ -72,7 +72,7 @@ class _Partition:
         return _sorted(self.graph, list(groups))
 
     def _edges(self, order: list[Node]) -> list[tuple[Group, Group]]:
-        edges = {}
+        edges: dict[tuple[Group, Group], None] = {}
         for node in order:
             for producer in _producers(node):
                 a, b = self.owner[producer], self.owner[node]
@@ -81,7 +81,7 @@ class _Partition:
         return list(edges)
 
     def _convex(self, first: Group, second: Group) -> bool:
-        """True when no path leads from `first` to `second` through a third group."""
+        """Say whether no path leads from `first` to `second` through a third group."""
         stack = [p for n in second for p in _producers(n)]
         stack = [p for p in stack if p not in first and p not in second]
         seen = set(stack)

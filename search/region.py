@@ -24,7 +24,7 @@ class Region:
 
 
 def is_leaf(node: Node) -> bool:
-    """True for what every kernel makes for itself: constants, indices, and masks made of them."""
+    """Say whether every kernel makes `node` itself: constants, indices, masks made of them."""
     seen: set[Node] = set()
     stack = [node]
     while stack:
@@ -55,9 +55,7 @@ def make_region(graph: Graph, members: Iterable[Node]) -> Region:
             chosen.add(node)
     body = [n for n in order if n in chosen]
     leaves = dict.fromkeys(i for n in body for i in topological([n]) if _makes(n, i))
-    inputs = dict.fromkeys(
-        i for n in body for i in n.inputs if i not in chosen and i not in leaves
-    )
+    inputs = dict.fromkeys(i for n in body for i in n.inputs if i not in chosen and i not in leaves)
     results = [
         n for n in body if n in graph.outputs or any(u not in chosen for u in users.get(n, ()))
     ]
@@ -66,7 +64,7 @@ def make_region(graph: Graph, members: Iterable[Node]) -> Region:
 
 
 def _makes(node: Node, below: Node) -> bool:
-    """True when `below` is a leaf under `node`, reached through leaves alone."""
+    """Say whether `below` is a leaf under `node`, reached through leaves alone."""
     return is_leaf(below) and any(is_leaf(i) and _under(i, below) for i in node.inputs)
 
 
@@ -90,7 +88,7 @@ def view_type(node: Node) -> TensorType | None:
 
 
 def is_view(node: Node) -> bool:
-    """True when `node` is free: a view of a tensor in memory."""
+    """Say whether `node` is free: a view of a tensor in memory."""
     return node.op in VIEWS and view_type(node) is not None
 
 

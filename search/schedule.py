@@ -93,8 +93,7 @@ def derive(region: Region) -> list[Schedule]:
         if passes is None:
             continue
         roles = {
-            a: Role.LOOP if a == loop else Role.GRID if a in gridable else Role.WHOLE
-            for a in atoms
+            a: Role.LOOP if a == loop else Role.GRID if a in gridable else Role.WHOLE for a in atoms
         }
         schedules.append(Schedule(region, space, roles, loop, passes))
     return schedules
@@ -105,9 +104,7 @@ def _passes(region: Region, space: IndexSpace, loop: Atom | None) -> Passes | No
         return Passes(frozenset(), dict.fromkeys((*region.inputs, *region.body), -1), {}, 0)
     varies = _varying(region, space, loop)
     closes = frozenset(
-        n
-        for n in region.body
-        if loop in space.reduced_by(n) and any(i in varies for i in n.inputs)
+        n for n in region.body if loop in space.reduced_by(n) and any(i in varies for i in n.inputs)
     )
     shifts = _running_maxima(region, varies, closes)
     number = _numbers(region, varies, shifts)
@@ -147,9 +144,7 @@ def _running_maxima(
     return chosen
 
 
-def _usable(
-    shift: Node, region: Region, varies: frozenset[Node], found: Homogeneity
-) -> bool:
+def _usable(shift: Node, region: Region, varies: frozenset[Node], found: Homogeneity) -> bool:
     inside = {n for n in varies if n in found.degree}
     for node in region.body:
         if node not in inside and not (is_reduction(node) and node in found.rescale):
@@ -189,10 +184,9 @@ def _numbers(
         number[node] = max(waits)
         if node in shifts:
             running[node] = number[node]
-        elif node not in varies and any(i in running for i in node.inputs):
+        elif (
+            node not in varies and not is_reduction(node) and any(i in running for i in node.inputs)
+        ):
             # computed from running values: it can itself be read inside the loop
-            if not is_reduction(node):
-                running[node] = max(
-                    running[i] if i in running else number[i] + 1 for i in node.inputs
-                )
+            running[node] = max(running[i] if i in running else number[i] + 1 for i in node.inputs)
     return number

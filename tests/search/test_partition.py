@@ -1,0 +1,131 @@
+"""Partitions are legal and cover the program; the cost model orders what is plainly ordered."""
+
+from math import inf
+
+import pytest
+
+from superopt.ir import build as b
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node, make, topological
+from superopt.ir.ops import contraction, library, structural
+from superopt.ir.semantics import expand
+from superopt.search.algebra import FUSION_RULES, apply_rules
+from superopt.search.cost import Machine, kernel_cost, library_cost
+from superopt.search.partition import is_compute, partition
+from superopt.search.region import extract, is_leaf, is_view, make_region, view_type
+from superopt.search.schedule import derive
+from superopt.search.tiling import best_tiles, choices
+from tests.search.programs import PROGRAMS
+
+MACHINE = Machine()
+
+
+def prepared(graph: Graph) -> Graph:
+    return apply_rules(expand(graph), FUSION_RULES)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_groups_cover_every_op_once(name: str, fuse: bool) -> None:
+    graph = prepared(PROGRAMS[name])
+    groups = partition(graph, MACHINE, fuse_contractions=fuse)
+    nodes = [n for group in groups for n in group]
+    assert len(nodes) == len(set(nodes))
+    assert set(nodes) == {n for n in topological(graph.outputs) if is_compute(n)}
+    for group in groups:
+        products = [n for n in group if n.op is contraction.MATMUL]
+        assert fuse or not products or len(group) == 1
+        if len(group) > 1:
+            assert derive(make_region(graph, group))
+
+
+def test_attention_becomes_one_kernel() -> None:
+    assert len(partition(prepared(PROGRAMS["causal_gqa"]), MACHINE)) == 1
+
+
+def test_a_library_node_stays_alone() -> None:
+    x, w = b.input_("x", (1, 3, 8, 8)), b.input_("w", (4, 3, 3, 3))
+    attrs = library.ConvAttrs((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    conv = make(library.CONV, (b.exp(x), w), attrs)
+    graph = b.kernel_graph("g", [x, w], [b.mul(b.sigmoid(conv), conv)])
+    groups = partition(graph, MACHINE)
+    assert frozenset([conv]) in groups
+    assert len(groups) == 3
+
+
+def test_a_group_is_convex() -> None:
+    # merging the first and the last op around the convolution would make a cycle
+    x, w = b.input_("x", (1, 3, 8, 8)), b.input_("w", (3, 3, 1, 1))
+    attrs = library.ConvAttrs((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    y = b.exp(x)
+    z = b.add(make(library.CONV, (y, w), attrs), y)
+    groups = partition(b.kernel_graph("g", [x, w], [z]), MACHINE)
+    assert {frozenset([y]), frozenset([z])} <= set(groups)
+
+
+def test_views_are_free_and_masks_are_leaves() -> None:
+    x = b.input_("x", (4, 6))
+    assert is_view(b.transpose(x))
+    assert not is_view(b.reshape(b.transpose(x), (24,)))
+    kind = view_type(b.slice_(b.transpose(x), -2, 1, 5, 2))
+    assert kind is not None
+    assert kind.element_strides == (2, 6)
+    mask = b.ge(b.iota((4, 1), -2), b.iota((1, 6), -1))
+    assert is_leaf(mask)
+    assert not is_leaf(b.where(mask, x, 0.0))
+
+
+def test_a_broadcast_view_has_stride_zero() -> None:
+    x = b.input_("x", (4, 1))
+    kind = view_type(b.broadcast(x, (4, 5)))
+    assert kind is not None
+    assert kind.strides == (1, 0)
+
+
+def test_extract_makes_a_program_of_a_region() -> None:
+    graph = prepared(PROGRAMS["norm_linear"])
+    group = max(partition(graph, MACHINE), key=len)
+    part = extract(make_region(graph, group), "part")
+    assert all(n.op.name != "matmul" or n.shape == (9, 30) for n in part.nodes())
+    assert len(part.outputs) == len(make_region(graph, group).outputs)
+
+
+def schedules(shape: tuple[int, int, int]) -> list[float]:
+    m, k, n = shape
+    x, w = b.input_("x", (m, k)), b.input_("w", (k, n))
+    graph = b.kernel_graph("g", [x, w], [b.matmul(x, w)])
+    region = make_region(graph, [graph.outputs[0]])
+    return [best_tiles(s, MACHINE, 1)[0][0] for s in derive(region)]
+
+
+def test_cost_grows_with_work() -> None:
+    small, large = schedules((64, 256, 256)), schedules((64, 512, 512))
+    assert all(a < c for a, c in zip(small, large, strict=True))
+    assert all(c < inf for c in large)
+
+
+def test_one_block_costs_more_than_two_on_two_cores() -> None:
+    x = b.input_("x", (512, 4096))
+    graph = b.kernel_graph("g", [x], [b.exp(x)])
+    schedule = derive(make_region(graph, [graph.outputs[0]]))[0]
+    rows, columns = schedule.grid
+    one = kernel_cost(schedule, {rows: 512, columns: 4096}, MACHINE)
+    two = kernel_cost(schedule, {rows: 256, columns: 4096}, MACHINE)
+    assert two < one
+
+
+def test_choices_stay_inside_the_extents() -> None:
+    for graph in PROGRAMS.values():
+        ready = prepared(graph)
+        for group in partition(ready, MACHINE):
+            for schedule in derive(make_region(ready, group)):
+                for atom, options in choices(schedule).items():
+                    assert all(1 <= o <= schedule.space.extent(atom) for o in options)
+
+
+def test_a_copy_is_charged_by_its_bytes() -> None:
+    x = b.input_("x", (1 << 12, 1 << 12))
+    turned = b.reshape(b.transpose(x), (1 << 24,))
+    node: Node = turned
+    assert node.op is structural.RESHAPE
+    assert library_cost(node, MACHINE) > x.tensor.size_bytes / MACHINE.memory_bandwidth

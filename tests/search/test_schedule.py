@@ -1,0 +1,136 @@
+"""Every schedule of every program, with ragged tiles, means what the program means."""
+
+import pytest
+import torch
+
+from superopt.ir import build as b
+from superopt.ir.graph import Graph
+from superopt.ir.node import topological
+from superopt.ir.ops import tile
+from superopt.ir.semantics import expand
+from superopt.ir.text import parse_graph, print_graph
+from superopt.ir.types import DType
+from superopt.search.algebra import FUSION_RULES, apply_rules
+from superopt.search.emit import block_graph, place
+from superopt.search.errors import NotFusible
+from superopt.search.indices import analyse
+from superopt.search.partition import is_compute
+from superopt.search.region import Region, make_region, substitute
+from superopt.search.schedule import Role, Schedule, derive
+from superopt.verify.reference import run_reference
+from tests.search.programs import PROGRAMS
+
+
+def prepared(graph: Graph) -> Graph:
+    return apply_rules(expand(graph), FUSION_RULES)
+
+
+def whole_region(graph: Graph) -> Region:
+    return make_region(graph, [n for n in topological(graph.outputs) if is_compute(n)])
+
+
+def tensors(graph: Graph) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for node in graph.inputs:
+        if node.tensor.dtype is DType.I64:
+            made.append(torch.randint(0, 30, node.shape, generator=generator))
+        else:
+            made.append(torch.randn(node.shape, generator=generator, dtype=torch.float64))
+    return made
+
+
+def tiles(schedule: Schedule, size: int) -> dict[int, int]:
+    return {a: size if schedule.space.extent(a) > 4 else 1 for a in schedule.roles}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("size", [8, 7])
+def test_every_schedule_keeps_the_meaning(name: str, size: int) -> None:
+    original = PROGRAMS[name]
+    graph = prepared(original)
+    region = whole_region(graph)
+    values = tensors(original)
+    wanted = run_reference(original, values, dtype_override=torch.float64)
+    emitted = 0
+    for schedule in derive(region):
+        try:
+            block = block_graph(schedule, tiles(schedule, size), "kernel")
+        except NotFusible:
+            continue
+        assert parse_graph(print_graph(block)) == block
+        results = place(region, schedule, block, region.inputs)
+        candidate = substitute(graph, dict(zip(region.outputs, results, strict=True)))
+        got = run_reference(candidate, values, dtype_override=torch.float64)
+        for x, y in zip(got, wanted, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+        emitted += 1
+    assert emitted > 0
+
+
+@pytest.mark.parametrize("name", ["gqa", "causal_gqa", "window", "squares", "loss"])
+def test_running_maxima_make_one_pass(name: str) -> None:
+    region = whole_region(prepared(PROGRAMS[name]))
+    assert any(s.passes.count == 1 and s.passes.shifts for s in derive(region))
+
+
+def test_without_the_rules_a_second_pass_is_needed() -> None:
+    region = whole_region(expand(PROGRAMS["gqa"]))
+    online = [s for s in derive(region) if s.passes.shifts]
+    assert online
+    assert all(s.passes.count == 2 for s in online)
+
+
+@pytest.mark.parametrize(("name", "bounds"), [("causal_gqa", 1), ("window", 2), ("gqa", 0)])
+def test_masks_bound_the_loop(name: str, bounds: int) -> None:
+    region = whole_region(prepared(PROGRAMS[name]))
+    schedule = next(s for s in derive(region) if s.passes.shifts)
+    block = block_graph(schedule, tiles(schedule, 8), "kernel")
+    assert [len(axis.bounds) for axis in block.loops] == [bounds]
+
+
+def test_squared_weights_rescale_by_the_square() -> None:
+    region = whole_region(prepared(PROGRAMS["squares"]))
+    schedule = next(s for s in derive(region) if s.passes.shifts)
+    block = block_graph(schedule, tiles(schedule, 8), "kernel")
+    powers = {n.attrs.power for n in block.nodes() if n.op is tile.ACCUM_RESCALED}
+    assert powers == {1, 2}
+
+
+def test_a_sum_over_the_shifted_values_is_not_online() -> None:
+    # sum(x - max(x)) depends on the shift additively: rescaling cannot repair it
+    x = b.input_("x", (4, 20))
+    graph = b.kernel_graph("g", [x], [b.reduce_sum(b.sub(x, b.reduce_max(x, -1)), -1)])
+    looped = [s for s in derive(whole_region(graph)) if s.loop is not None]
+    assert looped
+    assert all(not s.passes.shifts and s.passes.count == 2 for s in looped)
+
+
+def test_stored_weights_need_the_final_maximum() -> None:
+    x = b.input_("x", (4, 20))
+    e = b.exp(b.sub(x, b.reduce_max(x, -1)))
+    graph = b.kernel_graph("g", [x], [e, b.reduce_sum(e, -1)])
+    looped = [s for s in derive(whole_region(graph)) if s.loop is not None]
+    assert all(not s.passes.shifts for s in looped)
+
+
+def test_merged_and_split_heads_share_atoms() -> None:
+    graph = prepared(PROGRAMS["heads"])
+    region = whole_region(graph)
+    space = analyse(region.inputs, region.body)
+    assert [space.extent(a) for a in space.atoms(region.outputs[0])] == [2, 4, 10, 6]
+
+
+def test_a_reshape_that_cuts_across_dims_is_no_kernel() -> None:
+    x = b.input_("x", (6, 4))
+    y = b.reshape(b.exp(x), (8, 3))
+    z = b.mul(b.reduce_sum(y, -1), 2.0)
+    graph = b.kernel_graph("g", [x], [z])
+    assert derive(whole_region(graph)) == []
+
+
+def test_every_output_index_may_be_split() -> None:
+    region = whole_region(prepared(PROGRAMS["norm_linear"]))
+    schedule = derive(region)[0]
+    assert [schedule.space.extent(a) for a in schedule.grid] == [9, 30]
+    assert set(schedule.roles.values()) <= set(Role)
