@@ -138,72 +138,6 @@ SO_INLINE void gemm_stream(long m, long n, long k, const TA* a, long am, long ak
                                           bk, c, cm, NV * VL, NV * VL, ahead);
 }
 
-// MR rows of A against NR rows of B, both contiguous along k. EDGE as in micro_nn, for both.
-template <int MR, int NR, bool EDGE, bool ACCUMULATE, class TA, class TB>
-SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, float* c, long cm,
-                           long rows, long cols) {
-  vf sum[MR][NR];
-  const TA* left[MR];
-  const TB* right[NR];
-#pragma GCC unroll 32
-  for (int i = 0; i < MR; ++i) left[i] = a + (EDGE ? min_of(i, rows - 1) : i) * am;
-#pragma GCC unroll 32
-  for (int j = 0; j < NR; ++j) right[j] = b + (EDGE ? min_of(j, cols - 1) : j) * bn;
-#pragma GCC unroll 32
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 32
-    for (int j = 0; j < NR; ++j) sum[i][j] = vf{};
-  const long whole = k / VL * VL;
-#pragma GCC unroll 2
-  for (long x = 0; x < whole; x += VL) {
-    vf l[MR];
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) l[i] = load<vf>(left[i] + x);
-#pragma GCC unroll 16
-    for (int j = 0; j < NR; ++j) {
-      const vf r = load<vf>(right[j] + x);
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) sum[i][j] += l[i] * r;
-    }
-  }
-  if (whole < k) {
-    const int lanes = (int)(k - whole);
-#pragma GCC unroll 32
-    for (int j = 0; j < NR; ++j) {
-      const vf r = load_n<vf>(right[j] + whole, lanes, 0.0f);
-#pragma GCC unroll 32
-      for (int i = 0; i < MR; ++i) sum[i][j] += load_n<vf>(left[i] + whole, lanes, 0.0f) * r;
-    }
-  }
-#pragma GCC unroll 32
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 32
-    for (int j = 0; j < NR; ++j)
-      if (!EDGE || (i < rows && j < cols)) {
-        const float total = hsum(sum[i][j]);
-        float* out = c + i * cm + j;
-        *out = ACCUMULATE ? *out + total : total;
-      }
-}
-
-// C[m,n] (+)= A[m,k] B[n,k]: NR rows of B, read once from memory, against all rows of A. A's m * k
-// elements should fit the second cache; a horizontal sum per output asks for k of some hundreds.
-template <int MR, int NR, bool ACCUMULATE, class TA, class TB>
-SO_INLINE void gemm_dot(long m, long n, long k, const TA* a, long am, const TB* b, long bn,
-                        float* c, long cm) {
-  for (long j = 0; j < n; j += NR)
-    for (long i = 0; i < m; i += MR) {
-      const TA* ai = a + i * am;
-      const TB* bj = b + j * bn;
-      float* cij = c + i * cm + j;
-      if (i + MR <= m && j + NR <= n)
-        micro_dot<MR, NR, false, ACCUMULATE>(k, ai, am, bj, bn, cij, cm, MR, NR);
-      else
-        micro_dot<MR, NR, true, ACCUMULATE>(k, ai, am, bj, bn, cij, cm, min_of(MR, m - i),
-                                            min_of(NR, n - j));
-    }
-}
-
 template <int... LANE>
 struct lane_list {};
 template <int N, int... LANE>
@@ -231,6 +165,104 @@ SO_INLINE void transpose_square(vf (&row)[VL]) {
         swap_blocks<BLOCK>(row[i], row[i + BLOCK], typename count_lanes<VL>::type());
     transpose_square<BLOCK * 2>(row);
   }
+}
+
+// Horizontal sums of COUNT vectors: out[i] = sum of all lanes of v[i]. Neighbours are folded into each
+// other, lanes interleaved, so that a power of two of vectors ends in one vector of sums: three
+// operations per sum instead of some eight.
+template <int COUNT, int BLOCK>
+SO_INLINE void fold_sums(vf* v) {
+  if constexpr (BLOCK < VL) {
+    constexpr int pairs = COUNT > 1 ? COUNT / 2 : 1;
+#pragma GCC unroll 16
+    for (int i = 0; i < pairs; ++i) {
+      vf low = v[COUNT > 1 ? 2 * i : 0], high = v[COUNT > 1 ? 2 * i + 1 : 0];
+      swap_blocks<BLOCK>(low, high, typename count_lanes<VL>::type());
+      v[i] = low + high;
+    }
+    fold_sums<pairs, BLOCK * 2>(v);
+  }
+}
+constexpr int power_below(int count) {
+  int power = 1;
+  while (power * 2 <= count && power * 2 <= VL) power *= 2;
+  return power;
+}
+template <int COUNT>
+SO_INLINE void horizontal_sums(vf* v, float* out) {
+  if constexpr (COUNT > 0) {
+    constexpr int part = power_below(COUNT);
+    fold_sums<part, 1>(v);
+    store_n(out, v[0], part);
+    horizontal_sums<COUNT - part>(v + part, out + part);
+  }
+}
+
+// MR rows of A against NR rows of B, both contiguous along k. EDGE as in micro_nn, for both.
+template <int MR, int NR, bool EDGE, bool ACCUMULATE, class TA, class TB>
+SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, float* c, long cm,
+                           long rows, long cols) {
+  vf sum[MR * NR];
+  const TA* left[MR];
+  const TB* right[NR];
+#pragma GCC unroll 32
+  for (int i = 0; i < MR; ++i) left[i] = a + (EDGE ? min_of(i, rows - 1) : i) * am;
+#pragma GCC unroll 32
+  for (int j = 0; j < NR; ++j) right[j] = b + (EDGE ? min_of(j, cols - 1) : j) * bn;
+#pragma GCC unroll 32
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 32
+    for (int j = 0; j < NR; ++j) sum[i * NR + j] = vf{};
+  const long whole = k / VL * VL;
+#pragma GCC unroll 2
+  for (long x = 0; x < whole; x += VL) {
+    vf l[MR];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) l[i] = load<vf>(left[i] + x);
+#pragma GCC unroll 16
+    for (int j = 0; j < NR; ++j) {
+      const vf r = load<vf>(right[j] + x);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) sum[i * NR + j] += l[i] * r;
+    }
+  }
+  if (whole < k) {
+    const int lanes = (int)(k - whole);
+#pragma GCC unroll 32
+    for (int j = 0; j < NR; ++j) {
+      const vf r = load_n<vf>(right[j] + whole, lanes, 0.0f);
+#pragma GCC unroll 32
+      for (int i = 0; i < MR; ++i) sum[i * NR + j] += load_n<vf>(left[i] + whole, lanes, 0.0f) * r;
+    }
+  }
+  float total[MR * NR];
+  horizontal_sums<MR * NR>(sum, total);
+#pragma GCC unroll 32
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 32
+    for (int j = 0; j < NR; ++j)
+      if (!EDGE || (i < rows && j < cols)) {
+        float* out = c + i * cm + j;
+        *out = ACCUMULATE ? *out + total[i * NR + j] : total[i * NR + j];
+      }
+}
+
+// C[m,n] (+)= A[m,k] B[n,k]: NR rows of B, read once from memory, against all rows of A. A's m * k
+// elements should fit the second cache; a horizontal sum per output asks for k of some hundreds.
+template <int MR, int NR, bool ACCUMULATE, class TA, class TB>
+SO_INLINE void gemm_dot(long m, long n, long k, const TA* a, long am, const TB* b, long bn,
+                        float* c, long cm) {
+  for (long j = 0; j < n; j += NR)
+    for (long i = 0; i < m; i += MR) {
+      const TA* ai = a + i * am;
+      const TB* bj = b + j * bn;
+      float* cij = c + i * cm + j;
+      if (i + MR <= m && j + NR <= n)
+        micro_dot<MR, NR, false, ACCUMULATE>(k, ai, am, bj, bn, cij, cm, MR, NR);
+      else
+        micro_dot<MR, NR, true, ACCUMULATE>(k, ai, am, bj, bn, cij, cm, min_of(MR, m - i),
+                                            min_of(NR, n - j));
+    }
 }
 
 // to[x, i] = from[i, x] for i < n, x < k: a row-major [n,k] operand (rows `ld_from` apart) becomes
