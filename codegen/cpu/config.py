@@ -15,7 +15,8 @@ Contraction = Literal["auto", "pack", "dot"]
 _AVX512_BYTES = 64
 _SKINNY = 16
 _TINY = 4
-_UNROLLS = (4, 2, 8)
+_UNROLLS = (2, 8)
+_LARGE_BYTES = 4 << 20
 
 
 class VectorTarget(Protocol):
@@ -36,7 +37,8 @@ class CpuConfig:
     `dot_columns` of those that run along the contracted dim. `contraction` decides for operands
     that are contiguous along the contracted dim: transpose them tile by tile ("pack"), run along
     them ("dot"), or go by the shape ("auto"). Weights that few rows use are read `stream_rows` rows
-    at a time, the next ones being fetched meanwhile (`prefetch`). `unroll` is the number of partial sums of a reduction along a row.
+    at a time, the next ones being fetched meanwhile (`prefetch`). `unroll` is the number of partial sums of a reduction along a row. `store_past` writes outputs
+    past the caches.
     """
 
     rows: int = 6
@@ -47,13 +49,16 @@ class CpuConfig:
     prefetch: bool = True
     stream_rows: int = 8
     unroll: int = 4
+    store_past: bool = False
 
 
 def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]:
     """Return the configurations worth timing for `graph`, the most promising first."""
     products = [n for n in topological(graph.outputs) if n.op is contraction.MATMUL]
     if not products:
-        return [CpuConfig(unroll=u) for u in _UNROLLS]
+        large = sum(o.tensor.size_bytes for o in graph.outputs) >= _LARGE_BYTES
+        past = [CpuConfig(store_past=True)] if large else []
+        return [CpuConfig(), *past, *(CpuConfig(unroll=u) for u in _UNROLLS)]
     wide = target is None or target.vector_bytes >= _AVX512_BYTES
     rows = max(p.shape[-2] for p in products)
     found = [_tile(r, v, wide=wide) for r, v in _register_tiles(rows, wide=wide)]

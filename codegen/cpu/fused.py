@@ -231,6 +231,8 @@ class _Env:
             self.lines.append(f"store_strided({address}, {step}L, {value}{count});")
         elif self.count:
             self.lines.append(f"store_n({address}, {value}{count});")
+        elif self.context.config.store_past and not view.in_scratch:
+            self.lines.append(f"store_past({address}, {value});")
         else:
             self.lines.append(f"store({address}, {value});")
 

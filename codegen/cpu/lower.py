@@ -29,6 +29,8 @@ from superopt.ir.ops.registry import OpKind
 from superopt.ir.tiles import DimSource, is_accumulator
 from superopt.ir.types import contiguous_strides
 
+_SCRATCH_LIMIT_BYTES = 64 << 20
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,9 @@ class _Kernel:
         context = self.context
         self._declare_extents(())
         self._items(context.program.items)
+        if context.scratch_bytes > _SCRATCH_LIMIT_BYTES:
+            size = context.scratch_bytes >> 20
+            raise CodegenError(f"the tiles of {self.name} take {size} MiB per thread")
         text = self._text()
         return Source(text, "superopt_kernel", len(self.inputs) + len(self.outputs))
 
@@ -99,6 +104,7 @@ class _Kernel:
             f"SO_NOINLINE void block({', '.join(parameters)}) {{",
             *("  " + d for d in context.declarations),
             *context.lines,
+            *(["  finish_stores();"] if context.config.store_past else []),
             "}",
             "",
             *self._entry(),

@@ -44,6 +44,26 @@ SO_NOINLINE void fill(T* to, long count, T value) {
   for (long i = 0; i < count; ++i) to[i] = value;
 }
 
+// ---- Stores past the caches -----------------------------------------------------------------------
+
+// For outputs larger than the caches: the line is not read before it is overwritten. Needs
+// finish_stores before another thread may look.
+template <class T>
+SO_INLINE void store_past(T* p, vf v) { store(p, v); }
+SO_INLINE void store_past(float* p, vf v) {
+#if SO_USE_512
+  if ((reinterpret_cast<uintptr_t>(p) & 63) == 0) return __builtin_ia32_movntps512(p, v);
+#elif SO_USE_256
+  if ((reinterpret_cast<uintptr_t>(p) & 31) == 0) return __builtin_ia32_movntps256(p, v);
+#endif
+  store(p, v);
+}
+SO_INLINE void finish_stores() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 // ---- Lanes that are not consecutive, and integer lanes -------------------------------------------
 
 template <class T>
