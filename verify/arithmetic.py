@@ -1,0 +1,332 @@
+"""Vectorized exact arithmetic modulo a prime below 2^26, in float64.
+
+Residues are balanced, |r| <= modulus / 2 (plus a little slack that `canonical` removes), so that a
+product of two is below 2^51 and every step is exact. Reduction is one multiplication by the
+inverse, one rounding and one subtraction, done in pieces that stay in the second-level cache.
+Matrix products run in the float64 BLAS: the smaller operand is split into two limbs of 13 bits,
+which keeps every partial sum below 2^53 for 2^15 terms at a time, whatever the order of summation.
+
+In and out: float64 tensors of residues. Nothing here is approximate.
+"""
+
+import random
+from dataclasses import dataclass, field
+from math import prod
+from typing import final
+
+import numpy as np
+import torch
+
+PRIME_LIMIT = 1 << 26
+_PIECE = 1 << 15
+_LIMB = 1 << 13
+_TERMS = 1 << 15
+
+
+def is_prime(n: int) -> bool:
+    """Decide primality (deterministic Miller-Rabin, valid below 3.3e24)."""
+    small = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+    if n < 2 or any(n % s == 0 for s in small):
+        return n in small
+    d, r = n - 1, 0
+    while d % 2 == 0:
+        d, r = d // 2, r + 1
+    for base in small:
+        x = pow(base, d, n)
+        if x in (1, n - 1):
+            continue
+        for _ in range(r - 1):
+            x = x * x % n
+            if x == n - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def draw_primes(source: random.Random) -> tuple[int, int]:
+    """Draw primes p = 2 q + 1 with p just below 2^26.
+
+    Such q is 2 modulo 3, so that cubing is a bijection modulo p and modulo q (see `Permutation`).
+    """
+    low, high = int(0.9 * PRIME_LIMIT) // 2, PRIME_LIMIT // 2
+    while True:
+        q = source.randrange(low, high) | 1
+        if is_prime(q) and is_prime(2 * q + 1):
+            return 2 * q + 1, q
+
+
+@final
+@dataclass(frozen=True)
+class Modulus:
+    """Arithmetic modulo one prime."""
+
+    prime: int
+    inverse: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inverse", 1.0 / self.prime)
+
+    def reduce_(self, x: torch.Tensor) -> torch.Tensor:
+        """Bring integers below 2^53 into the balanced range, in place where `x` is dense."""
+        if not x.is_contiguous():
+            x = x.contiguous()
+        flat = x.view(-1)
+        scratch = torch.empty(min(_PIECE, flat.numel()), dtype=torch.float64)
+        for start in range(0, flat.numel(), _PIECE):
+            piece = flat[start : start + _PIECE]
+            quotient = scratch[: piece.numel()]
+            torch.mul(piece, self.inverse, out=quotient)
+            quotient.round_()
+            piece.sub_(quotient, alpha=self.prime)
+        return x
+
+    def canonical(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the representative in 0 <= r < prime."""
+        y = torch.where(x < 0, x + self.prime, x)
+        return torch.where(y >= self.prime, y - self.prime, y)
+
+    def is_zero(self, x: torch.Tensor) -> torch.Tensor:
+        """Return where the residue is zero (balanced residues of zero are 0 alone)."""
+        return x == 0
+
+    def embed(self, numerator: int, denominator: int = 1) -> float:
+        """Return the balanced residue of a rational; its denominator must not be 0 here."""
+        value = numerator % self.prime * pow(denominator, -1, self.prime) % self.prime
+        return float(value - self.prime if value > self.prime // 2 else value)
+
+    def draw(self, shape: tuple[int, ...], source: np.random.Generator) -> torch.Tensor:
+        """Draw uniform residues."""
+        half = self.prime // 2
+        drawn = source.integers(-half, half + 1, size=shape, dtype=np.int32)
+        return torch.from_numpy(drawn).to(torch.float64)
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return a + b."""
+        return self.reduce_(a + b)
+
+    def sub(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return a - b."""
+        return self.reduce_(a - b)
+
+    def mul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return a * b."""
+        return self.reduce_(a * b)
+
+    def power(self, x: torch.Tensor, exponent: int) -> torch.Tensor:
+        """Return x to a non-negative power."""
+        if exponent == 0:
+            return torch.ones_like(x)
+        result: torch.Tensor | None = None
+        while True:
+            if exponent & 1:
+                result = x if result is None else self.mul(result, x)
+            exponent >>= 1
+            if not exponent:
+                assert result is not None
+                return result
+            x = self.mul(x, x)
+
+    def invert(self, x: torch.Tensor) -> torch.Tensor:
+        """Return 1 / x where no element is zero: a tree of products, one power at its root."""
+        levels = [x.reshape(-1)]
+        while levels[-1].numel() > 1024:
+            top = levels[-1]
+            if top.numel() % 2:
+                levels[-1] = top = torch.cat([top, top.new_ones(1)])
+            levels.append(self.mul(top[0::2], top[1::2]))
+        inverse = self.power(levels.pop(), self.prime - 2)
+        while levels:
+            below = levels.pop()
+            both = torch.empty_like(below)
+            up = inverse[: below.numel() // 2]
+            both[0::2] = self.mul(up, below[1::2])
+            both[1::2] = self.mul(up, below[0::2])
+            inverse = both
+        return inverse[: x.numel()].reshape(x.shape)
+
+    def sum(self, x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+        """Sum over axes kept as 1 (exact: fewer than 2^27 terms)."""
+        return self.reduce_(torch.sum(x, axes, keepdim=True))
+
+    def cumulative_sum(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """Inclusive prefix sums along one axis."""
+        return self.reduce_(torch.cumsum(x, axis))
+
+    def product(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """Product along one axis, kept as 1."""
+        x = x.movedim(axis, 0)
+        while x.shape[0] > 1:
+            half = x.shape[0] // 2
+            odd = x[2 * half :]
+            x = torch.cat([self.mul(x[:half], x[half : 2 * half]), odd])
+        if x.shape[0] == 0:
+            return x.new_ones((1, *x.shape[1:])).movedim(0, axis)
+        return x.movedim(0, axis)
+
+    def cumulative_product(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """Inclusive prefix products along one axis, by doubling."""
+        x = x.movedim(axis, 0).clone()
+        step = 1
+        while step < x.shape[0]:
+            x = torch.cat([x[:step], self.mul(x[step:], x[:-step])])
+            step *= 2
+        return x.movedim(0, axis)
+
+    def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Contract [..., M, K] with [..., K, N]; batch dims broadcast without being copied."""
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        left, right = _fold(a, b)
+        terms = left.shape[-1]
+        total: torch.Tensor | None = None
+        for start in range(0, max(terms, 1), _TERMS):
+            part = self._product(
+                left[..., start : start + _TERMS], right[:, start : start + _TERMS]
+            )
+            total = part if total is None else self.add(total, part)
+        assert total is not None
+        return _unfold(total, a, b, tuple(batch))
+
+    def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.numel() <= b.numel():
+            high, low = _limbs(a)
+            both = torch.bmm(torch.cat([high, low], -2), b)
+            upper, lower = both.split(a.shape[-2], -2)
+        else:
+            high, low = _limbs(b)
+            both = torch.bmm(a, torch.cat([high, low], -1))
+            upper, lower = both.split(b.shape[-1], -1)
+        upper = self.reduce_(upper.contiguous())
+        lower = self.reduce_(lower.contiguous())
+        return self.reduce_(lower.add_(upper, alpha=_LIMB))
+
+
+def _limbs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    high = (x * (1.0 / _LIMB)).round_()
+    return high, x.sub(high, alpha=_LIMB)
+
+
+def _kinds(a: torch.Tensor, b: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
+    shared, only_a, only_b = [], [], []
+    for i, (m, n) in enumerate(zip(a.shape[:-2], b.shape[:-2], strict=True)):
+        if m == n:
+            shared.append(i)
+        elif n == 1:
+            only_a.append(i)
+        else:
+            only_b.append(i)
+    return shared, only_a, only_b
+
+
+def _fold(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give both operands one batch dim; what only one of them has joins its rows or columns."""
+    shared, only_a, only_b = _kinds(a, b)
+    rank = a.dim()
+    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    left = a.permute(*shared, *only_b, *only_a, rank - 2, rank - 1)
+    right = b.permute(*shared, *only_a, rank - 2, *only_b, rank - 1)
+    count = prod(a.shape[i] for i in shared)
+    return (
+        left.reshape(count, prod(a.shape[i] for i in only_a) * m, k),
+        right.reshape(count, k, prod(b.shape[i] for i in only_b) * n),
+    )
+
+
+def _unfold(
+    c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, batch: tuple[int, ...]
+) -> torch.Tensor:
+    shared, only_a, only_b = _kinds(a, b)
+    sizes = [a.shape[i] for i in shared] + [a.shape[i] for i in only_a]
+    c = c.reshape(*sizes, a.shape[-2], *(b.shape[i] for i in only_b), b.shape[-1])
+    position = {axis: i for i, axis in enumerate(shared + only_a)}
+    rows = len(position)
+    position.update({axis: rows + 1 + i for i, axis in enumerate(only_b)})
+    order = [position[i] for i in range(len(batch))]
+    return c.permute(*order, rows, c.dim() - 1)
+
+
+@final
+class Permutation:
+    """A random-looking permutation of the residues: three rounds of key addition and cubing.
+
+    This is the MiMC construction (Albrecht et al. 2016). Cubing is a bijection because
+    neither p - 1 nor q - 1 is divisible by 3.
+    """
+
+    def __init__(self, modulus: Modulus, source: random.Random, rounds: int = 3) -> None:
+        self.modulus = modulus
+        self._keys = [float(source.randrange(modulus.prime)) for _ in range(rounds + 1)]
+        self._root = pow(3, -1, modulus.prime - 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the permutation."""
+        flat = x.reshape(-1)
+        result = torch.empty_like(flat)
+        # the rounds run piece by piece so that they stay in cache
+        for start in range(0, flat.numel(), _PIECE):
+            piece = flat[start : start + _PIECE]
+            for key in self._keys[:-1]:
+                piece = self.modulus.reduce_(piece + key)
+                piece = self.modulus.mul(self.modulus.mul(piece, piece), piece)
+            result[start : start + _PIECE] = self.modulus.reduce_(piece + self._keys[-1])
+        return result.reshape(x.shape)
+
+    def backward(self, y: torch.Tensor) -> torch.Tensor:
+        """Apply the inverse."""
+        y = self.modulus.reduce_(y - self._keys[-1])
+        for key in reversed(self._keys[:-1]):
+            y = self.modulus.reduce_(self.modulus.power(y, self._root) - key)
+        return y
+
+
+@final
+class Exponential:
+    """x modulo q -> g^x modulo p for a generator g of the subgroup of order q."""
+
+    def __init__(self, p: Modulus, q: Modulus, source: random.Random) -> None:
+        self._p, self._q = p, q
+        root = 1
+        while root == 1:
+            base = source.randrange(2, p.prime)
+            root = pow(base, (p.prime - 1) // q.prime, p.prime)
+        self.root = root
+        self._low = self._table(root, _LIMB)
+        self._high = self._table(pow(root, _LIMB, p.prime), q.prime // _LIMB + 1)
+
+    def _table(self, base: int, count: int) -> torch.Tensor:
+        table = torch.ones(1, dtype=torch.float64)
+        factor = base
+        while table.numel() < count:
+            scaled = self._p.mul(table, torch.tensor(self._p.embed(factor), dtype=torch.float64))
+            table = torch.cat([table, scaled])
+            factor = factor * factor % self._p.prime
+        return table[:count].contiguous()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return g^x."""
+        flat = x.reshape(-1)
+        result = torch.empty_like(flat)
+        for start in range(0, flat.numel(), _PIECE):
+            whole = self._q.canonical(flat[start : start + _PIECE]).to(torch.int64)
+            low = self._low.index_select(0, whole & (_LIMB - 1))
+            high = self._high.index_select(0, whole >> 13)
+            result[start : start + _PIECE] = self._p.reduce_(low.mul_(high))
+        return result.reshape(x.shape)
+
+
+def mix(x: torch.Tensor, key: int) -> torch.Tensor:
+    """Hash 64-bit integers under a key (the finalizer of splitmix64, key added first)."""
+    x = x + _signed(key)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def to_residues(hashed: torch.Tensor, modulus: Modulus) -> torch.Tensor:
+    """Turn 64-bit hashes into residues (bias below 2^-25)."""
+    return modulus.reduce_((hashed & ((1 << 52) - 1)).to(torch.float64) - float(1 << 51))

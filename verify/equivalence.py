@@ -1,0 +1,271 @@
+"""Are two programs the same? The finite-field test, repeated until its error bound is met.
+
+In: two graphs of any level with inputs of the same types. Out: a `Verdict`, a value: equal with a bound
+on the chance of a mistake, or different with a counterexample that anyone can run again.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, log2
+from typing import Any, final
+
+import torch
+
+from superopt.ir.errors import GraphError
+from superopt.ir.graph import Graph, Level
+from superopt.ir.interpret import interpret
+from superopt.ir.node import Node, topological
+from superopt.ir.ops import contraction, elementwise
+from superopt.ir.semantics import to_primitives
+from superopt.verify.arithmetic import PRIME_LIMIT
+from superopt.verify.degree import error_per_test
+from superopt.verify.field import FieldDomain, FieldValue, ZeroDivision
+from superopt.verify.needs import COMPARISONS, infinite_constant, needed_residues
+from superopt.verify.ranges import integer_limits
+
+DEFAULT_ERROR_BOUND = 2.0**-60
+MAX_TESTS = 64
+MAX_REDRAWS = 4
+MIN_DECISIONS = 256
+"""How many random outcomes each comparison is to see over all tests."""
+
+
+@final
+@dataclass(frozen=True)
+class Counterexample:
+    """Where two programs differ: output `output` at `position`, in the test drawn from `seed`.
+
+    `expected` and `found` are (mod p, mark) of the original and the candidate; a mark is 0 for a
+    residue, 1 and -1 for the infinities, 2 for NaN. Concrete outputs (integers) have the value first.
+    """
+
+    seed: int
+    output: int
+    position: tuple[int, ...]
+    expected: tuple[int, int]
+    found: tuple[int, int]
+
+    def __str__(self) -> str:
+        place = ",".join(str(i) for i in self.position)
+        return (
+            f"output {self.output} at [{place}] is {_shown(self.found)}, "
+            f"not {_shown(self.expected)} (test seed {self.seed})"
+        )
+
+
+def _shown(value: tuple[int, int]) -> str:
+    return {0: str(value[0]), 1: "inf", -1: "-inf", 2: "nan"}[value[1]]
+
+
+@final
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of the field test; true in a condition when the programs are equivalent.
+
+    `bound` is the computed chance that different programs passed. `decisions` is true when comparisons
+    of values took part: the bound then speaks about the branches that the tests took.
+    """
+
+    equivalent: bool
+    reason: str
+    seed: int
+    tests: int
+    primes: tuple[tuple[int, int], ...]
+    seeds: tuple[int, ...]
+    error_per_test: float
+    bound: float
+    decisions: bool
+    by_order: bool
+    seconds: float
+    counterexample: Counterexample | None = None
+
+    def __bool__(self) -> bool:
+        return self.equivalent
+
+    def __str__(self) -> str:
+        if not self.equivalent:
+            return f"not equivalent: {self.reason}"
+        exponent = log2(self.bound) if self.bound > 0 else float("-inf")
+        return f"equivalent up to 2^{exponent:.0f} after {self.tests} tests"
+
+
+def verify_field(
+    original: Graph,
+    candidate: Graph,
+    *,
+    seed: int,
+    error_bound: float = DEFAULT_ERROR_BOUND,
+) -> Verdict:
+    """Test `candidate` against `original` on random field elements.
+
+    Raises:
+        GraphError: the graphs do not take inputs of the same types.
+    """
+    started = time.perf_counter()
+    mismatch = _signature_mismatch(original, candidate)
+    if mismatch:
+        return _refused(mismatch, seed, started)
+    joint = _joint(original, candidate)
+    limits = integer_limits(original)
+    verdict = _run(joint, len(original.outputs), limits, seed, error_bound, False, started)
+    if not verdict.equivalent and verdict.counterexample and _order_helps(joint):
+        verdict = _run(joint, len(original.outputs), limits, seed, error_bound, True, started)
+    return verdict
+
+
+def _signature_mismatch(original: Graph, candidate: Graph) -> str | None:
+    if len(original.inputs) != len(candidate.inputs):
+        raise GraphError(
+            f"{original.name} takes {len(original.inputs)} inputs, "
+            f"{candidate.name} takes {len(candidate.inputs)}"
+        )
+    for a, b in zip(original.inputs, candidate.inputs, strict=True):
+        if a.shape != b.shape or a.tensor.dtype is not b.tensor.dtype:
+            raise GraphError(f"input {a.attrs.name} is {a.type}, the candidate takes {b.type}")
+    if len(original.outputs) != len(candidate.outputs):
+        return f"{len(candidate.outputs)} outputs, not {len(original.outputs)}"
+    for i, (a, b) in enumerate(zip(original.outputs, candidate.outputs, strict=True)):
+        if a.shape != b.shape or a.tensor.dtype is not b.tensor.dtype:
+            return f"output {i} is {b.type}, not {a.type}"
+    return None
+
+
+def _joint(original: Graph, candidate: Graph) -> Graph:
+    """Both programs as primitives over the same inputs: what they share is computed once."""
+    outputs = to_primitives(original, original.inputs) + to_primitives(candidate, original.inputs)
+    return Graph(Level.KERNEL, original.name, original.inputs, outputs)
+
+
+def _order_helps(joint: Graph) -> bool:
+    """Say whether a second look with max by random order is worth having, and sound enough.
+
+    A maximum over many elements hides a wrong one too often under a random order; of two
+    elements each wins every second time.
+    """
+    ops = {n.op for n in topological(joint.outputs)}
+    over_many = {contraction.REDUCE_MAX, contraction.REDUCE_MIN, contraction.SCAN}
+    return bool(ops & {elementwise.MAXIMUM, elementwise.MINIMUM}) and not ops & over_many
+
+
+def _run(
+    joint: Graph,
+    half: int,
+    limits: dict[str, int],
+    seed: int,
+    error_bound: float,
+    by_order: bool,
+    started: float,
+) -> Verdict:
+    smallest = int(0.9 * PRIME_LIMIT)
+    error = error_per_test(joint, half, smallest, smallest // 2)
+    if error > 0.5:
+        return _refused(f"degree too high for a bound: {error:.2g} per test", seed, started)
+    sites = _decision_sites(joint, by_order)
+    tests = max(1, ceil(log2(error_bound) / log2(error)))
+    if sites:
+        tests = max(tests, min(MAX_TESTS, ceil(MIN_DECISIONS / min(sites))))
+    needs = needed_residues(joint, by_order=by_order)
+    primes: list[tuple[int, int]] = []
+    seeds: list[int] = []
+    difference: Counterexample | None = None
+    while len(seeds) < tests and difference is None:
+        outcome = _one_test(joint, half, limits, needs, _test_seed(seed, len(seeds)), by_order)
+        difference, domain_primes, used = outcome
+        primes.append(domain_primes)
+        seeds.append(used)
+    return Verdict(
+        equivalent=difference is None,
+        reason="" if difference is None else str(difference),
+        seed=seed,
+        tests=len(seeds),
+        primes=tuple(primes),
+        seeds=tuple(seeds),
+        error_per_test=error,
+        bound=1.0 if difference is not None else error ** len(seeds),
+        decisions=bool(sites),
+        by_order=by_order,
+        seconds=time.perf_counter() - started,
+        counterexample=difference,
+    )
+
+
+def _refused(reason: str, seed: int, started: float) -> Verdict:
+    seconds = time.perf_counter() - started
+    return Verdict(False, reason, seed, 0, (), (), 1.0, 1.0, False, False, seconds)
+
+
+def _test_seed(seed: int, index: int) -> int:
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _decision_sites(joint: Graph, by_order: bool) -> list[int]:
+    """Number of elements of every comparison of values."""
+    found = []
+    for node in topological(joint.outputs):
+        compared = node.op in COMPARISONS and node.inputs[0].tensor.dtype.is_float
+        if compared and not any(infinite_constant(i) for i in node.inputs):
+            found.append(max(1, node.tensor.elements))
+        elif by_order and node.op in (elementwise.MAXIMUM, elementwise.MINIMUM):
+            found.append(max(1, node.tensor.elements))
+    return found
+
+
+def _one_test(
+    joint: Graph,
+    half: int,
+    limits: dict[str, int],
+    needs: dict[Node, frozenset[str]],
+    seed: int,
+    by_order: bool,
+) -> tuple[Counterexample | None, tuple[int, int], int]:
+    for attempt in range(MAX_REDRAWS + 1):
+        # a divisor that is zero under every draw is zero in the program too: then x / 0 is NaN
+        domain = FieldDomain(seed + attempt, needs, by_order, attempt == MAX_REDRAWS)
+        args = [
+            domain.draw(
+                i.tensor, needs.get(i, frozenset()) or frozenset({"p"}), limits[i.attrs.name]
+            )
+            for i in joint.inputs
+        ]
+        try:
+            with torch.no_grad():
+                values = interpret(joint, args, domain)
+        except ZeroDivision:
+            continue
+        primes = (domain.p.prime, domain.q.prime)
+        return compare(values[:half], values[half:], domain), primes, domain.seed
+    raise AssertionError("the last attempt redraws nothing")
+
+
+def compare(
+    expected: Sequence[Any], found: Sequence[Any], domain: FieldDomain
+) -> Counterexample | None:
+    """Return the first place where two lists of values differ."""
+    for index, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if a is b:
+            continue
+        left, left_marks = _parts(a, domain)
+        right, right_marks = _parts(b, domain)
+        differs = (left != right) | (left_marks != right_marks)
+        if not bool(differs.any()):
+            continue
+        position = tuple(int(i) for i in torch.nonzero(differs)[0])
+        return Counterexample(
+            domain.seed,
+            index,
+            position,
+            (int(left[position]), int(left_marks.expand(left.shape)[position])),
+            (int(right[position]), int(right_marks.expand(right.shape)[position])),
+        )
+    return None
+
+
+def _parts(value: Any, domain: FieldDomain) -> tuple[torch.Tensor, torch.Tensor]:
+    nothing = torch.zeros((), dtype=torch.int8)
+    if not isinstance(value, FieldValue):
+        return value, nothing
+    residue = domain.p.canonical(value.residues["p"])
+    return residue, nothing if value.kind is None else value.kind

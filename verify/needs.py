@@ -1,0 +1,143 @@
+"""Which residues of each value the field test has to compute.
+
+Outputs need their residue mod p. Only what flows into an exponential needs one mod q, and the scores
+of an attention, which are used in exponentials alone, need none mod p. Computing exactly what is
+needed halves the work of the field test or better.
+
+In: a kernel graph of primitives. Out: per node a set of residues ("p", "q") to compute, and
+whether a residue mod q exists at all (it does not after an exponential).
+"""
+
+from collections.abc import Sequence
+from math import isinf
+
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node, topological
+from superopt.ir.ops import contraction, elementwise, leaf, library, structural
+from superopt.ir.ops.registry import OpKind
+
+EXPONENTIAL = (
+    elementwise.EXP,
+    elementwise.EXPM1,
+    elementwise.SIGMOID,
+    elementwise.TANH,
+    elementwise.SINH,
+    elementwise.COSH,
+)
+UNKNOWN = (
+    elementwise.ABS,
+    elementwise.SIGN,
+    elementwise.FLOOR,
+    elementwise.CEIL,
+    elementwise.ROUND,
+    elementwise.TRUNC,
+    elementwise.LOG,
+    elementwise.LOG1P,
+    elementwise.SQRT,
+    elementwise.SIN,
+    elementwise.COS,
+    elementwise.TAN,
+    elementwise.ASIN,
+    elementwise.ACOS,
+    elementwise.ATAN,
+    elementwise.ASINH,
+    elementwise.ACOSH,
+    elementwise.ATANH,
+    elementwise.ERF,
+    elementwise.ERFINV,
+    elementwise.LGAMMA,
+    elementwise.FLOORDIV,
+    elementwise.TRUNCDIV,
+    elementwise.REMAINDER,
+    elementwise.FMOD,
+    elementwise.ATAN2,
+)
+COMPARISONS = (
+    elementwise.EQ,
+    elementwise.NE,
+    elementwise.LT,
+    elementwise.LE,
+    elementwise.GT,
+    elementwise.GE,
+)
+LARGEST_POWER = 64
+
+Needs = dict[Node, frozenset[str]]
+_P = frozenset({"p"})
+_Q = frozenset({"q"})
+
+
+def real_valued(node: Node) -> bool:
+    """Say whether values of this node are field elements (floating-point in the program)."""
+    return hasattr(node.type, "dtype") and node.tensor.dtype.is_float
+
+
+def infinite_constant(node: Node) -> bool:
+    """True for a constant ±inf, also behind reshapes, broadcasts and casts."""
+    while node.op in (structural.RESHAPE, structural.BROADCAST, elementwise.CAST):
+        node = node.inputs[0]
+    return node.op is leaf.CONSTANT and isinf(node.attrs.value)
+
+
+def constant_power(node: Node) -> int | None:
+    """Return the exponent of a `pow` by a small integer constant."""
+    exponent = node.inputs[1]
+    if exponent.op is not leaf.CONSTANT or float(exponent.attrs.value) % 1:
+        return None
+    value = int(exponent.attrs.value)
+    return value if abs(value) <= LARGEST_POWER else None
+
+
+def _has_q(node: Node, known: dict[Node, bool]) -> bool:
+    if node.op in EXPONENTIAL:
+        return not known[node.inputs[0]]
+    if node.op in UNKNOWN or node.op.kind is OpKind.LIBRARY or node.op is leaf.ITEM:
+        return True
+    if node.op is elementwise.POW and constant_power(node) is None:
+        return True
+    return all(known[i] for i in node.inputs)
+
+
+def residues_that_exist(graph: Graph) -> dict[Node, bool]:
+    """Map each node to whether its values have a residue mod q."""
+    known: dict[Node, bool] = {}
+    for node in graph.nodes():
+        known[node] = not real_valued(node) or _has_q(node, known)
+    return known
+
+
+def _operand_needs(
+    node: Node, own: frozenset[str], has_q: dict[Node, bool], by_order: bool
+) -> Sequence[frozenset[str]]:
+    op = node.op
+    if op in EXPONENTIAL:
+        return [_Q if has_q[node.inputs[0]] else _P]
+    if op in COMPARISONS:
+        if any(infinite_constant(i) for i in node.inputs):
+            return [_Q if has_q[i] else _P for i in node.inputs]
+        return [_P] * len(node.inputs)
+    if op in UNKNOWN or op.kind is OpKind.LIBRARY or not real_valued(node):
+        return [_P] * len(node.inputs)
+    if op is elementwise.POW and constant_power(node) is None:
+        return [_P] * len(node.inputs)
+    if by_order and op in (elementwise.MAXIMUM, elementwise.MINIMUM):
+        return [own | _P] * len(node.inputs)
+    if op in (contraction.ARGMAX, contraction.ARGMIN):
+        return [_P]
+    return [own] * len(node.inputs)
+
+
+def needed_residues(graph: Graph, *, by_order: bool = False) -> Needs:
+    """Map each node to the residues that the outputs need of it (empty for unused inputs)."""
+    has_q = residues_that_exist(graph)
+    needs: dict[Node, frozenset[str]] = {}
+    for output in graph.outputs:
+        needs[output] = _P
+    for node in reversed(list(topological(graph.outputs))):
+        own = needs.setdefault(node, _P)
+        for child, need in zip(
+            node.inputs, _operand_needs(node, own, has_q, by_order), strict=True
+        ):
+            if real_valued(child):
+                needs[child] = needs.get(child, frozenset()) | need
+    return needs
