@@ -20,6 +20,7 @@ import torch
 PRIME_LIMIT = 1 << 26
 _PIECE = 1 << 15
 _LIMB = 1 << 13
+_BLOCK = 1 << 18
 _TERMS = 1 << 15
 
 
@@ -83,12 +84,7 @@ class Modulus:
 
     def canonical(self, x: torch.Tensor) -> torch.Tensor:
         """Return the representative in 0 <= r < prime."""
-        y = torch.where(x < 0, x + self.prime, x)
-        return torch.where(y >= self.prime, y - self.prime, y)
-
-    def is_zero(self, x: torch.Tensor) -> torch.Tensor:
-        """Return where the residue is zero (balanced residues of zero are 0 alone)."""
-        return x == 0
+        return x.sub(torch.floor(x * self.inverse), alpha=self.prime)
 
     def embed(self, numerator: int, denominator: int = 1) -> float:
         """Return the balanced residue of a rational; its denominator must not be 0 here."""
@@ -178,27 +174,34 @@ class Modulus:
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         left, right = _fold(a, b)
         terms = left.shape[-1]
-        total: torch.Tensor | None = None
-        for start in range(0, max(terms, 1), _TERMS):
+        result = self._product(left[..., :_TERMS], right[:, :_TERMS])
+        for start in range(_TERMS, terms, _TERMS):
             part = self._product(
                 left[..., start : start + _TERMS], right[:, start : start + _TERMS]
             )
-            total = part if total is None else self.add(total, part)
-        assert total is not None
-        return _unfold(total, a, b, tuple(batch))
+            result = self.add(result, part)
+        return _unfold(result, a, b, tuple(batch))
 
     def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        if a.numel() <= b.numel():
-            high, low = _limbs(a)
-            both = torch.bmm(torch.cat([high, low], -2), b)
-            upper, lower = both.split(a.shape[-2], -2)
-        else:
-            high, low = _limbs(b)
-            both = torch.bmm(a, torch.cat([high, low], -1))
-            upper, lower = both.split(b.shape[-1], -1)
-        upper = self.reduce_(upper.contiguous())
-        lower = self.reduce_(lower.contiguous())
-        return self.reduce_(lower.add_(upper, alpha=_LIMB))
+        """Multiply in blocks of rows (or of small matrices) whose products stay in cache."""
+        count, rows, columns = a.shape[0], a.shape[1], b.shape[2]
+        result = torch.empty((count, rows, columns), dtype=torch.float64)
+        split_a = a.numel() <= b.numel()
+        parts = _limbs(a if split_a else b)
+        batch_step = max(1, _BLOCK // max(1, rows * columns))
+        row_step = max(32, _BLOCK // max(1, columns)) if batch_step == 1 else rows
+        for first in range(0, count, batch_step):
+            batch = slice(first, first + batch_step)
+            for top in range(0, rows, max(row_step, 1)):
+                block = slice(top, top + row_step)
+                target = result[batch, block]
+                if split_a:
+                    upper, lower = (torch.bmm(x[batch, block], b[batch]) for x in parts)
+                else:
+                    upper, lower = (torch.bmm(a[batch, block], x[batch]) for x in parts)
+                lower.add_(self.reduce_(upper), alpha=_LIMB)
+                target.copy_(self.reduce_(lower))
+        return result
 
 
 def _limbs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,21 +258,24 @@ class Permutation:
 
     def __init__(self, modulus: Modulus, source: random.Random, rounds: int = 3) -> None:
         self.modulus = modulus
-        self._keys = [float(source.randrange(modulus.prime)) for _ in range(rounds + 1)]
+        half = modulus.prime // 2
+        self._keys = [float(source.randrange(-half, half)) for _ in range(rounds + 1)]
         self._root = pow(3, -1, modulus.prime - 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the permutation."""
         flat = x.reshape(-1)
         result = torch.empty_like(flat)
+        reduce_ = self.modulus.reduce_
         # the rounds run piece by piece so that they stay in cache
         for start in range(0, flat.numel(), _PIECE):
             piece = flat[start : start + _PIECE]
             for key in self._keys[:-1]:
-                piece = self.modulus.reduce_(piece + key)
-                piece = self.modulus.mul(self.modulus.mul(piece, piece), piece)
-            result[start : start + _PIECE] = self.modulus.reduce_(piece + self._keys[-1])
-        return result.reshape(x.shape)
+                # at most p in size: its square is still below 2^52
+                keyed = piece + key
+                piece = reduce_(reduce_(keyed * keyed).mul_(keyed))
+            torch.add(piece, self._keys[-1], out=result[start : start + _PIECE])
+        return reduce_(result).reshape(x.shape)
 
     def backward(self, y: torch.Tensor) -> torch.Tensor:
         """Apply the inverse."""
@@ -307,7 +313,9 @@ class Exponential:
         flat = x.reshape(-1)
         result = torch.empty_like(flat)
         for start in range(0, flat.numel(), _PIECE):
-            whole = self._q.canonical(flat[start : start + _PIECE]).to(torch.int64)
+            whole = flat[start : start + _PIECE].to(torch.int64)
+            # negative exponents: add q where the sign bits are set
+            whole.add_((whole >> 63).bitwise_and_(self._q.prime))
             low = self._low.index_select(0, whole & (_LIMB - 1))
             high = self._high.index_select(0, whole >> 13)
             result[start : start + _PIECE] = self._p.reduce_(low.mul_(high))
@@ -316,10 +324,16 @@ class Exponential:
 
 def mix(x: torch.Tensor, key: int) -> torch.Tensor:
     """Hash 64-bit integers under a key (the finalizer of splitmix64, key added first)."""
-    x = x + _signed(key)
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+    flat = x.reshape(-1)
+    result = torch.empty_like(flat)
+    for start in range(0, flat.numel(), _PIECE):
+        piece = flat[start : start + _PIECE] + _signed(key)
+        piece = (piece ^ ((piece >> 30) & ((1 << 34) - 1))).mul_(_signed(0xBF58476D1CE4E5B9))
+        piece = (piece ^ ((piece >> 27) & ((1 << 37) - 1))).mul_(_signed(0x94D049BB133111EB))
+        torch.bitwise_xor(
+            piece, (piece >> 31) & ((1 << 33) - 1), out=result[start : start + _PIECE]
+        )
+    return result.reshape(x.shape)
 
 
 def _signed(value: int) -> int:

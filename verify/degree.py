@@ -26,7 +26,7 @@ from superopt.verify.needs import (
     constant_power,
     infinite_constant,
     real_valued,
-    residues_that_exist,
+    needed_residues,
 )
 
 
@@ -60,13 +60,12 @@ _NUMBER = Degree(0)
 
 def degrees(graph: Graph) -> dict[Node, Degree]:
     """Map every node to its degree."""
-    has_q = residues_that_exist(graph)
     found: dict[Node, Degree] = {}
     for node in graph.nodes():
         if not real_valued(node):
             found[node] = _NUMBER
         else:
-            found[node] = _degree(node, [found[i] for i in node.inputs], has_q)
+            found[node] = _degree(node, [found[i] for i in node.inputs])
     return found
 
 
@@ -82,6 +81,10 @@ def error_per_test(graph: Graph, half: int, p: int, q: int) -> float:
     worst = max((_difference(found[a], found[b]) for a, b in pairs), default=0)
     # two unknown functions of different arguments look alike where the residues collide
     collisions = sum(_hashed_degree(node, found) for node in graph.nodes())
+    needs = needed_residues(graph)
+    for node in graph.nodes():
+        if node.op in EXPONENTIAL and "q" in needs.get(node, ()):
+            collisions += 2 * max(found[node].numerator + found[node].denominator, 1)
     return worst / (q if exponentials else p) + collisions / p
 
 
@@ -100,7 +103,7 @@ def _hashed_degree(node: Node, found: dict[Node, Degree]) -> int:
     return sum(2 * max(found[i].numerator + found[i].denominator, 1) for i in node.inputs)
 
 
-def _degree(node: Node, args: list[Degree], has_q: dict[Node, bool]) -> Degree:
+def _degree(node: Node, args: list[Degree]) -> Degree:
     op = node.op
     if op is leaf.CONSTANT:
         value = node.attrs.value
@@ -109,7 +112,7 @@ def _degree(node: Node, args: list[Degree], has_q: dict[Node, bool]) -> Degree:
     if op is leaf.IOTA:
         return _NUMBER
     if op in EXPONENTIAL:
-        return _exponential(node, args[0], has_q[node.inputs[0]])
+        return _exponential(node, args[0])
     rule = _RULES.get(op.name)
     if rule is not None:
         return rule(node, args)
@@ -118,8 +121,8 @@ def _degree(node: Node, args: list[Degree], has_q: dict[Node, bool]) -> Degree:
     return _VARIABLE
 
 
-def _exponential(node: Node, x: Degree, exponent: bool) -> Degree:
-    weight = max(1, x.numerator + x.denominator) if exponent else 1
+def _exponential(node: Node, x: Degree) -> Degree:
+    weight = max(1, x.numerator + x.denominator)
     own = Factor((id(node),), weight, _varying(node))
     if node.op is elementwise.SIGMOID or node.op is elementwise.TANH:
         return Degree(weight, (own,))

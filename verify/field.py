@@ -2,7 +2,7 @@
 
 A real value is a pair of residues (mod p, mod q), p = 2 q + 1, so that exp can map an exponent
 mod q to a power of an element of order q mod p (as in Mirage, OSDI 2025; theory: arXiv 2506.04529).
-After exp the residue mod q is gone. Integers and booleans are themselves: masks and indices
+After exp the residue mod q is a keyed hash of the one mod p. Integers and booleans are themselves: masks and indices
 are computed, not modelled. Infinities and NaN are marked beside the residues, so that masked
 softmax means what it means in floating point.
 
@@ -429,9 +429,7 @@ def _pow(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
 
 
 def exponential(x: FieldValue, needed: frozenset[str], domain: FieldDomain) -> FieldValue:
-    """Return exp(x): a power of a root of unity, or an unknown function where no exponent is left."""
-    if "q" not in x.residues:
-        return domain.unknown("exp", [x], needed)
+    """Return exp(x): a power of a root of unity."""
     power = domain.exponential(x.residues["q"])
     if x.kind is None:
         return FieldValue({"p": power})
@@ -471,8 +469,18 @@ def _twice(x: FieldValue, domain: FieldDomain) -> FieldValue:
 
 @FIELD.register(*EXPONENTIAL)
 def _exponential(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
-    (x,) = args
-    needed = domain.needed(node)
+    result = _exponential_mod_p(node, args[0], domain)
+    if "q" not in domain.needed(node):
+        return result
+    # as an exponent the result is a number about which nothing is known but that it is the same
+    # wherever its residue mod p is: a keyed hash of that, linear from here on like any exponent
+    hashed = domain.hashed(result, _key(domain.seed, "exponent"))
+    residues = {**result.residues, "q": to_residues(hashed, domain.fields["q"])}
+    return marked_value(residues, result.kind).only(domain.needed(node))
+
+
+def _exponential_mod_p(node: Node, x: FieldValue, domain: FieldDomain) -> FieldValue:
+    needed = frozenset({"p"})
     one = _number(1.0, needed, domain)
     if node.op is elementwise.EXP:
         return exponential(x, needed, domain)

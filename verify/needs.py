@@ -4,8 +4,7 @@ Outputs need their residue mod p. Only what flows into an exponential needs one 
 of an attention, which are used in exponentials alone, need none mod p. Computing exactly what is
 needed halves the work of the field test or better.
 
-In: a kernel graph of primitives. Out: per node a set of residues ("p", "q") to compute, and
-whether a residue mod q exists at all (it does not after an exponential).
+In: a kernel graph of primitives. Out: per node a set of residues ("p", "q") to compute.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from math import isinf
 
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, topological
-from superopt.ir.ops import contraction, elementwise, leaf, library, structural
+from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
 
 EXPONENTIAL = (
@@ -73,7 +72,7 @@ def real_valued(node: Node) -> bool:
 
 
 def infinite_constant(node: Node) -> bool:
-    """True for a constant ±inf, also behind reshapes, broadcasts and casts."""
+    """Say whether this is a constant ±inf, also behind reshapes, broadcasts and casts."""
     while node.op in (structural.RESHAPE, structural.BROADCAST, elementwise.CAST):
         node = node.inputs[0]
     return node.op is leaf.CONSTANT and isinf(node.attrs.value)
@@ -88,33 +87,13 @@ def constant_power(node: Node) -> int | None:
     return value if abs(value) <= LARGEST_POWER else None
 
 
-def _has_q(node: Node, known: dict[Node, bool]) -> bool:
-    if node.op in EXPONENTIAL:
-        return not known[node.inputs[0]]
-    if node.op in UNKNOWN or node.op.kind is OpKind.LIBRARY or node.op is leaf.ITEM:
-        return True
-    if node.op is elementwise.POW and constant_power(node) is None:
-        return True
-    return all(known[i] for i in node.inputs)
-
-
-def residues_that_exist(graph: Graph) -> dict[Node, bool]:
-    """Map each node to whether its values have a residue mod q."""
-    known: dict[Node, bool] = {}
-    for node in graph.nodes():
-        known[node] = not real_valued(node) or _has_q(node, known)
-    return known
-
-
-def _operand_needs(
-    node: Node, own: frozenset[str], has_q: dict[Node, bool], by_order: bool
-) -> Sequence[frozenset[str]]:
+def _operand_needs(node: Node, own: frozenset[str], by_order: bool) -> Sequence[frozenset[str]]:
     op = node.op
     if op in EXPONENTIAL:
-        return [_Q if has_q[node.inputs[0]] else _P]
+        return [_Q]
     if op in COMPARISONS:
         if any(infinite_constant(i) for i in node.inputs):
-            return [_Q if has_q[i] else _P for i in node.inputs]
+            return [_Q] * len(node.inputs)
         return [_P] * len(node.inputs)
     if op in UNKNOWN or op.kind is OpKind.LIBRARY or not real_valued(node):
         return [_P] * len(node.inputs)
@@ -129,15 +108,12 @@ def _operand_needs(
 
 def needed_residues(graph: Graph, *, by_order: bool = False) -> Needs:
     """Map each node to the residues that the outputs need of it (empty for unused inputs)."""
-    has_q = residues_that_exist(graph)
     needs: dict[Node, frozenset[str]] = {}
     for output in graph.outputs:
         needs[output] = _P
     for node in reversed(list(topological(graph.outputs))):
         own = needs.setdefault(node, _P)
-        for child, need in zip(
-            node.inputs, _operand_needs(node, own, has_q, by_order), strict=True
-        ):
+        for child, need in zip(node.inputs, _operand_needs(node, own, by_order), strict=True):
             if real_valued(child):
                 needs[child] = needs.get(child, frozenset()) | need
     return needs

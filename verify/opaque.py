@@ -80,7 +80,7 @@ def _decode(value: Any, tensors: Sequence[Any]) -> Any:
     raise GraphError(f"unknown argument {value} of an opaque operator")
 
 
-def operator(target: str) -> Callable[..., Any]:
+def operator(target: str) -> torch._ops.OpOverload:
     """Return the operator overload called `target` (`aten.topk.default`).
 
     Raises:
