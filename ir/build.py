@@ -9,7 +9,7 @@ Elementwise builders put leading 1s before the shape of the operand of lower ran
 broadcasting does; element types must agree already (`cast`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, Literal
 
@@ -72,7 +72,7 @@ def _to_rank(node: Node, rank: int) -> Node:
     return reshape(node, (1,) * missing + node.shape)
 
 
-def _unary(op: Op) -> Any:
+def _unary(op: Op) -> Callable[[Node], Node]:
     def build(x: Node) -> Node:
         return elementwise_op(op, x)
 
@@ -80,7 +80,7 @@ def _unary(op: Op) -> Any:
     return build
 
 
-def _binary(op: Op) -> Any:
+def _binary(op: Op) -> Callable[[Operand, Operand], Node]:
     def build(x: Operand, y: Operand) -> Node:
         return elementwise_op(op, x, y)
 

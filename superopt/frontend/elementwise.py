@@ -1,0 +1,362 @@
+"""Lifting rules for elementwise operators: type promotion made explicit by casts."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from superopt.frontend.rules import (
+    Call,
+    Decline,
+    Operand,
+    Scalar,
+    as_dtype,
+    common_dtype,
+    rule,
+    to,
+    wide,
+)
+from superopt.ir import build as b
+from superopt.ir import composite
+from superopt.ir.build import elementwise_op
+from superopt.ir.node import Node, make
+from superopt.ir.ops import elementwise as e
+from superopt.ir.ops.registry import Op
+from superopt.ir.types import DType
+
+aten = torch.ops.aten
+
+
+def _float_unary(target: Any, op: Op) -> None:
+    def lift(call: Call, x: Node, *_: Any) -> Node:
+        return elementwise_op(op, to(x, call.dtype))
+
+    rule(target.default)(lift)
+
+
+for _target, _op in (
+    (aten.exp, e.EXP),
+    (aten.expm1, e.EXPM1),
+    (aten.log, e.LOG),
+    (aten.log1p, e.LOG1P),
+    (aten.sqrt, e.SQRT),
+    (aten.sin, e.SIN),
+    (aten.cos, e.COS),
+    (aten.tan, e.TAN),
+    (aten.asin, e.ASIN),
+    (aten.acos, e.ACOS),
+    (aten.atan, e.ATAN),
+    (aten.sinh, e.SINH),
+    (aten.cosh, e.COSH),
+    (aten.asinh, e.ASINH),
+    (aten.acosh, e.ACOSH),
+    (aten.atanh, e.ATANH),
+    (aten.tanh, e.TANH),
+    (aten.sigmoid, e.SIGMOID),
+    (aten.erf, e.ERF),
+    (aten.erfinv, e.ERFINV),
+    (aten.lgamma, e.LGAMMA),
+):
+    _float_unary(_target, _op)
+
+
+def _same_unary(target: Any, op: Op, *, identity_on_integers: bool = False) -> None:
+    def lift(call: Call, x: Node) -> Node:
+        if not x.tensor.dtype.is_float and identity_on_integers:
+            return x
+        if x.tensor.dtype is DType.BOOL:
+            raise Decline("arithmetic on bool")
+        return elementwise_op(op, x)
+
+    rule(target.default)(lift)
+
+
+for _target, _op in ((aten.neg, e.NEG), (aten.abs, e.ABS), (aten.sign, e.SIGN)):
+    _same_unary(_target, _op)
+_same_unary(aten.sgn, e.SIGN)
+for _target, _op in (
+    (aten.floor, e.FLOOR),
+    (aten.ceil, e.CEIL),
+    (aten.round, e.ROUND),
+    (aten.trunc, e.TRUNC),
+):
+    _same_unary(_target, _op, identity_on_integers=True)
+
+
+def _in_wide(target: Any, function: Callable[[Node], Node]) -> None:
+    """Lift an operator to an expression that is rounded once, as the operator is."""
+
+    def lift(call: Call, x: Node) -> Node:
+        return to(function(to(x, wide(call.dtype))), call.dtype)
+
+    rule(target.default)(lift)
+
+
+_in_wide(aten.rsqrt, lambda x: b.div(1.0, b.sqrt(x)))
+_in_wide(aten.reciprocal, lambda x: b.div(1.0, x))
+_in_wide(aten.exp2, lambda x: b.pow_(2.0, x))
+_in_wide(aten.log2, lambda x: b.mul(b.log(x), 1.0 / math.log(2.0)))
+_in_wide(aten.log10, lambda x: b.mul(b.log(x), 1.0 / math.log(10.0)))
+
+
+@rule(aten.isnan.default)
+def _isnan(call: Call, x: Node) -> Node:
+    return elementwise_op(e.ISNAN, x)
+
+
+@rule(aten.isinf.default)
+def _isinf(call: Call, x: Node) -> Node:
+    return elementwise_op(e.ISINF, x)
+
+
+@rule(aten.logical_not.default)
+def _logical_not(call: Call, x: Node) -> Node:
+    return b.not_(to(x, DType.BOOL))
+
+
+@rule(aten.bitwise_not.default)
+def _bitwise_not(call: Call, x: Node) -> Node:
+    return b.not_(x)
+
+
+# -- two operands --------------------------------------------------------------------------------
+
+
+def _arithmetic(op: Op, x: Operand, y: Operand, dtype: DType) -> Node:
+    if dtype is DType.BOOL:
+        table = {e.ADD: e.OR, e.MUL: e.AND, e.MAXIMUM: e.OR, e.MINIMUM: e.AND}
+        if op not in table:
+            raise Decline("arithmetic on bool")
+        op = table[op]
+    return elementwise_op(op, as_dtype(x, dtype), as_dtype(y, dtype))
+
+
+def _scaled(op: Op, call: Call, x: Operand, y: Operand, alpha: Scalar) -> Node:
+    if alpha == 1:
+        return _arithmetic(op, x, y, call.dtype)
+    inner = wide(call.dtype)
+    product = elementwise_op(e.MUL, as_dtype(y, inner), as_dtype(alpha, inner))
+    return to(elementwise_op(op, as_dtype(x, inner), product), call.dtype)
+
+
+@rule(aten.add.Tensor, aten.add.Scalar)
+def _add(call: Call, x: Operand, y: Operand, alpha: Scalar = 1) -> Node:
+    return _scaled(e.ADD, call, x, y, alpha)
+
+
+@rule(aten.sub.Tensor, aten.sub.Scalar)
+def _sub(call: Call, x: Operand, y: Operand, alpha: Scalar = 1) -> Node:
+    return _scaled(e.SUB, call, x, y, alpha)
+
+
+@rule(aten.rsub.Tensor, aten.rsub.Scalar)
+def _rsub(call: Call, x: Operand, y: Operand, alpha: Scalar = 1) -> Node:
+    return _scaled(e.SUB, call, y, x, alpha)
+
+
+def _binary(op: Op, *targets: Any) -> None:
+    def lift(call: Call, x: Operand, y: Operand) -> Node:
+        return _arithmetic(op, x, y, call.dtype)
+
+    rule(*targets)(lift)
+
+
+_binary(e.MUL, aten.mul.Tensor, aten.mul.Scalar)
+_binary(e.DIV, aten.div.Tensor, aten.div.Scalar)
+_binary(e.REMAINDER, aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor)
+_binary(e.FMOD, aten.fmod.Tensor, aten.fmod.Scalar)
+_binary(e.FLOORDIV, aten.floor_divide.default)
+_binary(e.MAXIMUM, aten.maximum.default)
+_binary(e.MINIMUM, aten.minimum.default)
+_binary(e.ATAN2, aten.atan2.default)
+_binary(e.AND, aten.bitwise_and.Tensor, aten.bitwise_and.Scalar)
+_binary(e.OR, aten.bitwise_or.Tensor, aten.bitwise_or.Scalar)
+_binary(e.XOR, aten.bitwise_xor.Tensor, aten.bitwise_xor.Scalar)
+_binary(e.SHL, aten.bitwise_left_shift.Tensor, aten.bitwise_left_shift.Tensor_Scalar)
+_binary(e.SHR, aten.bitwise_right_shift.Tensor, aten.bitwise_right_shift.Tensor_Scalar)
+_binary(e.SHL, aten.__lshift__.Tensor, aten.__lshift__.Scalar)
+_binary(e.SHR, aten.__rshift__.Tensor, aten.__rshift__.Scalar)
+
+
+@rule(aten.div.Tensor_mode, aten.div.Scalar_mode)
+def _div_mode(call: Call, x: Operand, y: Operand, rounding_mode: str | None) -> Node:
+    op = {None: e.DIV, "floor": e.FLOORDIV, "trunc": e.TRUNCDIV}[rounding_mode]
+    return _arithmetic(op, x, y, call.dtype)
+
+
+def _compare(op: Op, name: str) -> None:
+    packet = getattr(aten, name)
+
+    def lift(call: Call, x: Operand, y: Operand) -> Node:
+        dtype = common_dtype(x, y)
+        return elementwise_op(op, as_dtype(x, dtype), as_dtype(y, dtype))
+
+    rule(packet.Tensor, packet.Scalar)(lift)
+
+
+for _name, _op in (
+    ("eq", e.EQ),
+    ("ne", e.NE),
+    ("lt", e.LT),
+    ("le", e.LE),
+    ("gt", e.GT),
+    ("ge", e.GE),
+):
+    _compare(_op, _name)
+
+
+def _logical(op: Op, target: Any) -> None:
+    def lift(call: Call, x: Node, y: Node) -> Node:
+        return elementwise_op(op, to(x, DType.BOOL), to(y, DType.BOOL))
+
+    rule(target)(lift)
+
+
+_logical(e.AND, aten.logical_and.default)
+_logical(e.OR, aten.logical_or.default)
+_logical(e.XOR, aten.logical_xor.default)
+
+
+def _ignoring_nan(op: Op, target: Any) -> None:
+    def lift(call: Call, x: Node, y: Node) -> Node:
+        x, y = as_dtype(x, call.dtype), as_dtype(y, call.dtype)
+        result = _arithmetic(op, x, y, call.dtype)
+        if not call.dtype.is_float:
+            return result
+        other = b.where(elementwise_op(e.ISNAN, y), x, result)
+        return b.where(elementwise_op(e.ISNAN, x), y, other)
+
+    rule(target)(lift)
+
+
+_ignoring_nan(e.MAXIMUM, aten.fmax.default)
+_ignoring_nan(e.MINIMUM, aten.fmin.default)
+
+
+@rule(aten.pow.Tensor_Scalar)
+def _pow_scalar(call: Call, x: Node, exponent: Scalar) -> Node:
+    if not call.dtype.is_float and exponent < 0:
+        raise Decline("an integer to a negative power is an error")
+    y = to(x, wide(call.dtype))
+    result = _small_power(y, exponent)
+    if result is None:
+        result = elementwise_op(e.POW, y, as_dtype(exponent, wide(call.dtype)))
+    return to(result, call.dtype)
+
+
+def _small_power(x: Node, exponent: Scalar) -> Node | None:
+    """Return the products and roots that PyTorch uses for common exponents."""
+    if exponent in (1, 2, 3):
+        result = x
+        for _ in range(int(exponent) - 1):
+            result = b.mul(result, x)
+        return result
+    if not x.tensor.dtype.is_float:
+        return None
+    roots: dict[float, Callable[[], Node]] = {
+        0.5: lambda: b.sqrt(x),
+        -0.5: lambda: b.div(1.0, b.sqrt(x)),
+        -1.0: lambda: b.div(1.0, x),
+        -2.0: lambda: b.div(1.0, b.mul(x, x)),
+    }
+    return roots[exponent]() if exponent in roots else None
+
+
+@rule(aten.pow.Tensor_Tensor, aten.pow.Scalar)
+def _pow(call: Call, x: Operand, y: Operand) -> Node:
+    return _arithmetic(e.POW, x, y, call.dtype)
+
+
+# -- selection and clamping ----------------------------------------------------------------------
+
+
+@rule(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
+def _where(call: Call, condition: Node, x: Operand, y: Operand) -> Node:
+    return b.where(to(condition, DType.BOOL), as_dtype(x, call.dtype), as_dtype(y, call.dtype))
+
+
+@rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def _masked_fill(call: Call, x: Node, mask: Node, value: Operand) -> Node:
+    return b.where(mask, as_dtype(value, call.dtype), x)
+
+
+@rule(aten.clamp.default, aten.clamp.Tensor)
+def _clamp(call: Call, x: Node, low: Operand | None = None, high: Operand | None = None) -> Node:
+    result = to(x, call.dtype)
+    if low is not None:
+        result = b.maximum(result, as_dtype(low, call.dtype))
+    return result if high is None else b.minimum(result, as_dtype(high, call.dtype))
+
+
+@rule(aten.clamp_min.default, aten.clamp_min.Tensor)
+def _clamp_min(call: Call, x: Node, low: Operand) -> Node:
+    return _clamp(call, x, low, None)
+
+
+@rule(aten.clamp_max.default, aten.clamp_max.Tensor)
+def _clamp_max(call: Call, x: Node, high: Operand) -> Node:
+    return _clamp(call, x, None, high)
+
+
+@rule(aten.hardtanh.default)
+def _hardtanh(call: Call, x: Node, low: Scalar, high: Scalar) -> Node:
+    return _clamp(call, x, low, high)
+
+
+# -- activations ---------------------------------------------------------------------------------
+
+
+@rule(aten.relu.default)
+def _relu(call: Call, x: Node) -> Node:
+    return b.maximum(x, as_dtype(0, call.dtype))
+
+
+@rule(aten.leaky_relu.default)
+def _leaky_relu(call: Call, x: Node, slope: Scalar) -> Node:
+    return b.where(b.gt(x, 0.0), x, b.mul(x, float(slope)))
+
+
+@rule(aten.elu.default)
+def _elu(call: Call, x: Node, alpha: Scalar, scale: Scalar, input_scale: Scalar) -> Node:
+    y = to(x, wide(call.dtype))
+    inner = y if input_scale == 1 else b.mul(y, float(input_scale))
+    low = b.mul(elementwise_op(e.EXPM1, inner), float(alpha * scale))
+    high = y if scale == 1 else b.mul(y, float(scale))
+    return to(b.where(b.gt(y, 0.0), high, low), call.dtype)
+
+
+@rule(aten.silu.default)
+def _silu(call: Call, x: Node) -> Node:
+    return make(composite.SILU, (x,))
+
+
+@rule(aten.gelu.default)
+def _gelu(call: Call, x: Node, approximate: str) -> Node:
+    if approximate == "tanh":
+        return make(composite.GELU, (x,), composite.GeluAttrs("tanh"))
+    return make(composite.GELU, (x,), composite.GeluAttrs("none"))
+
+
+# -- conversions ---------------------------------------------------------------------------------
+
+
+@rule(aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+def _to_copy(call: Call, x: Node, *_: Any) -> Node:
+    return to(x, call.dtype)
+
+
+@rule(
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.contiguous.default,
+)
+def _identity(call: Call, x: Node, *_: Any) -> Node:
+    return x
+
+
+@rule(aten.copy.default)
+def _copy(call: Call, x: Node, source: Node, *_: Any) -> Node:
+    return b.broadcast(to(source, call.dtype), call.shape)

@@ -1,0 +1,16 @@
+"""Errors of the frontend."""
+
+from superopt.ir.errors import SuperoptError
+
+
+class LiftError(SuperoptError):
+    """A program cannot be made a kernel graph; whoever asked runs it as it was.
+
+    Args:
+        message: what stands in the way.
+        location: the user's line, where PyTorch recorded it.
+    """
+
+    def __init__(self, message: str, location: str = "") -> None:
+        self.location = location
+        super().__init__(f"{message}\n  at {location}" if location else message)

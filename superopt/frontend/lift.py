@@ -1,0 +1,328 @@
+"""Lift a function, a module, an exported program or an FX graph to a kernel graph.
+
+In: a PyTorch program and example arguments, which fix shapes, element types and strides. Out: a
+`Lifted` program. Its graph takes the caller's tensors first and then the parameters; its outputs are
+new values of changed buffers and arguments first and then the results.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, final
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.node import Node as FxNode
+from torch.utils import _pytree as pytree
+
+from superopt.frontend.convert import Converter, tensor_type
+from superopt.frontend.decompose import decompose
+from superopt.frontend.errors import LiftError
+from superopt.frontend.fold import fold
+from superopt.ir.build import graph_inputs, kernel_graph
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node, make
+from superopt.ir.ops import leaf
+from superopt.ir.types import TensorType
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """Output `output` of the graph is the new value of a buffer or of an argument.
+
+    `target` is the parameter or user input of the graph that changes.
+    """
+
+    output: int
+    kind: Literal["buffer", "argument"]
+    target: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A result or an argument that is no tensor."""
+
+    value: Any
+
+
+@final
+@dataclass(frozen=True)
+class Lifted:
+    """A program as a kernel graph, and how its arguments and results are laid out.
+
+    The graph's inputs are `user_inputs`, then the keys of `parameters`, in order. Its outputs are
+    those of `mutations`, then the results. `folded_sources` are the buffers whose values are part of
+    folded parameters: whoever changes one of them lifts anew.
+    """
+
+    graph: Graph
+    user_inputs: list[str]
+    parameters: dict[str, torch.Tensor]
+    mutations: list[Mutation]
+    folded_sources: list[torch.Tensor]
+    locations: dict[Node, str]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    leaves: tuple[str | Constant, ...] = field(repr=False)
+    results: tuple[int | Constant, ...] = field(repr=False)
+
+    def flatten(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+    ) -> list[torch.Tensor]:
+        """Return the tensors of a call in the order of `user_inputs`.
+
+        Raises:
+            LiftError: the call differs from the example in structure, shape, type or a number.
+        """
+        given, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+        if spec != self.in_spec:
+            raise LiftError(f"the program was lifted for arguments {self.in_spec}, got {spec}")
+        tensors = []
+        types = {n.attrs.name: n.tensor for n in self.graph.inputs}
+        for value, leaf_ in zip(given, self.leaves, strict=True):
+            if isinstance(leaf_, Constant):
+                if type(value) is not type(leaf_.value) or value != leaf_.value:
+                    raise LiftError(f"the program was lifted for {leaf_.value!r}, got {value!r}")
+                continue
+            _check_argument(leaf_, value, types[leaf_])
+            tensors.append(value)
+        return tensors
+
+    def unflatten(self, outputs: Sequence[torch.Tensor]) -> Any:
+        """Return what the program returns, from the outputs of the graph."""
+        values = [r.value if isinstance(r, Constant) else outputs[r] for r in self.results]
+        return pytree.tree_unflatten(values, self.out_spec)
+
+    def write_back(self, tensors: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        """Copy changed values into the arguments (`tensors`, as `flatten` gives) and buffers."""
+        arguments = dict(zip(self.user_inputs, tensors, strict=True))
+        with torch.no_grad():
+            for mutation in self.mutations:
+                table = self.parameters if mutation.kind == "buffer" else arguments
+                table[mutation.target].copy_(outputs[mutation.output])
+
+
+def _check_argument(name: str, value: Any, type_: TensorType) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise LiftError(f"argument {name} was a tensor {type_}, got {type(value).__name__}")
+    got = tensor_type(value)
+    if got.shape != type_.shape or got.dtype is not type_.dtype:
+        raise LiftError(f"argument {name} was lifted as {type_}, got {got}")
+
+
+class _FunctionModule(torch.nn.Module):
+    """A function as a module; modules that it closes over are its submodules."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        for index, module in enumerate(_captured_modules(function)):
+            self.add_module(f"captured_{index}", module)
+        self._function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+
+def _captured_modules(function: Callable[..., Any]) -> list[torch.nn.Module]:
+    owner = getattr(function, "__self__", None)
+    found = [owner] if isinstance(owner, torch.nn.Module) else []
+    try:
+        variables = inspect.getclosurevars(inspect.unwrap(function))
+    except (TypeError, ValueError):
+        return found
+    for value in (*variables.nonlocals.values(), *variables.globals.values()):
+        if isinstance(value, torch.nn.Module) and all(value is not f for f in found):
+            found.append(value)
+    return found
+
+
+def lift(
+    program: Callable[..., Any] | torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Lifted:
+    """Lift a function or module at the shapes of example arguments.
+
+    Raises:
+        LiftError: PyTorch cannot export it (control flow on data, say), or no graph can hold it.
+    """
+    is_module = isinstance(program, torch.nn.Module)
+    module = program if isinstance(program, torch.nn.Module) else _FunctionModule(program)
+    name = type(program).__name__ if is_module else getattr(program, "__name__", "program")
+    try:
+        # under no_grad a program's own no_grad blocks leave no trace in the graph
+        with torch.no_grad():
+            exported = torch.export.export(module, tuple(args), dict(kwargs or {}), strict=False)
+    except Exception as error:
+        raise LiftError(f"PyTorch cannot export {name}: {_first_lines(error)}") from error
+    return lift_exported(exported, name=name)
+
+
+def _first_lines(error: BaseException) -> str:
+    text = [line for line in str(error).splitlines() if line.strip()]
+    return " ".join(text[:2]) or type(error).__name__
+
+
+def lift_fx(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Lifted:
+    """Lift an FX graph as `torch.compile` gives it to a backend.
+
+    Example inputs may be fake tensors; numbers among them must not be symbolic.
+
+    Raises:
+        LiftError: as `lift`, and for symbolic sizes.
+    """
+    for value in example_inputs:
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            raise LiftError("symbolic sizes: compile with dynamic=False")
+    from torch._guards import detect_fake_mode, tracing
+
+    if detect_fake_mode(list(example_inputs)) is None:
+        return lift(graph_module, example_inputs)
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with tracing(None), unset_fake_temporarily():
+        return lift(graph_module, [_stand_in(v) for v in example_inputs])
+
+
+def _stand_in(value: Any) -> Any:
+    """Return a real tensor of the same type and layout; export looks at no elements."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if any(type(d) is not int for d in value.shape):
+        raise LiftError("symbolic sizes: compile with dynamic=False")
+    return torch.empty_strided(
+        tuple(value.shape), tuple(value.stride()), dtype=value.dtype, device=value.device
+    ).zero_()
+
+
+def lift_exported(program: ExportedProgram, *, name: str = "program") -> Lifted:
+    """Lift a program of `torch.export`.
+
+    Raises:
+        LiftError: an operator or type that no graph can hold; the message names the user's line.
+    """
+    try:
+        with torch.no_grad():
+            program = decompose(program)
+    except Exception as error:
+        raise LiftError(f"PyTorch cannot decompose {name}: {_first_lines(error)}") from error
+    return _Lifter(program, re.sub(r"[^A-Za-z0-9_.]", "_", name)).run()
+
+
+@final
+class _Lifter:
+    def __init__(self, program: ExportedProgram, name: str) -> None:
+        self.program = program
+        self.name = name
+        self.users: list[str] = []
+        self.leaves: list[str | Constant] = []
+        self.nodes: dict[str, Node] = {}
+        self.parameters: dict[str, torch.Tensor] = {}
+        self.foldable: dict[Node, torch.Tensor] = {}
+        self.placeholders: dict[FxNode, Any] = {}
+        self.by_target: dict[str, str] = {}
+
+    def run(self) -> Lifted:
+        graph = self.program.graph
+        self._bind_placeholders([n for n in graph.nodes if n.op == "placeholder"])
+        converter = Converter(self.placeholders)
+        converter.run(list(graph.nodes))
+        returned = converter.value(next(n for n in graph.nodes if n.op == "output").args[0])
+        outputs, mutations, results = self._outputs(returned)
+        if not outputs:
+            raise LiftError(f"{self.name} returns no tensor")
+        folded = fold(tuple(outputs), self._unchanged(mutations))
+        changed = {m.target for m in mutations}
+        reached = set(graph_inputs(folded.outputs))
+        parameters = {
+            key: value
+            for key, value in self.parameters.items()
+            if self.nodes[key] in reached or key in changed
+        }
+        table = {n.attrs.name: v for n, v in folded.values.items()}
+        inputs = [self.nodes[key] for key in (*self.users, *parameters)] + list(folded.values)
+        spec = self.program.call_spec
+        return Lifted(
+            graph=kernel_graph(self.name, inputs, folded.outputs),
+            user_inputs=self.users,
+            parameters={**parameters, **table},
+            mutations=mutations,
+            folded_sources=[self.foldable[n] for n in folded.sources],
+            locations=converter.locations,
+            in_spec=spec.in_spec,
+            out_spec=spec.out_spec,
+            leaves=tuple(self.leaves),
+            results=tuple(results),
+        )
+
+    def _unchanged(self, mutations: list[Mutation]) -> dict[Node, torch.Tensor]:
+        changed = {m.target for m in mutations}
+        return {n: t for n, t in self.foldable.items() if n.attrs.name not in changed}
+
+    def _bind_placeholders(self, placeholders: list[FxNode]) -> None:
+        specs = self.program.graph_signature.input_specs
+        for node, spec in zip(placeholders, specs, strict=True):
+            value = node.meta.get("val")
+            if spec.kind is InputKind.USER_INPUT:
+                self._bind_user_input(node, spec, value)
+            elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+                self._bind_parameter(node, spec)
+            else:
+                raise LiftError(f"{spec.kind.name} {spec.target} is not supported")
+
+    def _bind_user_input(self, node: FxNode, spec: Any, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            self.placeholders[node] = self._input(node.name, value)
+            self.users.append(node.name)
+            self.leaves.append(node.name)
+            return
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            raise LiftError(f"argument {node.name} is symbolic: export with fixed sizes")
+        known = getattr(spec.arg, "value", value)
+        self.placeholders[node] = known
+        self.leaves.append(Constant(known))
+
+    def _bind_parameter(self, node: FxNode, spec: Any) -> None:
+        tensor = self.program.state_dict.get(spec.target)
+        if tensor is None:
+            tensor = self.program.constants[spec.target]
+        if not isinstance(tensor, torch.Tensor):
+            raise LiftError(f"constant {spec.target} is no tensor")
+        made = self._input(node.name, tensor)
+        self.placeholders[node] = made
+        self.parameters[node.name] = tensor
+        self.by_target[spec.target] = node.name
+        fixed = spec.kind is not InputKind.PARAMETER and not tensor.requires_grad
+        if fixed and tensor.device.type != "meta" and type(tensor) is torch.Tensor:
+            self.foldable[made] = tensor
+
+    def _input(self, name: str, value: torch.Tensor) -> Node:
+        type_ = tensor_type(value, layout=True)
+        self.nodes[name] = make(leaf.INPUT, (), leaf.InputAttrs(name, type_))
+        return self.nodes[name]
+
+    def _outputs(
+        self, returned: Sequence[Any]
+    ) -> tuple[list[Node], list[Mutation], list[int | Constant]]:
+        outputs: list[Node] = []
+        mutations: list[Mutation] = []
+        results: list[int | Constant] = []
+        specs = self.program.graph_signature.output_specs
+        for value, spec in zip(returned, specs, strict=True):
+            if spec.kind is OutputKind.BUFFER_MUTATION or spec.kind is OutputKind.PARAMETER_MUTATION:
+                mutations.append(Mutation(len(outputs), "buffer", self.by_target[spec.target]))
+            elif spec.kind is OutputKind.USER_INPUT_MUTATION:
+                mutations.append(Mutation(len(outputs), "argument", spec.target))
+            elif spec.kind is not OutputKind.USER_OUTPUT:
+                raise LiftError(f"a result of kind {spec.kind.name} is not supported")
+            elif not isinstance(value, Node):
+                results.append(Constant(value))
+                continue
+            else:
+                results.append(len(outputs))
+            outputs.append(value)
+        return outputs, mutations, results

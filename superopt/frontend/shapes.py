@@ -1,0 +1,302 @@
+"""Lifting rules for operators that make, move and select elements."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from superopt.frontend.rules import Call, Decline, Scalar, as_dtype, axes_of, one_axis, rule, to
+from superopt.ir import build as b
+from superopt.ir.node import Node
+from superopt.ir.ops import leaf
+from superopt.ir.types import DType
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.view_as.default,
+)
+def _view(call: Call, x: Node, *_: Any) -> Node:
+    return b.reshape(x, call.shape)
+
+
+@rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+def _expand(call: Call, x: Node, *_: Any) -> Node:
+    return b.broadcast(x, call.shape) if call.shape else x
+
+
+@rule(aten.permute.default)
+def _permute(call: Call, x: Node, dims: Sequence[int]) -> Node:
+    return b.permute(x, dims) if dims else x
+
+
+@rule(aten.t.default)
+def _t(call: Call, x: Node) -> Node:
+    return b.transpose(x) if x.tensor.rank == 2 else x
+
+
+@rule(aten.transpose.int)
+def _transpose(call: Call, x: Node, first: int, second: int) -> Node:
+    perm = list(range(x.tensor.rank))
+    if perm:
+        perm[first], perm[second] = perm[second], perm[first]
+    return b.permute(x, perm) if perm else x
+
+
+def _bounds(size: int, start: int | None, stop: int | None) -> tuple[int, int]:
+    """Return Python's reading of start:stop for a dim of `size`."""
+    start, stop, _ = slice(start, stop).indices(size)
+    return start, max(start, stop)
+
+
+@rule(aten.slice.Tensor)
+def _slice(
+    call: Call, x: Node, dim: int, start: int | None, stop: int | None, step: int = 1
+) -> Node:
+    axis = one_axis(x, dim)
+    first, last = _bounds(x.shape[axis], start, stop)
+    return b.slice_(x, axis, first, last, step)
+
+
+@rule(aten.narrow.default)
+def _narrow(call: Call, x: Node, dim: int, start: int, length: int) -> Node:
+    axis = one_axis(x, dim)
+    start %= max(x.shape[axis], 1)
+    return b.slice_(x, axis, start, start + length)
+
+
+@rule(aten.select.int)
+def _select(call: Call, x: Node, dim: int, index: int) -> Node:
+    axis = one_axis(x, dim)
+    index %= x.shape[axis]
+    return b.reshape(b.slice_(x, axis, index, index + 1), call.shape)
+
+
+def _pieces(x: Node, dim: int, sizes: Sequence[int]) -> tuple[Node, ...]:
+    axis = one_axis(x, dim)
+    parts = []
+    start = 0
+    for size in sizes:
+        parts.append(b.slice_(x, axis, start, start + size))
+        start += size
+    return tuple(parts)
+
+
+@rule(aten.split_with_sizes.default)
+def _split_with_sizes(call: Call, x: Node, sizes: Sequence[int], dim: int) -> tuple[Node, ...]:
+    return _pieces(x, dim, sizes)
+
+
+@rule(aten.split.Tensor, aten.chunk.default)
+def _split(call: Call, x: Node, size: int, dim: int) -> tuple[Node, ...]:
+    axis = one_axis(x, dim)
+    return _pieces(x, dim, [t.shape[axis] for t in call.results])
+
+
+@rule(aten.unbind.int)
+def _unbind(call: Call, x: Node, dim: int) -> tuple[Node, ...]:
+    parts = _pieces(x, dim, [1] * len(call.results))
+    return tuple(b.reshape(p, t.shape) for p, t in zip(parts, call.results, strict=True))
+
+
+@rule(aten.cat.default)
+def _cat(call: Call, tensors: Sequence[Node], dim: int) -> Node:
+    # PyTorch lets tensors of shape (0,) stand beside any others
+    parts = [t for t in tensors if t.shape != (0,)] or list(tensors[:1])
+    return b.concat([to(t, call.dtype) for t in parts], one_axis(parts[0], dim))
+
+
+@rule(aten.stack.default)
+def _stack(call: Call, tensors: Sequence[Node], dim: int) -> Node:
+    axis = dim % len(call.shape)
+    single = (*call.shape[:axis], 1, *call.shape[axis + 1 :])
+    return b.concat([b.reshape(to(t, call.dtype), single) for t in tensors], axis)
+
+
+@rule(aten.flip.default)
+def _flip(call: Call, x: Node, dims: Sequence[int]) -> Node:
+    return b.flip(x, axes_of(x, dims)) if dims and x.tensor.rank else x
+
+
+@rule(aten.roll.default)
+def _roll(call: Call, x: Node, shifts: Sequence[int], dims: Sequence[int]) -> Node:
+    flat = not dims
+    y = b.reshape(x, (x.tensor.elements,)) if flat else x
+    for shift, dim in zip(shifts, [0] if flat else dims, strict=True):
+        axis = one_axis(y, dim)
+        size = y.shape[axis]
+        cut = (size - shift) % size if size else 0
+        if cut:
+            y = b.concat([b.slice_(y, axis, cut, size), b.slice_(y, axis, 0, cut)], axis)
+    return b.reshape(y, call.shape)
+
+
+@rule(aten.repeat.default)
+def _repeat(call: Call, x: Node, repeats: Sequence[int]) -> Node:
+    if 0 in repeats:
+        raise Decline("repeat makes an empty tensor")
+    shape = (1,) * (len(repeats) - x.tensor.rank) + x.shape
+    spaced = b.reshape(x, [n for d in shape for n in (1, d)])
+    wide = b.broadcast(spaced, [n for r, d in zip(repeats, shape, strict=True) for n in (r, d)])
+    return b.reshape(wide, call.shape)
+
+
+@rule(aten.constant_pad_nd.default)
+def _pad(call: Call, x: Node, widths: Sequence[int], value: Scalar) -> Node:
+    for i in range(len(widths) // 2):
+        axis, before, after = -1 - i, widths[2 * i], widths[2 * i + 1]
+        size = x.shape[axis]
+        x = b.slice_(x, axis, max(-before, 0), size - max(-after, 0))
+        x = b.pad(x, axis, max(before, 0), max(after, 0), float(value))
+    return x
+
+
+# -- selection by index --------------------------------------------------------------------------
+
+
+@rule(aten.embedding.default)
+def _embedding(call: Call, weight: Node, index: Node, *_: Any) -> Node:
+    return b.take(weight, index, 0)
+
+
+@rule(aten.index_select.default)
+def _index_select(call: Call, x: Node, dim: int, index: Node) -> Node:
+    if index.tensor.rank != 1:
+        raise Decline("index_select by a scalar")
+    return b.take(x, index, one_axis(x, dim))
+
+
+@rule(aten.gather.default)
+def _gather(call: Call, x: Node, dim: int, index: Node, *_: Any) -> Node:
+    axis = one_axis(x, dim)
+    if index.tensor.rank != x.tensor.rank:
+        raise Decline("gather by an index of another rank")
+    for other in range(-x.tensor.rank, 0):
+        if other != axis:
+            x = b.slice_(x, other, 0, index.shape[other])
+    return b.gather(x, index, axis)
+
+
+def _from_start(index: Node, size: int) -> Node:
+    """Turn negative indices, which count from the end, into positions."""
+    if _never_negative(index):
+        return index
+    dtype = index.tensor.dtype
+    wrapped = b.add(index, b.constant(size, dtype))
+    return b.where(b.lt(index, b.constant(0, dtype)), wrapped, index)
+
+
+def _never_negative(index: Node) -> bool:
+    return index.op is leaf.IOTA or index.tensor.dtype is DType.U8
+
+
+@rule(aten.index.Tensor, aten._unsafe_index.Tensor)
+def _index(call: Call, x: Node, indices: Sequence[Node | None]) -> Node:
+    places = [i for i, index in enumerate(indices) if index is not None]
+    chosen = [index for index in indices if index is not None]
+    if not places or any(not i.tensor.dtype.is_integer for i in chosen):
+        raise Decline("indexing by a mask")
+    if places != list(range(places[0], places[-1] + 1)):
+        raise Decline("indices of separate dims")
+    total: Node | None = None
+    for place, index in zip(places, chosen, strict=True):
+        position = to(_from_start(index, x.shape[place]), DType.I64)
+        total = position if total is None else b.add(b.mul(total, x.shape[place]), position)
+    assert total is not None
+    first, last = places[0], places[-1] + 1
+    merged = math.prod(x.shape[first:last])
+    flat = b.reshape(x, (*x.shape[:first], merged, *x.shape[last:]))
+    return b.take(flat, total, first)
+
+
+@rule(aten.slice_scatter.default)
+def _slice_scatter(
+    call: Call, x: Node, source: Node, dim: int, start: int | None, stop: int | None, step: int
+) -> Node:
+    if step != 1:
+        raise Decline("slice_scatter with a step")
+    axis = one_axis(x, dim)
+    size = x.shape[axis]
+    first, last = _bounds(size, start, stop)
+    parts = [b.slice_(x, axis, 0, first), source, b.slice_(x, axis, last, size)]
+    return b.concat([p for p in parts if p.shape[axis]], axis)
+
+
+@rule(aten.select_scatter.default)
+def _select_scatter(call: Call, x: Node, source: Node, dim: int, index: int) -> Node:
+    axis = one_axis(x, dim)
+    index %= x.shape[axis]
+    shape = list(x.shape)
+    shape[axis] = 1
+    return _slice_scatter(call, x, b.reshape(source, shape), dim, index, index + 1, 1)
+
+
+# -- creation ------------------------------------------------------------------------------------
+
+
+@rule(
+    aten.full.default,
+    aten.full_like.default,
+    aten.new_full.default,
+)
+def _full(call: Call, _like: Any, second: Any, *rest: Any) -> Node:
+    value = rest[0] if call.target is aten.new_full.default else second
+    return _filled(call, value)
+
+
+@rule(aten.scalar_tensor.default)
+def _scalar_tensor(call: Call, value: Scalar, *_: Any) -> Node:
+    return as_dtype(value, call.dtype)
+
+
+@rule(
+    aten.zeros.default,
+    aten.zeros_like.default,
+    aten.new_zeros.default,
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.new_empty.default,
+)
+def _zeros(call: Call, *_: Any) -> Node:
+    # the elements of an empty tensor may be anything
+    return _filled(call, 0)
+
+
+@rule(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+def _ones(call: Call, *_: Any) -> Node:
+    return _filled(call, 1)
+
+
+def _filled(call: Call, value: Scalar) -> Node:
+    if not isinstance(value, bool | int | float):
+        raise Decline("filled with a value known only at run time")
+    return b.full(call.shape, value, call.dtype)
+
+
+@rule(aten.arange.start_step, aten.arange.start, aten.arange.default)
+def _arange(call: Call, first: Scalar, second: Any = None, third: Any = None, *_: Any) -> Node:
+    start, step = first, third
+    if call.target is aten.arange.default:
+        start, step = 0, 1
+    elif call.target is aten.arange.start:
+        step = 1
+    if call.dtype.is_float or not isinstance(start, int) or not isinstance(step, int):
+        # PyTorch computes start + i * step in float64 and rounds once
+        index = b.iota(call.shape, -1, DType.F64)
+        value = b.add(b.mul(index, float(step)), float(start))
+        return to(value, call.dtype)
+    index = b.iota(call.shape, -1, call.dtype)
+    if step != 1:
+        index = b.mul(index, as_dtype(step, call.dtype))
+    return b.add(index, as_dtype(start, call.dtype)) if start else index
