@@ -13,9 +13,13 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. Everything not listed here is private.
 _EXPORTS: dict[str, str] = {
     "SuperoptError": "superopt.ir.errors",
+    "optimize": "superopt.api",
+    "Optimized": "superopt.api",
+    "Plan": "superopt.plan",
+    "lift": "superopt.frontend",
 }
 
-__all__ = ["SuperoptError", "__version__"]
+__all__ = ["Optimized", "Plan", "SuperoptError", "__version__", "lift", "optimize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -112,7 +112,7 @@ class Clock:
                 ready.append((graph, source, entry))
         times = interleaved([self._call(g, e) for g, _, e in ready], limit_s=0.4 * len(ready))
         ranked = sorted(zip(times, ready, strict=True), key=lambda pair: pair[0])
-        for position, (seconds, (graph, source, entry)) in enumerate(ranked):
+        for position, (_, (graph, _, entry)) in enumerate(ranked):
             if self._agrees(graph, entry):
                 for late_s, (late, late_source, late_entry) in ranked[position:]:
                     self.compiled[late.digest()] = Compiled(late_source, late_entry, late_s)

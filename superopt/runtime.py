@@ -11,6 +11,7 @@ back by single list operations, so that it is re-entrant.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Final, final
 
 import torch
@@ -20,9 +21,9 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make, rebuild, topological
 from superopt.ir.ops import leaf, library, structural
 from superopt.ir.ops.registry import OpKind
-from superopt.ir.types import TensorType
-from superopt.plan import OutputSpec
-from superopt.verify.reference import DTYPES, TORCH, TorchDomain
+from superopt.ir.types import DType, TensorType
+from superopt.plan import OutputSpec, StoredTensor
+from superopt.verify.reference import DTYPES, IR_DTYPES, TORCH, TorchDomain
 
 VIEWS: Final = (structural.RESHAPE, structural.PERMUTE, structural.SLICE, structural.BROADCAST)
 _ALIGNMENT: Final = 64
@@ -360,6 +361,27 @@ class _Writer:
         name = f"r{len(self.lines)}"
         self.lines.append(f"{name} = {expression}")
         return name
+
+
+def store_tensor(tensor: torch.Tensor) -> StoredTensor:
+    """Return the raw bytes of a tensor, row-major."""
+    dense = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    name = IR_DTYPES[tensor.dtype].value
+    return StoredTensor(tuple(tensor.shape), name, dense.numpy().tobytes())
+
+
+def load_tensor(stored: StoredTensor) -> torch.Tensor:
+    """Return the tensor that was stored.
+
+    Raises:
+        PlanError: the bytes do not fill the shape.
+    """
+    dtype = DTYPES[DType(stored.dtype)]
+    if len(stored.data) != prod(stored.shape) * dtype.itemsize:
+        raise PlanError(f"a stored tensor of shape {stored.shape} has {len(stored.data)} bytes")
+    if not stored.data:
+        return torch.empty(stored.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(stored.data), dtype=dtype).reshape(stored.shape)
 
 
 def with_layouts(graph: Graph, tensors: Sequence[torch.Tensor]) -> Graph:

@@ -1,0 +1,343 @@
+"""`superopt.optimize`: the decorator, and the callables that it returns.
+
+In: a function or module, options. Out: a callable that behaves like the original. A plan is made per input
+signature (shapes, layouts, element types) at the first call, or ahead by `warmup`. Whatever cannot be
+planned runs as it was: gradients, autocast, tracing, other devices, tensor subclasses, programs
+that do not lift; and so does what no proven plan makes faster.
+
+Invariant: a call is served by a plan only if its signature matches and every guard (code, globals,
+closures, configuration, parameters' types) still holds.
+"""
+
+import copy
+import functools
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar, final, overload
+
+import torch
+
+from superopt.cache import Cache, key_of
+from superopt.errors import PlanError
+from superopt.frontend import lift
+from superopt.guards import Guards, take_guards
+from superopt.ir.errors import SuperoptError
+from superopt.pipeline import (
+    OnEvent,
+    Options,
+    Planned,
+    environment,
+    make_options,
+    make_plan,
+    restore,
+    silent,
+)
+from superopt.plan import Plan
+from superopt.report import Report, plan_report
+from superopt.signature import signature
+from superopt.subject import Binding, bind_plan, builder, flatten, make_request
+
+logger = logging.getLogger("superopt")
+
+Function = Callable[..., Any]
+F = TypeVar("F", bound=Function)
+_REPLANS: Final = 8
+
+
+@overload
+def optimize(function: torch.nn.Module, **options: Any) -> "OptimizedModule": ...
+@overload
+def optimize(function: Function, **options: Any) -> "Optimized": ...
+@overload
+def optimize(function: None = None, **options: Any) -> "Callable[[Function], Optimized]": ...
+def optimize(function: Any = None, **options: Any) -> Any:
+    """Return a faster function or module that is proven to compute the same thing.
+
+    Use it bare (`@superopt.optimize`), with options (`@superopt.optimize(budget_s=30)`), or as a call
+    (`fast = superopt.optimize(module)`).
+
+    Args:
+        function: a function over tensors, or a `torch.nn.Module`.
+        **options: `budget_s`: seconds of search per input signature (default 120). `backend`: "auto",
+            "cpu" or "triton". `verify`: True, or "strict" for a second, independent proof with an error
+            bound of 2**-120. `seed`: the same seed proposes the same candidates. `cache`: True (the
+            user's cache folder), False, or a folder.
+
+    Raises:
+        TypeError: there is no such option, or `function` cannot be called.
+        ValueError: an option has no such value.
+    """
+    checked = make_options(options)
+    if function is None:
+        return lambda f: optimize(f, **options)
+    if isinstance(function, torch.nn.Module):
+        return OptimizedModule(function, checked)
+    if not callable(function):
+        raise TypeError(f"optimize takes a function or a module, got {type(function).__name__}")
+    return Optimized(function, checked)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What is known for one signature: how to run it, or why the original runs."""
+
+    run: Callable[[Sequence[Any], Mapping[str, Any]], Any] | None
+    plan: Plan | None
+    why: str = ""
+
+
+@final
+@dataclass(slots=True)
+class _Dispatcher:
+    """The plans of one callable, by signature."""
+
+    original: Function
+    options: Options
+    on_event: OnEvent = silent
+    entries: dict[Any, _Entry] = field(default_factory=dict)
+    guards: Guards | None = None
+    replans: int = 0
+    modules: tuple[torch.nn.Module, ...] = ()
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Serve one call."""
+        key = signature(args, kwargs)
+        if key is None:
+            return self.original(*args, **kwargs)
+        entry = self.entries.get(key)
+        if entry is None:
+            entry = self.prepare(key, args, kwargs, wait=False)
+        if entry is None or entry.run is None or not self.current():
+            return self.original(*args, **kwargs)
+        return entry.run(args, kwargs)
+
+    def current(self) -> bool:
+        """Say whether the guards hold; where they do not, plans are forgotten."""
+        guards = self.guards
+        try:
+            if guards is None or guards.hold():
+                return True
+        except (RuntimeError, TypeError, ValueError):
+            pass
+        with self.lock:
+            if self.guards is guards:
+                logger.info("%s: what its plans depend on has changed", _name(self.original))
+                self.guards = None
+                self.entries = {}
+                self.replans += 1
+        return False
+
+    def prepare(
+        self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, wait: bool
+    ) -> _Entry | None:
+        """Make the plan for a signature; None when another thread is at it and `wait` is False."""
+        if torch.compiler.is_compiling() or not self.lock.acquire(blocking=wait):
+            return None
+        try:
+            entry = self.entries.get(key)
+            if entry is None:
+                if self.replans > _REPLANS:
+                    entry = _Entry(None, None, f"its surroundings changed {self.replans} times")
+                else:
+                    entry = self._plan(key, args, kwargs)
+                self.entries[key] = entry
+            return entry
+        finally:
+            self.lock.release()
+
+    # -- making a plan -------------------------------------------------------------------------
+
+    def _plan(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Entry:
+        try:
+            if any(t.device.type != "cpu" for t in _tensors(args, kwargs)):
+                return _Entry(None, None, "plans are made for CPU tensors only so far")
+            if self.guards is None:
+                self.guards = take_guards(self.original)
+            planned, binding = self._planned(key, args, kwargs)
+        except SuperoptError as error:
+            logger.info("%s runs as it was: %s", _name(self.original), error)
+            return _Entry(None, None, f"{type(error).__name__}: {error}")
+        if planned.program is None:
+            return _Entry(None, planned.plan)
+        flat = not kwargs and all(isinstance(a, torch.Tensor) or _is_scalar(a) for a in args)
+        run = _runner(self.original, planned, binding, flat=flat)
+        return _Entry(run, planned.plan)
+
+    def _planned(
+        self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Planned, Binding]:
+        owner = self.original if isinstance(self.original, torch.nn.Module) else None
+        alias = self._alias(key)
+        store = Cache(self.options.folder())
+        if alias is not None:
+            plan = store.load_plan(alias)
+            if plan is not None:
+                try:
+                    binding = bind_plan(plan, owner)
+                    tensors = _gather(binding, flatten(args, kwargs))
+                    return restore(plan, self.options, tensors), binding
+                except (PlanError, IndexError) as error:
+                    logger.info("a cached plan does not fit: %s", error)
+        lifted = lift(self.original, args, kwargs)
+        request, binding = make_request(self.original, lifted, args, kwargs)
+        planned = make_plan(request, self.options, self.on_event)
+        finished = planned.plan.report.get("stopped") != "interrupted"
+        if alias is not None and finished and not request.writes:
+            store.save_plan(alias, planned.plan)
+        return planned, binding
+
+    def _alias(self, key: Any) -> str | None:
+        """Return the key by which a plan is found without lifting, if there is one."""
+        if self.options.cache is False or self.guards is None or self.guards.fingerprint is None:
+            return None
+        return key_of("alias", self.guards.fingerprint, repr(key), environment(self.options))
+
+
+def _gather(binding: Binding, leaves: Sequence[Any]) -> list[torch.Tensor]:
+    rest = binding.parameters()
+    if rest is None:
+        raise PlanError("a parameter has another type than planned")
+    return [*(leaves[i] for i in binding.leaves), *rest]
+
+
+def _runner(
+    original: Function, planned: Planned, binding: Binding, *, flat: bool
+) -> Callable[[Sequence[Any], Mapping[str, Any]], Any]:
+    """Return what runs a plan on a call's arguments; it is on the path of every call."""
+    assert planned.program is not None
+    program = planned.program.run
+    single = '"spec": null' in binding.structure
+    build = builder(binding.structure)
+    positions = binding.leaves
+    rest = binding.rest
+    if flat and single and not rest and positions == tuple(range(len(positions))):
+        count = len(positions)
+
+        def run_plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+            return program(*args[:count])[0]
+
+        return run_plain
+
+    def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        leaves = args if flat else flatten(args, kwargs)
+        parameters = binding.parameters()
+        if parameters is None or (torch.is_grad_enabled() and binding.needs_grad()):
+            return original(*args, **kwargs)
+        results = program(*(leaves[i] for i in positions), *parameters)
+        return results[0] if single else build(results)
+
+    return run
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in flatten(args, kwargs) if isinstance(leaf, torch.Tensor)]
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__name__))
+
+
+class _Planning:
+    """What functions and modules share: plans made ahead, reports."""
+
+    _superopt: _Dispatcher
+
+    def warmup(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the plan for these inputs now (outside autograd); return self."""
+        dispatcher = self._superopt
+        with torch.no_grad():
+            key = signature(args, kwargs)
+            if key is not None:
+                dispatcher.prepare(key, args, kwargs, wait=True)
+        return self
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Plans made so far, those that keep the original included."""
+        return [e.plan for e in list(self._superopt.entries.values()) if e.plan is not None]
+
+    def report(self) -> Report:
+        """Return what was found, proven and measured for each input signature."""
+        reasons = [e.why for e in list(self._superopt.entries.values()) if e.why]
+        return Report(tuple(plan_report(p) for p in self.plans), tuple(reasons))
+
+
+class Optimized(_Planning):
+    """A function with a plan per input signature; call it like the original."""
+
+    def __init__(self, function: Function, options: Options, on_event: OnEvent = silent) -> None:
+        functools.update_wrapper(self, function)
+        self._superopt = _Dispatcher(function, options, on_event)
+        self._call = self._superopt.call
+
+    @property
+    def original(self) -> Function:
+        """The function as it was."""
+        return self._superopt.original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the plan for these inputs; make it first where there is none yet."""
+        return self._call(args, kwargs)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Optimized, (self._superopt.original, self._superopt.options)
+
+    def __repr__(self) -> str:
+        return f"<superopt.optimize({_name(self._superopt.original)}), {len(self.plans)} plans>"
+
+
+class OptimizedModule(torch.nn.Module, _Planning):
+    """A module with a plan per input signature.
+
+    It shares the state of the original (parameters, buffers, children, attributes, hooks), so that
+    `state_dict`, `to`, `train` and assignments act on both.
+    """
+
+    __slots__ = ("_superopt",)
+
+    def __init__(
+        self, module: torch.nn.Module, options: Options, on_event: OnEvent = silent
+    ) -> None:
+        object.__setattr__(self, "__dict__", module.__dict__)
+        object.__setattr__(self, "_superopt", _Dispatcher(module, options, on_event))
+
+    @property
+    def original(self) -> torch.nn.Module:
+        """The module as it was."""
+        module: torch.nn.Module = self._superopt.original  # type: ignore[assignment]
+        return module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the plan for these inputs; make it first where there is none yet."""
+        return self._superopt.call(args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as a call does."""
+        return self._superopt.call(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_superopt":
+            raise AttributeError(name)
+        return getattr(self._superopt.original, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizedModule":
+        module = copy.deepcopy(self._superopt.original, memo)
+        return OptimizedModule(module, self._superopt.options)  # type: ignore[arg-type]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OptimizedModule, (self._superopt.original, self._superopt.options)
+
+    def extra_repr(self) -> str:
+        """Say what this is."""
+        return f"superopt: {len(self.plans)} plans"

@@ -1,0 +1,97 @@
+"""`torch.compile(backend="superopt")`: every captured subgraph through the same pipeline.
+
+In: an FX graph and example inputs, as Dynamo gives them. Out: a callable. A subgraph that cannot be lifted,
+has symbolic shapes, needs gradients, or is not made faster runs as Dynamo captured it, with one log
+line that says why. `options={...}` takes the options of `superopt.optimize`, and `fallback="error"` to
+raise instead.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+
+from superopt.errors import Unsupported, unknown
+from superopt.frontend import lift_fx
+from superopt.ir.errors import SuperoptError
+from superopt.pipeline import make_options, make_plan
+from superopt.signature import signature
+from superopt.subject import Binding, builder, make_request
+
+logger = logging.getLogger("superopt")
+
+_FALLBACKS: Final = ("original", "error")
+Compiled = Callable[..., Any]
+
+
+def backend(
+    graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], **settings: Any
+) -> Compiled:
+    """Compile one captured graph (the protocol of torch._dynamo backends)."""
+    given = dict(settings.get("options") or {})
+    fallback = given.pop("fallback", "original")
+    if fallback not in _FALLBACKS:
+        raise ValueError(unknown("fallback", str(fallback), _FALLBACKS))
+    options = make_options(given)
+    try:
+        example = _examples(example_inputs)
+        with torch.no_grad():
+            key = signature(example)
+        if key is None:
+            raise Unsupported("its inputs are no plain tensors")
+        lifted = lift_fx(graph_module, example)
+        request, binding = make_request(graph_module, lifted, example, {})
+        planned = make_plan(request, options)
+    except SuperoptError as error:
+        if fallback == "error":
+            raise
+        logger.info("a subgraph runs as it was: %s", error)
+        return graph_module.forward
+    if planned.program is None:
+        logger.info("a subgraph runs as it was: %s", planned.plan.report.get("why"))
+        return graph_module.forward
+    return _serve(graph_module, planned.program.run, binding, key)
+
+
+def _examples(inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    """Return real tensors like the example inputs, which Dynamo may give as fakes."""
+    found = []
+    for value in inputs:
+        if not isinstance(value, torch.Tensor):
+            raise Unsupported(f"it takes a {type(value).__name__}: symbolic shapes are not planned")
+        if not all(isinstance(d, int) for d in value.shape):
+            raise Unsupported("it has symbolic shapes")
+        if value.requires_grad and torch.is_grad_enabled():
+            raise Unsupported("it needs gradients")
+        if value.device.type != "cpu":
+            raise Unsupported(f"its inputs are on {value.device}")
+        found.append(_real(value))
+    return tuple(found)
+
+
+def _real(value: torch.Tensor) -> torch.Tensor:
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        return value.detach()
+    made = torch.empty_strided(tuple(value.shape), tuple(value.stride()), dtype=value.dtype)
+    if value.is_floating_point():
+        return made.normal_(generator=torch.Generator().manual_seed(0))
+    return made.zero_()
+
+
+def _serve(
+    graph_module: torch.fx.GraphModule, program: Compiled, binding: Binding, key: Any
+) -> Compiled:
+    positions = binding.leaves
+    original = graph_module.forward
+    build = builder(binding.structure)
+
+    def call(*args: Any) -> Any:
+        if signature(args) != key:
+            return original(*args)
+        rest = binding.parameters()
+        if rest is None or (torch.is_grad_enabled() and binding.needs_grad()):
+            return original(*args)
+        return build(program(*(args[i] for i in positions), *rest))
+
+    return call

@@ -1,0 +1,275 @@
+"""What a plan silently depends on besides its inputs: code, globals, closures, configuration.
+
+In: a function or module. Out: `Guards`, which say in a few microseconds whether all of it is as it was
+when the plan was made, and, where everything that was met is code or plain data, a fingerprint
+that is the same in another process, so that a stored plan is found without lifting the program again.
+
+Invariant: what is not understood makes the fingerprint None; it never makes a guard pass.
+"""
+
+import builtins
+import hashlib
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, final
+
+import torch
+
+_PLAIN: Final = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
+_TORCH_PLAIN: Final = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+# Packages whose code is told by its version; everything else is told by its own code.
+_TRUSTED: Final = ("torch", "numpy", "math", "typing", "collections", "functools", "operator")
+_PRIVATE: Final = frozenset(torch.nn.Module().__dict__)
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
+_DEPTH: Final = 12
+
+
+@final
+@dataclass(slots=True)
+class Guards:
+    """Conditions under which plans stay right; `hold` checks them all."""
+
+    identities: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    values: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    cells: list[tuple[Any, Any]] = field(default_factory=list)
+    tensors: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    snapshots: list[tuple[Any, Any]] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    digest: str = ""
+
+    def hold(self) -> bool:
+        """Say whether nothing has changed since the guards were taken."""
+        for place, name, value in self.identities:
+            if place.get(name, _MISSING) is not value:
+                return False
+        for place, name, value in self.values:
+            now = place.get(name, _MISSING)
+            if now is not value and (type(now) is not type(value) or now != value):
+                return False
+        for cell, value in self.cells:
+            now = _cell(cell)
+            if now is not value and (type(now) is not type(value) or now != value):
+                return False
+        for tensor, version in self.tensors:
+            if tensor._version != version:
+                return False
+        return all(now == then for now, then in self.snapshots)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Digest of all that was met, or None where something has no form that lasts."""
+        return None if self.unknown else self.digest
+
+
+_MISSING: Final = object()
+
+
+def take_guards(subject: Callable[..., Any]) -> Guards:
+    """Walk over everything that `subject` reads apart from its arguments."""
+    walk = _Walk()
+    if isinstance(subject, torch.nn.Module):
+        walk.module(subject, 0)
+    else:
+        walk.value("subject", subject, 0)
+    walk.guards.digest = walk.digest.hexdigest()
+    return walk.guards
+
+
+@final
+class _Walk:
+    def __init__(self) -> None:
+        self.guards = Guards()
+        self.digest = hashlib.sha256()
+        self.seen: set[int] = set()
+        self.kept: list[Any] = []
+
+    def note(self, *parts: Any) -> None:
+        self.digest.update(repr(parts).encode())
+
+    # -- values --------------------------------------------------------------------------------
+
+    def place(self, where: dict[str, Any], name: str, depth: int) -> None:
+        """Guard one entry of a namespace."""
+        value = where[name]
+        if _is_plain(value):
+            self.guards.values.append((where, name, value))
+        else:
+            self.guards.identities.append((where, name, value))
+        self.value(name, value, depth)
+
+    def value(self, name: str, value: Any, depth: int) -> None:
+        if _is_plain(value):
+            self.note(name, type(value).__name__, value)
+            return
+        if id(value) in self.seen:
+            self.note(name, "again")
+            return
+        self.seen.add(id(value))
+        self.kept.append(value)
+        if depth > _DEPTH:
+            self.guards.unknown.append(f"{name} lies too deep")
+        elif isinstance(value, types.ModuleType):
+            self.note(name, value.__name__, _version_of(value.__name__))
+        elif isinstance(value, torch.Tensor):
+            self.guards.tensors.append((value, value._version))
+            self.guards.unknown.append(f"{name} is a tensor")
+        elif isinstance(value, torch.nn.Module):
+            self.module(value, depth + 1)
+        elif isinstance(value, types.FunctionType):
+            self.function(name, value, depth + 1)
+        elif isinstance(value, types.MethodType):
+            self.value(name, value.__func__, depth + 1)
+            self.value(f"{name}.__self__", value.__self__, depth + 1)
+        elif isinstance(value, list | tuple | dict | set | frozenset):
+            self.container(name, value, depth + 1)
+        elif _trusted(value):
+            self.note(name, _name_of(value), _version_of(_package(value)))
+        else:
+            self.other(name, value, depth)
+
+    def container(self, name: str, value: Any, depth: int) -> None:
+        self.note(name, type(value).__name__, len(value))
+        if isinstance(value, dict):
+            items = list(value.items())
+        elif isinstance(value, set | frozenset):
+            items = sorted(((repr(v), v) for v in value), key=lambda pair: pair[0])
+        else:
+            items = list(enumerate(value))
+        for key, item in items:
+            self.note(key)
+            self.value(f"{name}[{key!r}]", item, depth)
+        if not isinstance(value, tuple | frozenset):
+            self.guards.snapshots.append((value, value.copy()))
+
+    def other(self, name: str, value: Any, depth: int) -> None:
+        """An object of a user's class: its plain attributes are guarded, its code is not known."""
+        self.guards.unknown.append(f"{name} is a {type(value).__name__}")
+        inside = getattr(value, "__dict__", None)
+        if isinstance(inside, dict) and not isinstance(value, type):
+            for key in list(inside):
+                self.place(inside, key, depth + 1)
+
+    # -- code ----------------------------------------------------------------------------------
+
+    def function(self, name: str, function: types.FunctionType, depth: int) -> None:
+        if _trusted(function):
+            self.note(name, _name_of(function), _version_of(_package(function)))
+            return
+        self.code(function.__code__)
+        self.value(f"{name}.__defaults__", function.__defaults__, depth)
+        self.value(f"{name}.__kwdefaults__", function.__kwdefaults__, depth)
+        for cell_name, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
+            inside = _cell(cell)
+            self.guards.cells.append((cell, inside))
+            self.value(cell_name, inside, depth)
+        wrapped = getattr(function, "__wrapped__", None)
+        if wrapped is not None:
+            self.value(f"{name}.__wrapped__", wrapped, depth)
+        self.names(function.__code__, function.__globals__, depth)
+
+    def code(self, code: types.CodeType) -> None:
+        self.note(code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_flags)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self.code(constant)
+            else:
+                self.note(repr(constant))
+
+    def names(self, code: types.CodeType, namespace: dict[str, Any], depth: int) -> None:
+        """Guard the globals that code may read, and what it may read through user modules."""
+        names = set(code.co_names)
+        for name in sorted(names):
+            if name in namespace:
+                self.place(namespace, name, depth)
+                value = namespace[name]
+                if isinstance(value, types.ModuleType) and not _trusted(value):
+                    self.module_names(value, names, depth)
+            elif not hasattr(builtins, name):
+                self.note("attribute", name)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self.names(constant, namespace, depth)
+
+    def module_names(self, module: types.ModuleType, names: set[str], depth: int) -> None:
+        for name in sorted(names & set(vars(module))):
+            self.place(vars(module), name, depth + 1)
+
+    # -- torch modules -------------------------------------------------------------------------
+
+    def module(self, module: torch.nn.Module, depth: int) -> None:
+        kind = type(module)
+        self.note(kind.__module__, kind.__qualname__)
+        for base in kind.__mro__:
+            if base is torch.nn.Module:
+                break
+            if _trusted(base):
+                self.note(base.__qualname__, _version_of(_package(base)))
+                continue
+            for name, member in sorted(vars(base).items(), key=lambda pair: pair[0]):
+                if isinstance(member, types.FunctionType):
+                    self.function(name, member, depth)
+        inside = module.__dict__
+        for name in sorted(inside):
+            if name not in _PRIVATE or name == "training":
+                self.place(inside, name, depth)
+        if any(inside.get(hooks) for hooks in _HOOKS):
+            self.guards.unknown.append("a module has hooks")
+        for hooks in _HOOKS:
+            if isinstance(inside.get(hooks), dict):
+                self.guards.snapshots.append((inside[hooks], inside[hooks].copy()))
+        for table in ("_parameters", "_buffers"):
+            for name, tensor in inside[table].items():
+                self.note(table, name, None if tensor is None else (tensor.shape, tensor.dtype))
+        for name, child in inside["_modules"].items():
+            self.guards.identities.append((inside["_modules"], name, child))
+            self.note("child", name)
+            if child is not None:
+                self.module(child, depth + 1)
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _MISSING
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(v) for v in value)
+    return type(value) in _PLAIN or isinstance(value, _TORCH_PLAIN)
+
+
+def _package(value: Any) -> str:
+    name = getattr(value, "__module__", None) or getattr(value, "__name__", "")
+    if isinstance(value, types.ModuleType):
+        name = value.__name__
+    if isinstance(value, types.BuiltinFunctionType) and not isinstance(name, str):
+        name = "builtins"
+    return name if isinstance(name, str) else ""
+
+
+def _trusted(value: Any) -> bool:
+    if isinstance(value, types.BuiltinFunctionType | types.BuiltinMethodType):
+        return True
+    if isinstance(value, type) and value.__module__ == "builtins":
+        return True
+    root = _package(value).partition(".")[0].lstrip("_")
+    return (
+        (root in _TRUSTED
+        and not hasattr(value, "__dict__"))
+        or (root in _TRUSTED and isinstance(value, types.ModuleType | types.FunctionType | type))
+    )
+
+
+def _name_of(value: Any) -> str:
+    return str(getattr(value, "__qualname__", None) or getattr(value, "__name__", type(value)))
+
+
+def _version_of(package: str) -> str:
+    root = sys.modules.get(package.partition(".")[0])
+    return str(getattr(root, "__version__", sys.version_info[:3]))

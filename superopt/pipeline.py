@@ -1,0 +1,350 @@
+"""The pipeline: the only place that knows every stage, from a lifted program to a proven plan.
+
+In: a kernel graph, the tensors of one call, the original to compare with, `Options`. Out: a `Plan`, from the
+cache where it holds one for the same program, machine, versions and options. A plan's program is None
+where nothing faster was proven: the original runs then.
+"""
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Literal, final
+
+import torch
+
+import superopt
+from superopt.backends import backend_named
+from superopt.cache import Cache, default_folder, key_of
+from superopt.calibrate import machine, target_name
+from superopt.codegen.cpu.compile import runtime_digest
+from superopt.codegen.errors import CodegenError, NoCompiler
+from superopt.errors import PlanError, Unsupported, unknown
+from superopt.ir.graph import Graph
+from superopt.ir.node import topological
+from superopt.ir.ops import library
+from superopt.ir.ops.registry import OpKind
+from superopt.ir.text import print_graph
+from superopt.measure import Clock, interleaved
+from superopt.plan import KernelSource, OutputSpec, Plan
+from superopt.runtime import Program, build_program, store_tensor, with_layouts
+from superopt.search.driver import Event, SearchResult, search
+from superopt.verify.equivalence import verify_field
+from superopt.verify.floating import verify_float
+from superopt.verify.opaque import operator
+
+logger = logging.getLogger("superopt")
+
+OnEvent = Callable[[Event], None]
+_SEARCH_SHARE: Final = 0.75
+_CONFIGURATIONS: Final = 6
+_GAIN: Final = 0.99
+_STRICT_BOUND: Final = 2.0**-120
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to optimize; see `superopt.optimize`."""
+
+    budget_s: float = 120.0
+    backend: Literal["auto", "cpu", "triton"] = "auto"
+    verify: bool | Literal["strict"] = True
+    seed: int = 0
+    cache: bool | str | Path = True
+
+    def folder(self) -> Path:
+        """Return the cache folder; with `cache=False` only compiled kernels are kept there."""
+        return default_folder() if isinstance(self.cache, bool) else Path(self.cache)
+
+
+def make_options(given: Mapping[str, Any]) -> Options:
+    """Check keyword options.
+
+    Raises:
+        TypeError: there is no option of that name.
+        ValueError: an option has no such value.
+    """
+    known = [f.name for f in fields(Options)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"superopt.optimize: {unknown('option', name, known)}")
+    options = Options(**given)
+    if options.backend not in ("auto", "cpu", "triton"):
+        raise ValueError(unknown("backend", str(options.backend), ("auto", "cpu", "triton")))
+    if options.verify not in (True, "strict"):
+        raise ValueError(
+            f'verify is True or "strict", got {options.verify!r}: what is not proven never runs'
+        )
+    if not options.budget_s > 0:
+        raise ValueError(f"budget_s is a number of seconds above 0, got {options.budget_s!r}")
+    return options
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One program at one set of input types, with the tensors of one call.
+
+    `tensors` are the graph's inputs: the user's first, then the parameters. `original` runs the program
+    as it was; it must not be called more often than needed where it mutates (`mutates`).
+    """
+
+    graph: Graph
+    tensors: tuple[torch.Tensor, ...]
+    user_inputs: tuple[str, ...]
+    parameters: tuple[str, ...]
+    constants: Mapping[str, torch.Tensor]
+    outputs: tuple[OutputSpec, ...]
+    structure: str
+    writes: Mapping[int, int]
+    original: Callable[[], object]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan and, where it is better than the original, its program."""
+
+    plan: Plan
+    program: Program | None
+
+
+def silent(event: Event) -> None:
+    """Ignore an event."""
+
+
+def make_plan(request: Request, options: Options, on_event: OnEvent = silent) -> Planned:
+    """Return a proven plan for the request, from the cache where it is there."""
+    graph = with_layouts(request.graph, request.tensors)
+    _refuse_random(graph)
+    request = replace(request, graph=graph)
+    store = Cache(options.folder())
+    key = plan_key(request, options)
+    if options.cache is not False:
+        found = store.load_plan(key)
+        if found is not None:
+            try:
+                planned = restore(found, options, request.tensors, request.writes)
+            except (PlanError, CodegenError) as error:
+                logger.warning("a cached plan is made again: %s", error)
+            else:
+                on_event(Event("cached", "the plan was found in the cache", {"key": key}))
+                return planned
+    planned = _search(request, options, store, on_event)
+    stopped = planned.plan.report.get("stopped")
+    if options.cache is not False and stopped != "interrupted":
+        store.save_plan(key, planned.plan)
+    return planned
+
+
+def plan_key(request: Request, options: Options) -> str:
+    """Return the cache key: program, layouts, machine, versions and options."""
+    return key_of(
+        print_graph(request.graph),
+        [asdict(o) for o in request.outputs],
+        sorted(request.writes.items()),
+        environment(options),
+    )
+
+
+def environment(options: Options) -> dict[str, Any]:
+    """Return what a plan depends on beside the program: options, versions, machine."""
+    chosen = {k: v for k, v in asdict(options).items() if k != "cache"}
+    return {"options": chosen, "versions": versions(), "target": target_name()}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions that decide what a plan is and means."""
+    return {
+        "superopt": superopt.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "runtime": runtime_digest(),
+    }
+
+
+def restore(
+    plan: Plan,
+    options: Options,
+    tensors: Sequence[torch.Tensor],
+    writes: Mapping[int, int] | None = None,
+) -> Planned:
+    """Compile a stored plan (from the kernel cache where it is there) for tensors laid out so.
+
+    Raises:
+        PlanError: a kernel is missing or does not compile here.
+    """
+    if plan.program is None:
+        return Planned(plan, None)
+    backend = backend_named(options.backend, Cache(options.folder()).kernels)
+    entries = backend.load(list(plan.kernels.values()))
+    loaded: dict[str, Callable[..., None]] = {}
+    for (digest, source), entry in zip(plan.kernels.items(), entries, strict=True):
+        if isinstance(entry, CodegenError):
+            raise PlanError(f"kernel {source.name} cannot be built here: {entry}")
+        loaded[digest] = entry
+    strides = [tuple(t.stride()) for t in tensors]
+    program = build_program(
+        plan.program, loaded, strides=strides, outputs=plan.outputs, writes=writes
+    )
+    return Planned(plan, program)
+
+
+def _refuse_random(graph: Graph) -> None:
+    for node in graph.nodes():
+        if node.op is library.OPAQUE:
+            tags = operator(node.attrs.target).tags
+            if torch.Tag.nondeterministic_seeded in tags:
+                raise Unsupported(f"{node.attrs.target} draws random numbers: it runs as it was")
+
+
+def _search(request: Request, options: Options, store: Cache, on_event: OnEvent) -> Planned:
+    backend = backend_named(options.backend, store.kernels)
+    if not backend.usable():
+        _warn_once(str(NoCompiler()))
+        return _unchanged(request, {}, "no C++ compiler was found")
+    started = time.monotonic()
+    graph = request.graph
+    clock = Clock(backend, dict(zip(graph.inputs, request.tensors, strict=True)), options.seed)
+    on_event(Event("start", f"searching for {options.budget_s:.0f} s at most", {}))
+    with torch.no_grad():
+        found = search(
+            graph,
+            machine(store.folder),
+            clock,
+            budget_s=options.budget_s * _SEARCH_SHARE,
+            seed=options.seed,
+            on_event=on_event,
+        )
+        report = _facts(found, clock)
+        if found.verdict is None:
+            return _unchanged(request, report, "nothing faster was found and proven")
+        _tune(found.graph, clock, started + options.budget_s, on_event)
+        planned = _finish(request, options, found, clock, report, on_event)
+    planned.plan.report["search_s"] = time.monotonic() - started
+    return planned
+
+
+def _tune(graph: Graph, clock: Clock, deadline: float, on_event: OnEvent) -> None:
+    """Try the register tiles and the like of every kernel of the chosen program."""
+    for node in topological(graph.outputs):
+        if node.op.kind is OpKind.GRAPH and time.monotonic() < deadline:
+            best = clock.tune(node.attrs.graph, _CONFIGURATIONS)
+            if best is not None:
+                text = f"{node.attrs.graph.name}: {best.seconds * 1e3:.3f} ms"
+                on_event(Event("tuned", text, {"config": best.source.config}))
+
+
+def _finish(
+    request: Request,
+    options: Options,
+    found: SearchResult,
+    clock: Clock,
+    report: dict[str, Any],
+    on_event: OnEvent,
+) -> Planned:
+    """Check the compiled program as a whole, compare it with the original, and make the plan."""
+    graph = request.graph
+    clock.ensure(found.graph)
+    plain = clock.program(found.graph)
+    floating = verify_float(graph, lambda tensors: list(plain.run(*tensors)), seed=options.seed)
+    if not floating.equivalent:
+        on_event(Event("rejected", f"rejected in floating point: {floating}", {}))
+        report["rejected"] += 1
+        return _unchanged(request, report, f"rejected by the floating-point test: {floating}")
+    verdict = found.verdict
+    if options.verify == "strict":
+        verdict = verify_field(graph, found.graph, seed=options.seed + 1, error_bound=_STRICT_BOUND)
+        if not verdict.equivalent:
+            return _unchanged(request, report, f"rejected by the strict test: {verdict}")
+    entries = {d: c.entry for d, c in clock.compiled.items()}
+    program = build_program(
+        found.graph,
+        entries,
+        strides=[tuple(t.stride()) for t in request.tensors],
+        outputs=request.outputs,
+        writes=request.writes,
+    )
+    original_s, planned_s = _compare(request, program)
+    report |= {"original_s": original_s, "planned_s": planned_s}
+    on_event(Event("compared", f"{original_s * 1e3:.3f} ms -> {planned_s * 1e3:.3f} ms", {}))
+    if planned_s > original_s * _GAIN:
+        return _unchanged(request, report, "the original is as fast")
+    evidence = {"field": _jsonable(verdict), "float": _jsonable(floating), "versions": versions()}
+    report["improved"] = True
+    plan = replace(
+        _plan(request, report),
+        program=found.graph,
+        kernels=_sources(found.graph, clock),
+        certificate=evidence,
+    )
+    return Planned(plan, program)
+
+
+def _compare(request: Request, program: Program) -> tuple[float, float]:
+    """Time the original and the plan in turn, on copies where they would change the inputs."""
+    tensors = list(request.tensors)
+    for target in request.writes.values():
+        tensors[target] = tensors[target].clone()
+    calls = [request.original, lambda: program.run(*tensors)]
+    original_s, planned_s = interleaved(calls, limit_s=2.0, rounds=15)
+    return original_s, planned_s
+
+
+def _sources(graph: Graph, clock: Clock) -> dict[str, KernelSource]:
+    blocks = [n.attrs.graph for n in topological(graph.outputs) if n.op.kind is OpKind.GRAPH]
+    return {b.digest(): clock.compiled[b.digest()].source for b in blocks}
+
+
+def _facts(found: SearchResult, clock: Clock) -> dict[str, Any]:
+    statistics = found.statistics
+    return {
+        "improved": False,
+        "original_s": found.original_s,
+        "planned_s": found.best_s,
+        "search_s": statistics.seconds,
+        "proposed": statistics.proposed,
+        "measured": statistics.measured,
+        "rejected": statistics.rejected,
+        "proven": statistics.proven,
+        "stopped": statistics.stopped,
+        "notes": list(found.notes),
+        "failures": clock.failures[:8],
+    }
+
+
+def _plan(request: Request, report: dict[str, Any]) -> Plan:
+    return Plan(
+        original=request.graph,
+        program=None,
+        kernels={},
+        user_inputs=request.user_inputs,
+        parameters=request.parameters,
+        constants={n: store_tensor(t) for n, t in request.constants.items()},
+        outputs=request.outputs,
+        structure=request.structure,
+        target=target_name(),
+        report=report,
+    )
+
+
+def _unchanged(request: Request, report: dict[str, Any], why: str) -> Planned:
+    base = {"improved": False, "proposed": 0, "rejected": 0, "proven": 0, "search_s": 0.0}
+    return Planned(_plan(request, {**base, **report, "why": why}), None)
+
+
+def _jsonable(value: Any) -> Any:
+    """Return a verdict as data that JSON holds."""
+    data = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return json.loads(json.dumps(data, default=str))
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s; programs run as they were until then", message)

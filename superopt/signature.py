@@ -1,0 +1,85 @@
+"""Signatures: by what a call is matched to a plan, and which calls no plan may serve.
+
+In: the arguments of a call. Out: a hashable key (shape, strides, element type and device of every
+tensor, the value of everything else), or None where the original has to run: gradients, autocast,
+tracing, function modes, tensor subclasses, and everything whose meaning a plan does not know.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+
+_PLAIN: Final = (bool, int, float, complex, str, type(None), torch.dtype)
+
+
+def _probe(name: str, *arguments: Any) -> Callable[[], Any]:
+    """Return a query of torch's state; versions without it never are in that state."""
+    found = getattr(torch._C, name, None)
+    if found is None:
+        return lambda: False
+    return (lambda: found(*arguments)) if arguments else found
+
+
+_functorch = getattr(torch._C, "_functorch", None)
+_peek = getattr(_functorch, "peek_interpreter_stack", lambda: None)
+_autocast = _probe("_is_any_autocast_enabled")
+_dispatch_modes = _probe("_len_torch_dispatch_stack")
+_function_modes = _probe("_len_torch_function_stack")
+_tracing = _probe("_get_tracing_state")
+_grad_enabled = torch.is_grad_enabled
+_Tensor = torch.Tensor
+_Parameter = torch.nn.Parameter
+
+
+def transformed() -> bool:
+    """Say whether PyTorch runs in a mode that plans do not serve."""
+    return bool(
+        _autocast()
+        or _dispatch_modes()
+        or _function_modes()
+        or _tracing()
+        or _peek() is not None
+        or torch.compiler.is_compiling()
+    )
+
+
+def signature(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
+    """Return the key of a call, or None where only the original may run."""
+    if _autocast() or _dispatch_modes() or _function_modes() or _tracing() or _peek() is not None:
+        return None
+    parts: list[Any] = []
+    gradients = _grad_enabled()
+    for value in args:
+        kind = type(value)
+        if kind is _Tensor or kind is _Parameter:
+            if gradients and value.requires_grad:
+                return None
+            if value.is_sparse or value.is_neg():
+                return None
+            parts += (value.shape, value.dtype, value.device, value.stride())
+            continue
+        part = _other(value, gradients)
+        if part is None:
+            return None
+        parts.append(part)
+    if kwargs:
+        for name, value in sorted(kwargs.items()):
+            part = signature((value,))
+            if part is None:
+                return None
+            parts += (name, part)
+    return tuple(parts)
+
+
+def _other(value: Any, gradients: bool) -> Any:
+    """Return the key of an argument that is no tensor; None where it cannot be one."""
+    if isinstance(value, _PLAIN):
+        return (type(value), value, str(value))
+    if type(value) in (list, tuple):
+        inner = signature(value)
+        return None if inner is None else (type(value), len(value), inner)
+    if type(value) is dict:
+        inner = signature(tuple(value.values()))
+        return None if inner is None else (dict, tuple(value), inner)
+    return None

@@ -1,0 +1,298 @@
+"""Subjects: a user's function or module seen as a program over tensors.
+
+In: the callable and the arguments of one call. Out: a `Request` for the pipeline, and `Binding`s that say
+where each graph input comes from at every later call. Parameters are looked up anew each time, so
+that weights changed in place, or replaced by others of the same type, are seen.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch.utils import _pytree as pytree
+
+from superopt.errors import PlanError, Unsupported
+from superopt.frontend import Lifted
+from superopt.pipeline import Request
+from superopt.plan import OutputSpec, Plan
+from superopt.runtime import load_tensor
+
+Function = Callable[..., Any]
+Owner = torch.nn.Module | None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Where one parameter is found: `table[name]`, with the type that the plan was made for."""
+
+    table: Mapping[str, Any]
+    name: str
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def get(self) -> torch.Tensor | None:
+        """Return the tensor, or None when there is none of that type any more."""
+        tensor = self.table.get(self.name)
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or tensor.shape != self.shape
+            or tensor.dtype is not self.dtype
+            or tensor.stride() != self.strides
+        ):
+            return None
+        return tensor
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Where the inputs of a program come from, and what its results make up.
+
+    `leaves` are positions among the flattened arguments; `single` says that the result is one tensor.
+    """
+
+    leaves: tuple[int, ...]
+    rest: tuple[Fetch | torch.Tensor, ...]
+    structure: str
+
+    def parameters(self) -> list[torch.Tensor] | None:
+        """Return the inputs after the user's, None when one has another type than planned."""
+        found = []
+        for source in self.rest:
+            tensor = source if isinstance(source, torch.Tensor) else source.get()
+            if tensor is None:
+                return None
+            found.append(tensor)
+        return found
+
+    def needs_grad(self) -> bool:
+        """Say whether a parameter takes part in autograd."""
+        return any(isinstance(f, Fetch) and f.table[f.name].requires_grad for f in self.rest)
+
+
+def flatten(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[Any]:
+    """Return the leaves of a call's arguments."""
+    return pytree.tree_leaves((tuple(args), dict(kwargs or {})))
+
+
+def builder(structure: str) -> Callable[[Sequence[torch.Tensor]], Any]:
+    """Return what makes the caller's result of the program's tensors."""
+    described = json.loads(structure)
+    if described["spec"] is None:
+        return lambda tensors: tensors[0]
+    spec = pytree.treespec_loads(described["spec"])
+    constants = described["leaves"]
+
+    def build(tensors: Sequence[torch.Tensor]) -> Any:
+        rest = iter(tensors)
+        leaves = [next(rest) if c is None else c["value"] for c in constants]
+        return pytree.tree_unflatten(leaves, spec)
+
+    return build
+
+
+def make_request(
+    function: Function, lifted: Lifted, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Request, Binding]:
+    """Run the original once to see how its results lie, and put the request together.
+
+    Raises:
+        Unsupported: the program changes parameters, or its results are no tensors or plain data.
+    """
+    leaves = flatten(args, kwargs)
+    owner = function if isinstance(function, torch.nn.Module) else None
+    user = list(lifted.flatten(args, kwargs))[: len(lifted.user_inputs)]
+    positions = _positions(user, leaves)
+    parameters = list(lifted.parameters.values())
+    names, rest, constants = _sources(owner, lifted.parameters)
+    tensors = (*user, *parameters)
+    writes = _writes(lifted, len(user))
+    outputs, structure = _observe(function, args, kwargs, tensors, writes)
+    returned = len(lifted.graph.outputs) - len(writes)
+    if len(outputs) != returned:
+        raise Unsupported(f"the program returns {len(outputs)} tensors, its graph {returned}")
+    request = Request(
+        graph=lifted.graph,
+        tensors=tensors,
+        user_inputs=tuple(f"arg:{p}" for p in positions),
+        parameters=names,
+        constants=constants,
+        outputs=outputs,
+        structure=structure,
+        writes=writes,
+        original=_original(function, args, kwargs, bool(writes)),
+    )
+    return request, Binding(tuple(positions), rest, structure)
+
+
+def bind_plan(plan: Plan, owner: Owner) -> Binding:
+    """Return the binding of a stored plan to a module that looks like the one it was made for.
+
+    Raises:
+        PlanError: a parameter is not there.
+    """
+    rest: list[Fetch | torch.Tensor] = []
+    inputs = plan.original.inputs[len(plan.user_inputs) :]
+    for text, node in zip(plan.parameters, inputs, strict=True):
+        kind, _, name = text.partition(":")
+        if kind == "constant":
+            rest.append(load_tensor(plan.constants[name]))
+            continue
+        fetch = None if owner is None else fetch_of(owner, name)
+        if fetch is None or tuple(fetch.shape) != node.shape:
+            raise PlanError(f"the plan needs the parameter {name}, which is not there")
+        rest.append(fetch)
+    leaves = tuple(int(u.partition(":")[2]) for u in plan.user_inputs)
+    return Binding(leaves, tuple(rest), plan.structure)
+
+
+def fetch_of(owner: torch.nn.Module, path: str) -> Fetch | None:
+    """Return how to find the parameter or buffer called `path`."""
+    prefix, _, name = path.rpartition(".")
+    try:
+        module = owner.get_submodule(prefix)
+    except AttributeError:
+        return None
+    for table in (module._parameters, module._buffers):
+        tensor = table.get(name)
+        if tensor is not None:
+            return Fetch(table, name, tensor.shape, tensor.stride(), tensor.dtype)
+    return None
+
+
+def _positions(user: Sequence[torch.Tensor], leaves: Sequence[Any]) -> list[int]:
+    taken: set[int] = set()
+    for tensor in user:
+        for i, leaf in enumerate(leaves):
+            if leaf is tensor and i not in taken:
+                taken.add(i)
+                break
+        else:
+            raise Unsupported("an input of the graph is no argument of the call")
+    order = []
+    left = sorted(taken)
+    for tensor in user:
+        position = next(i for i in left if leaves[i] is tensor)
+        left.remove(position)
+        order.append(position)
+    return order
+
+
+def _sources(
+    owner: Owner, parameters: Mapping[str, torch.Tensor]
+) -> tuple[tuple[str, ...], tuple[Fetch | torch.Tensor, ...], dict[str, torch.Tensor]]:
+    paths: dict[int, str] = {}
+    if owner is not None:
+        for path, found in (*owner.named_parameters(), *owner.named_buffers()):
+            paths.setdefault(id(found), path)
+    names: list[str] = []
+    rest: list[Fetch | torch.Tensor] = []
+    constants: dict[str, torch.Tensor] = {}
+    for name, tensor in parameters.items():
+        path = paths.get(id(tensor))
+        fetch = None if path is None or owner is None else fetch_of(owner, path)
+        if fetch is None:
+            names.append(f"constant:{name}")
+            rest.append(tensor.detach())
+            constants[name] = tensor
+        else:
+            names.append(f"param:{path}")
+            rest.append(fetch)
+    return tuple(names), tuple(rest), constants
+
+
+def _writes(lifted: Lifted, user_inputs: int) -> dict[int, int]:
+    order = {node.attrs.name: i for i, node in enumerate(lifted.graph.inputs)}
+    writes: dict[int, int] = {}
+    for mutation in lifted.mutations:
+        target = order[mutation.input]
+        if target >= user_inputs:
+            raise Unsupported(f"the program changes its parameter {mutation.input}")
+        writes[mutation.output] = target
+    return writes
+
+
+def _original(
+    function: Function, args: Sequence[Any], kwargs: Mapping[str, Any], mutates: bool
+) -> Callable[[], object]:
+    if mutates:
+        args, kwargs = pytree.tree_map_only(
+            torch.Tensor, lambda t: t.detach().clone(), (tuple(args), dict(kwargs))
+        )
+
+    def original() -> object:
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return original
+
+
+def _observe(
+    function: Function,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tensors: Sequence[torch.Tensor],
+    writes: Mapping[int, int],
+) -> tuple[tuple[OutputSpec, ...], str]:
+    """Run the original once (on copies where it mutates): what its results are and how they lie."""
+    if writes:
+        copies: dict[int, torch.Tensor] = {}
+
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            return copies.setdefault(id(tensor), _clone(tensor))
+
+        args, kwargs = pytree.tree_map_only(torch.Tensor, copied, (tuple(args), dict(kwargs)))
+        tensors = [copies.get(id(t), t) for t in tensors]
+    with torch.no_grad():
+        result = function(*args, **kwargs)
+    leaves, spec = pytree.tree_flatten(result)
+    outputs: list[torch.Tensor] = []
+    specs: list[OutputSpec] = []
+    described: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            specs.append(_spec(leaf, tensors, outputs))
+            outputs.append(leaf)
+            described.append(None)
+        elif isinstance(leaf, bool | int | float | str | None):
+            described.append({"value": leaf})
+        else:
+            raise Unsupported(f"the program returns a {type(leaf).__name__}")
+    if not outputs:
+        raise Unsupported("the program returns no tensor")
+    if isinstance(result, torch.Tensor):
+        return tuple(specs), json.dumps({"spec": None, "leaves": [None]})
+    try:
+        text = pytree.treespec_dumps(spec)
+    except (NotImplementedError, TypeError) as error:
+        raise Unsupported(f"the result's structure cannot be kept: {error}") from error
+    return tuple(specs), json.dumps({"spec": text, "leaves": described})
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return made.copy_(tensor.detach())
+
+
+def _spec(
+    result: torch.Tensor, tensors: Sequence[torch.Tensor], earlier: Sequence[torch.Tensor]
+) -> OutputSpec:
+    shape, strides = tuple(result.shape), tuple(result.stride())
+    if result.layout is not torch.strided or type(result) not in (torch.Tensor, torch.nn.Parameter):
+        raise Unsupported(f"the program returns a {type(result).__name__} of {result.layout}")
+    for kind, bases in (("input", tensors), ("output", earlier)):
+        for i, base in enumerate(bases):
+            if _shares(result, base):
+                offset = result.storage_offset() - base.storage_offset()
+                same = result is base
+                return OutputSpec(shape, strides, f"{kind}:{i}", offset, same)
+    return OutputSpec(shape, strides)
+
+
+def _shares(a: torch.Tensor, b: torch.Tensor) -> bool:
+    first, second = a.untyped_storage().data_ptr(), b.untyped_storage().data_ptr()
+    return first == second != 0 and a.numel() > 0
