@@ -93,7 +93,9 @@ class _Scope:
 def _read_graph(entry: Any, name: str) -> Graph:
     if not isinstance(entry, list):
         raise _damaged("a list of operators", entry)
-    scope, inputs, outputs = _Scope(), [], []
+    scope = _Scope()
+    inputs: list[Node] = []
+    outputs: list[Node] = []
     for operator in entry:
         kind = _get(operator, "op_type", str)
         try:

@@ -171,7 +171,7 @@ class Modulus:
 
     def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Contract [..., M, K] with [..., K, N]; batch dims broadcast without being copied."""
-        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         left, right = _fold(a, b)
         terms = left.shape[-1]
         result = self._product(left[..., :_TERMS], right[:, :_TERMS])

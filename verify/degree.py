@@ -25,8 +25,8 @@ from superopt.verify.needs import (
     UNKNOWN,
     constant_power,
     infinite_constant,
-    real_valued,
     needed_residues,
+    real_valued,
 )
 
 

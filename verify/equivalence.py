@@ -202,15 +202,19 @@ def _test_seed(seed: int, index: int) -> int:
 
 
 def _decision_sites(joint: Graph, by_order: bool) -> list[int]:
-    """Number of elements of every comparison of values."""
-    found = []
-    for node in topological(joint.outputs):
-        compared = node.op in COMPARISONS and node.inputs[0].tensor.dtype.is_float
-        if compared and not any(infinite_constant(i) for i in node.inputs):
-            found.append(max(1, node.tensor.elements))
-        elif by_order and node.op in (elementwise.MAXIMUM, elementwise.MINIMUM):
-            found.append(max(1, node.tensor.elements))
-    return found
+    """List the number of elements of every comparison of values."""
+    extrema = (elementwise.MAXIMUM, elementwise.MINIMUM) if by_order else ()
+    return [
+        max(1, node.tensor.elements)
+        for node in topological(joint.outputs)
+        if node.op in extrema or _compares_values(node)
+    ]
+
+
+def _compares_values(node: Node) -> bool:
+    if node.op not in COMPARISONS or not node.inputs[0].tensor.dtype.is_float:
+        return False
+    return not any(infinite_constant(i) for i in node.inputs)
 
 
 def _one_test(

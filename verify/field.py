@@ -2,9 +2,9 @@
 
 A real value is a pair of residues (mod p, mod q), p = 2 q + 1, so that exp can map an exponent
 mod q to a power of an element of order q mod p (as in Mirage, OSDI 2025; theory: arXiv 2506.04529).
-After exp the residue mod q is a keyed hash of the one mod p. Integers and booleans are themselves: masks and indices
-are computed, not modelled. Infinities and NaN are marked beside the residues, so that masked
-softmax means what it means in floating point.
+After exp the residue mod q is a keyed hash of the one mod p. Integers and booleans are themselves:
+masks and indices are computed, not modelled. Infinities and NaN are marked beside the residues, so
+that masked softmax means what it means in floating point.
 
 Functions without a meaning in a field are unknown functions: a keyed hash of their arguments, the
 same for both programs. max and min are conjugate to addition under a secret permutation of the
@@ -258,7 +258,7 @@ def marked_value(
     """Return a value whose marked elements have residue 0; drops marks that mark nothing."""
     if kind is None:
         return FieldValue(residues, None, real)
-    shape = torch.broadcast_shapes(kind.shape, *(r.shape for r in residues.values()))
+    shape = np.broadcast_shapes(kind.shape, *(r.shape for r in residues.values()))
     kind = kind.expand(shape)
     if not bool(kind.any()):
         return FieldValue(residues, None, real)
@@ -397,7 +397,7 @@ def _divide(
     kind = torch.where(ky == NAN, nan, kind)
     if zeros is not None:
         kind = torch.where(zeros, nan, kind)
-    shape = torch.broadcast_shapes(x.shape, y.shape)
+    shape = np.broadcast_shapes(x.shape, y.shape)
     vanishes = (ky.abs() == 1).expand(shape)
     residues = {f: torch.where(vanishes, 0.0, r) for f, r in residues.items()}
     return marked_value(residues, kind.expand(shape))
@@ -568,7 +568,7 @@ def _extremum(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
     x, y = args
     largest = node.op is elementwise.MAXIMUM
     needed = domain.needed(node)
-    shape = torch.broadcast_shapes(x.shape, y.shape)
+    shape = np.broadcast_shapes(x.shape, y.shape)
     if domain.by_order:
         first = domain.order_key(x) >= domain.order_key(y)
         first = first if largest else ~first
@@ -610,7 +610,7 @@ def _extreme_of(
 
 
 def _extreme_marks(marks: torch.Tensor, axes: tuple[int, ...], largest: bool) -> torch.Tensor:
-    """Marks of an extremum: NaN first, then the infinity that wins, then any finite element."""
+    """Return the marks of an extremum: NaN first, then the infinity that wins, then any finite element."""
     wins, loses = (PLUS, MINUS) if largest else (MINUS, PLUS)
     nan = torch.any(marks == NAN, axes, keepdim=True)
     won = torch.any(marks == wins, axes, keepdim=True)
@@ -639,7 +639,7 @@ def _reduce_extremum(node: Node, args: Sequence[Value], domain: FieldDomain) -> 
 
 @FIELD.register(contraction.ARGMAX, contraction.ARGMIN)
 def _arg(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
-    function = torch.argmax if node.op is contraction.ARGMAX else torch.argmin
+    function: Any = torch.argmax if node.op is contraction.ARGMAX else torch.argmin
     return function(domain.order_key(args[0]), node.attrs.axis, keepdim=True)
 
 
