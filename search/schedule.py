@@ -103,6 +103,9 @@ def _passes(region: Region, space: IndexSpace, loop: Atom | None) -> Passes | No
     if loop is None:
         return Passes(frozenset(), dict.fromkeys((*region.inputs, *region.body), -1), {}, 0)
     varies = _varying(region, space, loop)
+    if any(loop in space.atoms(o) and o not in varies for o in region.outputs):
+        # the same in every iteration, but stored along the loop: leave that to another schedule
+        return None
     closes = frozenset(
         n for n in region.body if loop in space.reduced_by(n) and any(i in varies for i in n.inputs)
     )

@@ -48,6 +48,8 @@ def interleaved(
     calls: Sequence[Callable[[], object]], *, limit_s: float = 1.0, rounds: int = _ROUNDS
 ) -> list[float]:
     """Return the median seconds of each call, all called in turn; hopeless ones are dropped early."""
+    if not calls:
+        return []
     repeats: list[int] = []
     samples: list[list[float]] = []
     for call in calls:
