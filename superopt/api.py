@@ -161,6 +161,12 @@ class _Dispatcher:
         except SuperoptError as error:
             logger.info("%s runs as it was: %s", _name(self.original), error)
             return _Entry(None, None, f"{type(error).__name__}: {error}")
+        except (
+            Exception
+        ) as error:  # a defect of ours must not become the user's: it is logged whole
+            logger.warning("%s runs as it was after an internal error", _name(self.original))
+            logger.warning("please report this", exc_info=True)
+            return _Entry(None, None, f"internal error: {type(error).__name__}: {error}")
         if planned.program is None:
             return _Entry(None, planned.plan)
         flat = not kwargs and all(isinstance(a, torch.Tensor) or _is_scalar(a) for a in args)
@@ -170,23 +176,26 @@ class _Dispatcher:
     def _planned(
         self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Planned, Binding]:
-        owner = self.original if isinstance(self.original, torch.nn.Module) else None
+        assert self.guards is not None, "guards are taken before a plan is made"
+        modules = self.guards.modules
         alias = self._alias(key)
         store = Cache(self.options.folder())
         if alias is not None:
             plan = store.load_plan(alias)
             if plan is not None:
                 try:
-                    binding = bind_plan(plan, owner)
+                    binding = bind_plan(plan, modules)
                     tensors = _gather(binding, flatten(args, kwargs))
                     return restore(plan, self.options, tensors), binding
                 except (PlanError, IndexError) as error:
                     logger.info("a cached plan does not fit: %s", error)
         lifted = lift(self.original, args, kwargs)
-        request, binding = make_request(self.original, lifted, args, kwargs)
+        self.guards.tensors += [(t, t._version) for t in lifted.folded_sources]
+        request, binding = make_request(self.original, modules, lifted, args, kwargs)
         planned = make_plan(request, self.options, self.on_event)
         finished = planned.plan.report.get("stopped") != "interrupted"
-        if alias is not None and finished and not request.writes:
+        portable = not request.writes and not lifted.folded_sources
+        if alias is not None and finished and portable:
             store.save_plan(alias, planned.plan)
         return planned, binding
 

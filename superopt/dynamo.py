@@ -41,7 +41,9 @@ def backend(
         if key is None:
             raise Unsupported("its inputs are no plain tensors")
         lifted = lift_fx(graph_module, example)
-        request, binding = make_request(graph_module, lifted, example, {})
+        request, binding = make_request(
+            graph_module, list(graph_module.modules()), lifted, example, {}
+        )
         planned = make_plan(request, options)
     except SuperoptError as error:
         if fallback == "error":

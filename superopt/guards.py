@@ -37,6 +37,7 @@ class Guards:
     tensors: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     snapshots: list[tuple[Any, Any]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    modules: list[torch.nn.Module] = field(default_factory=list)
     digest: str = ""
 
     def hold(self) -> bool:
@@ -144,7 +145,7 @@ class _Walk:
             self.guards.snapshots.append((value, value.copy()))
 
     def other(self, name: str, value: Any, depth: int) -> None:
-        """An object of a user's class: its plain attributes are guarded, its code is not known."""
+        """Guard the attributes of an object of a user's class, whose code is not known."""
         self.guards.unknown.append(f"{name} is a {type(value).__name__}")
         inside = getattr(value, "__dict__", None)
         if isinstance(inside, dict) and not isinstance(value, type):
@@ -201,6 +202,10 @@ class _Walk:
     # -- torch modules -------------------------------------------------------------------------
 
     def module(self, module: torch.nn.Module, depth: int) -> None:
+        if any(module is m for m in self.guards.modules):
+            self.note("a module again")
+            return
+        self.guards.modules.append(module)
         kind = type(module)
         self.note(kind.__module__, kind.__qualname__)
         for base in kind.__mro__:
@@ -259,10 +264,8 @@ def _trusted(value: Any) -> bool:
     if isinstance(value, type) and value.__module__ == "builtins":
         return True
     root = _package(value).partition(".")[0].lstrip("_")
-    return (
-        (root in _TRUSTED
-        and not hasattr(value, "__dict__"))
-        or (root in _TRUSTED and isinstance(value, types.ModuleType | types.FunctionType | type))
+    return (root in _TRUSTED and not hasattr(value, "__dict__")) or (
+        root in _TRUSTED and isinstance(value, types.ModuleType | types.FunctionType | type)
     )
 
 

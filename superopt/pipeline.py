@@ -10,7 +10,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, final
@@ -33,6 +33,7 @@ from superopt.measure import Clock, interleaved
 from superopt.plan import KernelSource, OutputSpec, Plan
 from superopt.runtime import Program, build_program, store_tensor, with_layouts
 from superopt.search.driver import Event, SearchResult, search
+from superopt.verify.certificate import certify
 from superopt.verify.equivalence import verify_field
 from superopt.verify.floating import verify_float
 from superopt.verify.opaque import operator
@@ -254,11 +255,14 @@ def _finish(
     clock.ensure(found.graph)
     plain = clock.program(found.graph)
     floating = verify_float(graph, lambda tensors: list(plain.run(*tensors)), seed=options.seed)
-    if not floating.equivalent:
-        on_event(Event("rejected", f"rejected in floating point: {floating}", {}))
+    if not floating.accurate:
+        on_event(Event("rejected", f"rejected in floating point: {floating.reason}", {}))
         report["rejected"] += 1
-        return _unchanged(request, report, f"rejected by the floating-point test: {floating}")
+        return _unchanged(
+            request, report, f"rejected by the floating-point test: {floating.reason}"
+        )
     verdict = found.verdict
+    assert verdict is not None, "only a proven program is finished"
     if options.verify == "strict":
         verdict = verify_field(graph, found.graph, seed=options.seed + 1, error_bound=_STRICT_BOUND)
         if not verdict.equivalent:
@@ -276,7 +280,7 @@ def _finish(
     on_event(Event("compared", f"{original_s * 1e3:.3f} ms -> {planned_s * 1e3:.3f} ms", {}))
     if planned_s > original_s * _GAIN:
         return _unchanged(request, report, "the original is as fast")
-    evidence = {"field": _jsonable(verdict), "float": _jsonable(floating), "versions": versions()}
+    evidence = json.loads(certify(graph, found.graph, verdict, floating).to_json())
     report["improved"] = True
     plan = replace(
         _plan(request, report),
@@ -337,12 +341,6 @@ def _plan(request: Request, report: dict[str, Any]) -> Plan:
 def _unchanged(request: Request, report: dict[str, Any], why: str) -> Planned:
     base = {"improved": False, "proposed": 0, "rejected": 0, "proven": 0, "search_s": 0.0}
     return Planned(_plan(request, {**base, **report, "why": why}), None)
-
-
-def _jsonable(value: Any) -> Any:
-    """Return a verdict as data that JSON holds."""
-    data = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    return json.loads(json.dumps(data, default=str))
 
 
 @cache

@@ -3,7 +3,6 @@
 In: plans. Out: a `Report` with the numbers as fields and a readable text.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -112,8 +111,9 @@ def proof_text(certificate: dict[str, Any] | None) -> str:
     """Say in one line what the certificate shows."""
     if certificate is None:
         return "none (the original needs none)"
-    found = certificate.get("field") or {}
-    parts: Sequence[str] = [
-        f"{name} {found[name]}" for name in ("tests", "bound", "primes") if name in found
-    ]
-    return "equal in finite fields" + (f": {', '.join(parts)}" if parts else "")
+    worst = max((e["candidate"] for e in certificate["float_errors"]), default=None)
+    floating = "" if worst is None else f"; float error at most {worst:.1e}"
+    return (
+        f"equal in {certificate['tests']} random prime fields, "
+        f"wrong with probability at most {certificate['bound']:.1e}{floating}"
+    )

@@ -20,7 +20,7 @@ from superopt.plan import OutputSpec, Plan
 from superopt.runtime import load_tensor
 
 Function = Callable[..., Any]
-Owner = torch.nn.Module | None
+Modules = Sequence[torch.nn.Module]
 
 
 @final
@@ -96,19 +96,24 @@ def builder(structure: str) -> Callable[[Sequence[torch.Tensor]], Any]:
 
 
 def make_request(
-    function: Function, lifted: Lifted, args: Sequence[Any], kwargs: Mapping[str, Any]
+    function: Function,
+    modules: Modules,
+    lifted: Lifted,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> tuple[Request, Binding]:
     """Run the original once to see how its results lie, and put the request together.
+
+    `modules` are all that the program reads, in an order that another process has too.
 
     Raises:
         Unsupported: the program changes parameters, or its results are no tensors or plain data.
     """
     leaves = flatten(args, kwargs)
-    owner = function if isinstance(function, torch.nn.Module) else None
-    user = list(lifted.flatten(args, kwargs))[: len(lifted.user_inputs)]
+    user = lifted.flatten(args, kwargs)
     positions = _positions(user, leaves)
     parameters = list(lifted.parameters.values())
-    names, rest, constants = _sources(owner, lifted.parameters)
+    names, rest, constants = _sources(modules, lifted.parameters)
     tensors = (*user, *parameters)
     writes = _writes(lifted, len(user))
     outputs, structure = _observe(function, args, kwargs, tensors, writes)
@@ -129,8 +134,8 @@ def make_request(
     return request, Binding(tuple(positions), rest, structure)
 
 
-def bind_plan(plan: Plan, owner: Owner) -> Binding:
-    """Return the binding of a stored plan to a module that looks like the one it was made for.
+def bind_plan(plan: Plan, modules: Modules) -> Binding:
+    """Return the binding of a stored plan to modules like those that it was made for.
 
     Raises:
         PlanError: a parameter is not there.
@@ -142,21 +147,17 @@ def bind_plan(plan: Plan, owner: Owner) -> Binding:
         if kind == "constant":
             rest.append(load_tensor(plan.constants[name]))
             continue
-        fetch = None if owner is None else fetch_of(owner, name)
+        number, _, path = name.partition(":")
+        fetch = _fetch(modules[int(number)], path) if int(number) < len(modules) else None
         if fetch is None or tuple(fetch.shape) != node.shape:
-            raise PlanError(f"the plan needs the parameter {name}, which is not there")
+            raise PlanError(f"the plan needs the parameter {path}, which is not there")
         rest.append(fetch)
     leaves = tuple(int(u.partition(":")[2]) for u in plan.user_inputs)
     return Binding(leaves, tuple(rest), plan.structure)
 
 
-def fetch_of(owner: torch.nn.Module, path: str) -> Fetch | None:
-    """Return how to find the parameter or buffer called `path`."""
-    prefix, _, name = path.rpartition(".")
-    try:
-        module = owner.get_submodule(prefix)
-    except AttributeError:
-        return None
+def _fetch(module: torch.nn.Module, name: str) -> Fetch | None:
+    """Return how to find a module's own parameter or buffer."""
     for table in (module._parameters, module._buffers):
         tensor = table.get(name)
         if tensor is not None:
@@ -176,31 +177,34 @@ def _positions(user: Sequence[torch.Tensor], leaves: Sequence[Any]) -> list[int]
     order = []
     left = sorted(taken)
     for tensor in user:
-        position = next(i for i in left if leaves[i] is tensor)
-        left.remove(position)
-        order.append(position)
+        chosen = next(i for i in left if leaves[i] is tensor)
+        left.remove(chosen)
+        order.append(chosen)
     return order
 
 
 def _sources(
-    owner: Owner, parameters: Mapping[str, torch.Tensor]
+    modules: Modules, parameters: Mapping[str, torch.Tensor]
 ) -> tuple[tuple[str, ...], tuple[Fetch | torch.Tensor, ...], dict[str, torch.Tensor]]:
-    paths: dict[int, str] = {}
-    if owner is not None:
-        for path, found in (*owner.named_parameters(), *owner.named_buffers()):
-            paths.setdefault(id(found), path)
+    """Say where each parameter comes from; what no module holds is a constant."""
+    places: dict[int, tuple[int, str]] = {}
+    for number, module in enumerate(modules):
+        for table in (module._parameters, module._buffers):
+            for name, found in table.items():
+                if found is not None:
+                    places.setdefault(id(found), (number, name))
     names: list[str] = []
     rest: list[Fetch | torch.Tensor] = []
     constants: dict[str, torch.Tensor] = {}
     for name, tensor in parameters.items():
-        path = paths.get(id(tensor))
-        fetch = None if path is None or owner is None else fetch_of(owner, path)
-        if fetch is None:
+        place = places.get(id(tensor))
+        fetch = None if place is None else _fetch(modules[place[0]], place[1])
+        if place is None or fetch is None:
             names.append(f"constant:{name}")
             rest.append(tensor.detach())
             constants[name] = tensor
         else:
-            names.append(f"param:{path}")
+            names.append(f"param:{place[0]}:{place[1]}")
             rest.append(fetch)
     return tuple(names), tuple(rest), constants
 
@@ -209,9 +213,9 @@ def _writes(lifted: Lifted, user_inputs: int) -> dict[int, int]:
     order = {node.attrs.name: i for i, node in enumerate(lifted.graph.inputs)}
     writes: dict[int, int] = {}
     for mutation in lifted.mutations:
-        target = order[mutation.input]
+        target = order[mutation.target]
         if target >= user_inputs:
-            raise Unsupported(f"the program changes its parameter {mutation.input}")
+            raise Unsupported(f"the program changes its parameter {mutation.target}")
         writes[mutation.output] = target
     return writes
 
@@ -287,7 +291,7 @@ def _spec(
     for kind, bases in (("input", tensors), ("output", earlier)):
         for i, base in enumerate(bases):
             if _shares(result, base):
-                offset = result.storage_offset() - base.storage_offset()
+                offset = int(result.storage_offset()) - int(base.storage_offset())
                 same = result is base
                 return OutputSpec(shape, strides, f"{kind}:{i}", offset, same)
     return OutputSpec(shape, strides)
