@@ -7,7 +7,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -W ignore -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -W ignore -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := test
 .PHONY: demo test check lint format bench clean

@@ -30,6 +30,7 @@ class Search:
     proposed: int | None
     rejected: int | None
     proven: int | None
+    report: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def _superopt(workload: Workload, inputs: tuple[Tensor, ...], options: SearchOpt
         _count(report, "proposed"),
         _count(report, "rejected"),
         _count(report, "proven"),
+        str(report),
     )
     return Contender(SUPEROPT, call, seconds, search)
 

@@ -11,11 +11,9 @@ from typing import Any
 
 from benchmarks.contenders import NAMES, SUPEROPT
 from benchmarks.machine import Roofline
-from benchmarks.runner import WorkloadResult
+from benchmarks.runner import NOISY_CORES, WorkloadResult
 
 FORMAT_VERSION = 1
-# Above this many cores' worth of other processes a line is marked as noisy.
-_NOISY_CORES = 0.2
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def _row(result: WorkloadResult, present: list[str], length: int) -> list[str]:
             "/".join("?" if count is None else str(count) for count in counts) or "-",
             f"{result.warm_start_s:.2f}" if result.warm_start_s is not None else "-",
         ]
-    if (result.other_cores or 0.0) > _NOISY_CORES:
+    if (result.other_cores or 0.0) > NOISY_CORES:
         cells[0] += " ~"
     return cells
 
@@ -84,7 +82,7 @@ def _align(cell: str, column: int, width: int) -> str:
 
 def _footnotes(results: Sequence[WorkloadResult]) -> list[str]:
     lines = ["* best of the others; of bound: superopt's share, or the best's without superopt"]
-    if any((r.other_cores or 0.0) > _NOISY_CORES for r in results):
+    if any((r.other_cores or 0.0) > NOISY_CORES for r in results):
         lines.append("~ other processes kept the machine busy meanwhile: times are not dependable")
     mean = geomean(results)
     if mean is not None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from benchmarks.workloads import Workload
 _ERROR_FACTOR = 4.0
 _ERROR_ROUNDINGS = 8.0
 _INPUT_SEEDS = (0, 1)
+# With more than this many cores' worth of other processes a timing is noisy, and is tried again.
+NOISY_CORES: Final = 0.2
+_TRIES = 3
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -133,9 +136,7 @@ def _time(
     result: WorkloadResult,
 ) -> None:
     calls = {contender.name: _bind(contender, inputs) for contender in exact}
-    load = OtherLoad()
-    samples = interleave(calls, job.clock, job.effort)
-    result.other_cores = load.cores()
+    samples, result.other_cores = _quietest(calls, job)
     for contender in exact:
         spread = Spread.of(samples[contender.name])
         result.timings[contender.name] = Timing(spread, contender.build_s, errors[contender.name])
@@ -144,6 +145,22 @@ def _time(
     result.best_other = min(others, key=lambda name: others[name].spread.median, default=None)
     if SUPEROPT in samples and result.best_other is not None:
         result.ratio = paired_ratio(samples[result.best_other], samples[SUPEROPT])
+
+
+def _quietest(calls: dict[str, Any], job: Job) -> tuple[dict[str, list[float]], float | None]:
+    """Time all calls, again if others used the machine meanwhile; keep the quietest time."""
+    tries: list[tuple[float, dict[str, list[float]]]] = []
+    for _ in range(_TRIES):
+        load = OtherLoad()
+        samples = interleave(calls, job.clock, job.effort)
+        cores = load.cores()
+        if cores is None:
+            return samples, None
+        tries.append((cores, samples))
+        if cores <= NOISY_CORES:
+            break
+    cores, samples = min(tries, key=lambda each: each[0])
+    return samples, cores
 
 
 def _bind(contender: Contender, inputs: tuple[Tensor, ...]) -> Any:
