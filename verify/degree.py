@@ -197,10 +197,10 @@ def _summed(x: Degree, sizes: dict[int, int], key: int) -> Degree:
     for factor in x.factors:
         count = prod(n for axis, n in sizes.items() if axis in factor.varies)
         if count == 1:
-            factors.append(replace(factor, varies=factor.varies - sizes.keys()))
+            factors.append(replace(factor, varies=factor.varies - frozenset(sizes)))
             continue
         numerator += (count - 1) * factor.degree
-        rest = factor.varies - sizes.keys()
+        rest = factor.varies - frozenset(sizes)
         factors.append(Factor((key, *factor.key), factor.degree * count, rest))
     return Degree(numerator, tuple(factors))
 
