@@ -126,9 +126,9 @@ def _bitwise_not(call: Call, x: Node) -> Node:
 def _arithmetic(op: Op, x: Operand, y: Operand, dtype: DType) -> Node:
     if dtype is DType.BOOL:
         table = {e.ADD: e.OR, e.MUL: e.AND, e.MAXIMUM: e.OR, e.MINIMUM: e.AND}
-        if op not in table:
+        if op not in table and op not in (e.AND, e.OR, e.XOR):
             raise Decline("arithmetic on bool")
-        op = table[op]
+        op = table.get(op, op)
     return elementwise_op(op, as_dtype(x, dtype), as_dtype(y, dtype))
 
 
@@ -315,6 +315,15 @@ def _relu(call: Call, x: Node) -> Node:
 @rule(aten.leaky_relu.default)
 def _leaky_relu(call: Call, x: Node, slope: Scalar) -> Node:
     return b.where(b.gt(x, 0.0), x, b.mul(x, float(slope)))
+
+
+@rule(aten.rrelu_with_noise_functional.default)
+def _rrelu(
+    call: Call, x: Node, noise: Node, low: Scalar, high: Scalar, training: bool, *_: Any
+) -> tuple[Node, ...]:
+    if training:
+        raise Decline("random slopes")
+    return _leaky_relu(call, x, (low + high) / 2), noise
 
 
 @rule(aten.elu.default)

@@ -7,7 +7,9 @@ new values of changed buffers and arguments first and then the results.
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -155,11 +157,19 @@ def lift(
     name = type(program).__name__ if is_module else getattr(program, "__name__", "program")
     try:
         # under no_grad a program's own no_grad blocks leave no trace in the graph
-        with torch.no_grad():
+        with torch.no_grad(), _without_torch_deprecations():
             exported = torch.export.export(module, tuple(args), dict(kwargs or {}), strict=False)
     except Exception as error:
         raise LiftError(f"PyTorch cannot export {name}: {_first_lines(error)}") from error
     return lift_exported(exported, name=name)
+
+
+@contextmanager
+def _without_torch_deprecations() -> Iterator[None]:
+    """Hide what export warns about its own code; the caller can change nothing there."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        yield
 
 
 def _first_lines(error: BaseException) -> str:
@@ -206,7 +216,7 @@ def lift_exported(program: ExportedProgram, *, name: str = "program") -> Lifted:
         LiftError: an operator or type that no graph can hold; the message names the user's line.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _without_torch_deprecations():
             program = decompose(program)
     except Exception as error:
         raise LiftError(f"PyTorch cannot decompose {name}: {_first_lines(error)}") from error
@@ -313,7 +323,10 @@ class _Lifter:
         results: list[int | Constant] = []
         specs = self.program.graph_signature.output_specs
         for value, spec in zip(returned, specs, strict=True):
-            if spec.kind is OutputKind.BUFFER_MUTATION or spec.kind is OutputKind.PARAMETER_MUTATION:
+            if (
+                spec.kind is OutputKind.BUFFER_MUTATION
+                or spec.kind is OutputKind.PARAMETER_MUTATION
+            ):
                 mutations.append(Mutation(len(outputs), "buffer", self.by_target[spec.target]))
             elif spec.kind is OutputKind.USER_INPUT_MUTATION:
                 mutations.append(Mutation(len(outputs), "argument", spec.target))

@@ -7,7 +7,7 @@ tensors are IR nodes) and returns a node, or a tuple of nodes for several result
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 
@@ -48,10 +48,13 @@ LiftRule = Callable[..., Any]
 RULES: dict[torch._ops.OpOverload, LiftRule] = {}
 
 
-def rule(*targets: torch._ops.OpOverload) -> Callable[[LiftRule], LiftRule]:
+RuleFunction = TypeVar("RuleFunction", bound=LiftRule)
+
+
+def rule(*targets: torch._ops.OpOverload) -> Callable[[RuleFunction], RuleFunction]:
     """Decorate a rule with the overloads that it lifts."""
 
-    def add(function: LiftRule) -> LiftRule:
+    def add(function: RuleFunction) -> RuleFunction:
         for target in targets:
             assert target not in RULES, f"two lifting rules for {target}"
             RULES[target] = function

@@ -1,0 +1,401 @@
+"""Whole programs: modules, buffers, opaque operators, arguments, folding, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+
+from superopt import SuperoptError
+from superopt.frontend import LiftError, lift, lift_exported, lift_fx
+from superopt.frontend.rules import common_dtype
+from superopt.ir import build as b
+from superopt.ir import composite
+from superopt.ir.node import Node
+from superopt.ir.ops import elementwise, library
+from superopt.ir.ops.registry import Op
+from superopt.verify.reference import DTYPES, run_reference
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def nodes_of(lifted: Any, op: Op) -> list[Node]:
+    return [n for n in lifted.graph.nodes() if n.op is op]
+
+
+# -- models --------------------------------------------------------------------------------------
+
+
+class RMSNorm(torch.nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class LlamaBlock(torch.nn.Module):
+    """Grouped-query attention with rotary embedding and a gated MLP, in plain torch."""
+
+    def __init__(self, size: int = 32, heads: int = 4, kv_heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head = heads, kv_heads, size // heads
+        self.q = torch.nn.Linear(size, size, bias=False)
+        self.k = torch.nn.Linear(size, kv_heads * self.head, bias=False)
+        self.v = torch.nn.Linear(size, kv_heads * self.head, bias=False)
+        self.o = torch.nn.Linear(size, size, bias=False)
+        self.gate = torch.nn.Linear(size, 2 * size, bias=False)
+        self.up = torch.nn.Linear(size, 2 * size, bias=False)
+        self.down = torch.nn.Linear(2 * size, size, bias=False)
+        self.norm1, self.norm2 = RMSNorm(size), RMSNorm(size)
+        frequency = 1.0 / 10000 ** (torch.arange(0, self.head, 2) / self.head)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        angle = torch.outer(torch.arange(x.shape[-2]).float(), self.frequency)
+        angle = torch.cat([angle, angle], -1)
+        left, right = x.chunk(2, -1)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        return x * cos + torch.cat([-right, left], -1) * sin
+
+    def split(self, x: torch.Tensor, heads: int) -> torch.Tensor:
+        return x.view(*x.shape[:2], heads, self.head).transpose(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm1(x)
+        q = self.rotate(self.split(self.q(y), self.heads))
+        k = self.rotate(self.split(self.k(y), self.kv_heads))
+        v = self.split(self.v(y), self.kv_heads)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(a.transpose(1, 2).reshape(x.shape))
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class BertLayer(torch.nn.Module):
+    """Attention by hand with a padding mask, LayerNorm and GELU."""
+
+    def __init__(self, size: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = torch.nn.Linear(size, 3 * size)
+        self.out = torch.nn.Linear(size, size)
+        self.mlp = torch.nn.Sequential(
+            torch.nn.Linear(size, 4 * size), torch.nn.GELU(), torch.nn.Linear(4 * size, size)
+        )
+        self.norm1, self.norm2 = torch.nn.LayerNorm(size), torch.nn.LayerNorm(size)
+        self.dropout = torch.nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor, *, mask: torch.Tensor) -> torch.Tensor:
+        n, s, size = x.shape
+        q, k, v = (t.view(n, s, self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        scores = q @ k.transpose(-1, -2) / (size // self.heads) ** 0.5
+        scores = scores.masked_fill(~mask[:, None, None], torch.finfo(x.dtype).min)
+        a = (self.dropout(scores.softmax(-1)) @ v).transpose(1, 2).reshape(n, s, size)
+        x = self.norm1(x + self.out(a))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_llama_block(dtype: torch.dtype, runner: Any) -> None:
+    torch.manual_seed(0)
+    block = LlamaBlock().to(dtype)
+    x = randn(2, 7, 32).to(dtype)
+    lifted = lift(block, (x,))
+    assert not nodes_of(lifted, library.OPAQUE)
+    assert len(nodes_of(lifted, composite.ATTENTION)) == 1
+    # the rotary tables are computed once
+    assert not nodes_of(lifted, elementwise.COS)
+    assert len(lifted.folded_sources) == 1
+    tolerance = {} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    with torch.no_grad():
+        runner.check(lifted, block(x), x, **tolerance)
+
+
+def test_bert_layer(runner: Any) -> None:
+    torch.manual_seed(0)
+    layer = BertLayer().eval()
+    x = randn(2, 5, 32)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    lifted = lift(layer, (x,), {"mask": mask})
+    assert not nodes_of(lifted, library.OPAQUE)
+    with torch.no_grad():
+        torch.testing.assert_close(runner(lifted, x, mask=mask), layer(x, mask=mask))
+
+
+def test_lifted_at_float64_is_close_to_eager_float64(runner: Any) -> None:
+    torch.manual_seed(0)
+    block = LlamaBlock()
+    x = randn(1, 6, 32)
+    lifted = lift(block, (x,))
+    tensors = [x, *lifted.parameters.values()]
+    (got,) = run_reference(lifted.graph, tensors, dtype_override=torch.float64)
+    assert got.dtype is torch.float64
+    with torch.no_grad():
+        torch.testing.assert_close(got.float(), block(x))
+
+
+# -- opaque operators, randomness ----------------------------------------------------------------
+
+
+def test_opaque_in_the_middle(runner: Any) -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        values, places = torch.topk(x.exp(), 3)
+        return values.log() + places
+
+    x = randn(4, 8)
+    lifted = lift(program, (x,))
+    (node,) = nodes_of(lifted, library.OPAQUE)
+    assert node.attrs.target == "aten.topk.default"
+    runner.check(lifted, program(x), x)
+
+
+def test_random_operators_stay_apart_and_in_order(runner: Any) -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        first, second = torch.rand_like(x), torch.rand_like(x)
+        return second * 2 - first + F.dropout(x, 0.5, training=True)
+
+    x = randn(5, 5)
+    lifted = lift(program, (x,))
+    torch.manual_seed(3)
+    expected = program(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(runner(lifted, x), expected)
+
+
+def test_batch_norm_in_training_updates_its_buffers(runner: Any) -> None:
+    torch.manual_seed(0)
+    eager, ours = torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4)
+    x = randn(3, 4, 5, 5)
+    lifted = lift(ours, (x,))
+    assert {m.kind for m in lifted.mutations} == {"buffer"}
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(runner(lifted, x), eager(x))
+    torch.testing.assert_close(ours.running_mean, eager.running_mean)
+    torch.testing.assert_close(ours.running_var, eager.running_var)
+    assert int(ours.num_batches_tracked) == 2
+
+
+def test_mutated_argument_and_buffer(runner: Any) -> None:
+    class Cache(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.total.add_(x.sum(0))
+            x[0] = 1.0
+            return x * self.total
+
+    eager, ours = Cache(), Cache()
+    x, y = randn(3, 4), randn(3, 4)
+    lifted = lift(ours, (x.clone(),))
+    for _ in range(2):
+        torch.testing.assert_close(runner(lifted, x), eager(y))
+    torch.testing.assert_close(x, y)
+    torch.testing.assert_close(ours.total, eager.total)
+
+
+# -- arguments and results -----------------------------------------------------------------------
+
+
+def test_structures_of_arguments_and_results(runner: Any) -> None:
+    def program(pair: dict[str, Any], scale: float, *, flag: bool = True) -> dict[str, Any]:
+        left, right = pair["both"]
+        total = left + right * scale
+        return {"sum": [total, None, 3], "left": left if flag else right}
+
+    args = ({"both": (randn(2, 3), randn(3, seed=1))}, 0.5)
+    lifted = lift(program, args, {"flag": True})
+    got, want = runner(lifted, *args, flag=True), program(*args, flag=True)
+    assert got["sum"][1:] == [None, 3]
+    torch.testing.assert_close(got["sum"][0], want["sum"][0])
+    torch.testing.assert_close(got["left"], want["left"])
+    with pytest.raises(LiftError, match=r"lifted for 0\.5, got 0\.25"):
+        lifted.flatten((args[0], 0.25), {"flag": True})
+    with pytest.raises(LiftError, match=r"f32\[3\], got f32\[4\]"):
+        lifted.flatten(({"both": (randn(2, 3), randn(4))}, 0.5), {"flag": True})
+    with pytest.raises(LiftError, match="arguments"):
+        lifted.flatten(args)
+
+
+def test_strides_of_inputs_are_recorded(runner: Any) -> None:
+    x = randn(4, 6).T
+    lifted = lift(lambda t: t * 2, (x,))
+    assert lifted.graph.inputs[0].tensor.strides == (1, 6)
+    runner.check(lifted, x * 2, x)
+
+
+def test_parameters_are_inputs_and_follow_training(runner: Any) -> None:
+    linear = torch.nn.Linear(3, 2)
+    x = randn(5, 3)
+    lifted = lift(lambda t: linear(t).relu(), (x,))
+    assert len(lifted.parameters) == 2
+    with torch.no_grad():
+        linear.weight.mul_(2)
+        runner.check(lifted, linear(x).relu(), x)
+
+
+def test_unused_arguments_stay_inputs(runner: Any) -> None:
+    args = (randn(2), randn(3))
+    lifted = lift(lambda x, unused: x + 1, args)
+    assert len(lifted.graph.inputs) == 2
+    runner.check(lifted, args[0] + 1, *args)
+
+
+def test_index_patterns_stay_and_tables_fold(runner: Any) -> None:
+    table = torch.linspace(0, 1, 16).reshape(4, 4)
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        causal = torch.triu(torch.ones(4, 4), 1).bool()
+        return (x + (table * 3).exp()).masked_fill(causal, float("-inf"))
+
+    x = randn(4, 4)
+    lifted = lift(program, (x,))
+    assert list(lifted.parameters) == ["folded_0"]
+    torch.testing.assert_close(lifted.parameters["folded_0"], (table * 3).exp())
+    runner.check(lifted, program(x), x)
+
+
+def test_bool_mask_without_keys_gives_zero_by_definition() -> None:
+    q = randn(1, 2, 3, 4)
+    mask = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+
+    def program(q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    lifted = lift(program, (q, mask))
+    from superopt.ir.semantics import expand
+
+    (got,) = run_reference(expand(lifted.graph), [q, mask])
+    torch.testing.assert_close(got, program(q, mask))
+
+
+# -- other ways in -------------------------------------------------------------------------------
+
+
+def test_exported_program_from_a_file(tmp_path: Path, runner: Any) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
+    x = randn(3, 4)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+    lifted = lift_exported(torch.export.load(tmp_path / "model.pt2"))
+    with torch.no_grad():
+        runner.check(lifted, model(x), x)
+
+
+def test_fx_graph_from_torch_compile() -> None:
+    lifted_graphs = []
+
+    def backend(module: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        lifted = lift_fx(module, example_inputs)
+        lifted_graphs.append(lifted)
+
+        def call(*args: Any) -> Any:
+            outputs = run_reference(
+                lifted.graph, [*lifted.flatten(args), *lifted.parameters.values()]
+            )
+            return lifted.unflatten(outputs)
+
+        return call
+
+    torch.manual_seed(0)
+    block = LlamaBlock()
+    x = randn(2, 7, 32)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(block, backend=backend, dynamic=False)
+        torch.testing.assert_close(compiled(x), block(x))
+    assert len(lifted_graphs) == 1
+    assert nodes_of(lifted_graphs[0], composite.ATTENTION)
+
+
+# -- what cannot be lifted -----------------------------------------------------------------------
+
+
+def test_control_flow_on_data_is_refused() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+    with pytest.raises(LiftError, match="cannot export program"):
+        lift(program, (randn(3),))
+
+
+def test_results_of_unknown_size_are_refused() -> None:
+    with pytest.raises(LiftError, match=r"dynamic shape|depends on data|cannot export"):
+        lift(torch.nonzero, (randn(3),))
+
+
+def test_no_tensor_result_is_refused() -> None:
+    with pytest.raises(SuperoptError, match="returns no tensor"):
+        lift(lambda x: 3, (randn(3),))
+
+
+def test_dynamic_export_is_refused() -> None:
+    class Double(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    shapes = {"x": {0: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(Double(), (randn(3, 4),), dynamic_shapes=shapes)
+    with pytest.raises(LiftError, match="dynamic shape"):
+        lift_exported(program)
+
+
+# -- promotion and broadcasting ------------------------------------------------------------------
+
+_DTYPES = [d for d in DTYPES if not d.is_complex]
+_SHAPES = [(), (1,), (3,), (2, 1), (2, 3), (4, 1, 3)]
+_NUMBERS = st.sampled_from([True, 2, 0.5])
+
+
+@given(st.sampled_from(_DTYPES), st.sampled_from(_SHAPES), st.sampled_from(_DTYPES), st.data())
+@settings(max_examples=200)
+def test_promotion_is_torchs(left: Any, shape: Any, right: Any, data: st.DataObject) -> None:
+    x = b.input_("x", shape, left)
+    number = data.draw(st.booleans())
+    y: Any = (
+        data.draw(_NUMBERS) if number else b.input_("y", data.draw(st.sampled_from(_SHAPES)), right)
+    )
+    tensors = [
+        torch.empty(o.shape, dtype=DTYPES[o.tensor.dtype]) if isinstance(o, Node) else o
+        for o in (x, y)
+    ]
+    assert DTYPES[common_dtype(x, y)] is torch.result_type(*tensors)
+
+
+_OPERATORS = st.sampled_from([torch.add, torch.mul, torch.div, torch.maximum, torch.lt, torch.eq])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(_SHAPES), st.sampled_from(_DTYPES)), min_size=4, max_size=4),
+    st.lists(_OPERATORS, min_size=3, max_size=3),
+)
+@settings(max_examples=10)
+def test_broadcast_chains_equal_eager(operands: Any, operators: Any) -> None:
+    values = [
+        (randn(*shape, seed=i).abs() * 3 + 1).to(DTYPES[dtype])
+        for i, (shape, dtype) in enumerate(operands)
+    ]
+
+    def program(*tensors: torch.Tensor) -> torch.Tensor:
+        result = tensors[0]
+        for operator, tensor in zip(operators, tensors[1:], strict=True):
+            result = operator(result, tensor)
+        return result
+
+    try:
+        expected = program(*values)
+    except RuntimeError:
+        return  # the shapes do not broadcast
+    lifted = lift(program, values)
+    assert not nodes_of(lifted, library.OPAQUE)
+    (got,) = run_reference(lifted.graph, lifted.flatten(values))
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-2)
+    assert got.dtype is expected.dtype
