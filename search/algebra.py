@@ -3,6 +3,8 @@
 - `scale-out-of-contraction`: matmul(a * r, b) => matmul(a, b) * r where r does not vary along the
   contracted dim; the same for division, for the right operand, and for several factors at once.
 - `scale-out-of-sum`: reduce_sum(a * r) => reduce_sum(a) * r where r does not vary along the axes.
+- `view-below-leaf`: a view of index arithmetic => index arithmetic of that shape, so that rows
+  and columns of a mask that come from one arange are two indices.
 - `gather-below-elementwise`: gather(f(x), i) => f(gather(x, i)).
 - `gather-to-select`: gather(x, i) of one element per row => reduce_sum(where(iota == i, x, 0)),
   which lets a loss read its logits once.
@@ -18,8 +20,9 @@ from typing import Final, final
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, rebuild, rewrite, topological
-from superopt.ir.ops import contraction, elementwise, structural
+from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
+from superopt.search.region import is_leaf
 
 
 @final
@@ -201,11 +204,56 @@ def _gather_below_elementwise(node: Node) -> Node | None:
     return rebuild(x, tuple(parts))
 
 
+def _view_below_leaf(node: Node) -> Node | None:
+    if node.op not in (structural.RESHAPE, structural.PERMUTE) or not is_leaf(node):
+        return None
+    inner = node.inputs[0]
+    kept = _kept_dims(node)
+    if kept is None:
+        return None
+    if inner.op is leaf.IOTA:
+        axis = len(inner.shape) + inner.attrs.axis
+        if axis not in kept:
+            return None
+        return b.iota(node.shape, kept.index(axis) - len(kept), inner.attrs.dtype)
+    if inner.op.kind is not OpKind.ELEMENTWISE:
+        return None
+    parts = tuple(
+        b.constant(i.attrs.value, i.attrs.dtype)
+        if i.op is leaf.CONSTANT
+        else _moved(i, kept, node.op is structural.PERMUTE)
+        for i in inner.inputs
+    )
+    return rebuild(inner, parts)
+
+
+def _moved(x: Node, kept: list[int | None], permuted: bool) -> Node:
+    if not x.shape:
+        return x
+    if permuted:
+        return b.permute(x, [k for k in kept if k is not None])
+    return b.reshape(x, [1 if k is None else x.shape[k] for k in kept])
+
+
+def _kept_dims(view: Node) -> list[int | None] | None:
+    """Map each dim of a view to the operand's, None for a new dim of size 1; None if it regroups."""
+    before, after = view.inputs[0].shape, view.shape
+    if view.op is structural.PERMUTE:
+        return list(view.attrs.perm)
+    wide = [i for i, d in enumerate(before) if d != 1]
+    if [before[i] for i in wide] != [d for d in after if d != 1]:
+        return None
+    queue = iter(wide)
+    return [None if d == 1 else next(queue) for d in after]
+
+
 SCALE_OUT_OF_CONTRACTION: Final = Rule("scale-out-of-contraction", _scale_out_of_contraction)
 SCALE_OUT_OF_SUM: Final = Rule("scale-out-of-sum", _scale_out_of_sum)
 GATHER_TO_SELECT: Final = Rule("gather-to-select", _gather_to_select)
 GATHER_BELOW_ELEMENTWISE: Final = Rule("gather-below-elementwise", _gather_below_elementwise)
+VIEW_BELOW_LEAF: Final = Rule("view-below-leaf", _view_below_leaf)
 FUSION_RULES: Final = (
+    VIEW_BELOW_LEAF,
     SCALE_OUT_OF_CONTRACTION,
     SCALE_OUT_OF_SUM,
     GATHER_BELOW_ELEMENTWISE,

@@ -6,8 +6,6 @@ form then bounds the loop. (Finite operands are assumed behind the mask, as in e
 attention: a NaN behind the mask would otherwise surface as 0 * NaN.)
 """
 
-from collections.abc import Mapping
-
 from superopt.ir.graph import Axis, Bound, Graph
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, elementwise, leaf, structural, tile
@@ -15,13 +13,21 @@ from superopt.ir.ops.registry import OpKind
 from superopt.ir.tiles import varying_axes
 
 _COMPARES = (elementwise.GE, elementwise.GT, elementwise.LE, elementwise.LT)
+_NEGATION = {
+    elementwise.GE: elementwise.LT,
+    elementwise.GT: elementwise.LE,
+    elementwise.LE: elementwise.GT,
+    elementwise.LT: elementwise.GE,
+}
 _KEEPS = (
     elementwise.CAST,
-    elementwise.NEG,
     structural.PERMUTE,
     structural.RESHAPE,
     structural.BROADCAST,
 )
+Outcome = tuple[Node, bool]
+"""A comparison, and the value that it has everywhere in a tile."""
+Outcomes = dict[Node, set[Outcome]]
 Affine = tuple[dict[tile.DimMap, int], int]
 """Coefficient per tile index map, and a constant."""
 
@@ -32,9 +38,11 @@ def with_bounds(graph: Graph) -> Graph:
         return graph
     varies = varying_axes(graph)
     zero, lowest = _vanishing(graph)
+    compares = [n for n in graph.nodes() if n.op in _COMPARES]
+    order = [(n, value) for n in compares for value in (False, True)]
     loops = []
     for axis in graph.loops:
-        conditions: set[Node] | None = None
+        conditions: set[Outcome] | None = None
         for node in graph.nodes():
             if node.op.kind is not OpKind.TILE or getattr(node.attrs, "loop", None) != axis.name:
                 continue
@@ -44,35 +52,26 @@ def with_bounds(graph: Graph) -> Graph:
             found = set(table[node.inputs[0]])
             conditions = found if conditions is None else conditions & found
         stored = any(axis.name in varies[o.inputs[0]] for o in graph.outputs)
-        chosen = [] if stored else sorted(conditions or (), key=str)
-        bounds = dict.fromkeys(b for c in chosen for b in _bounds(c, axis.name))
+        chosen = [] if stored else [c for c in order if c in (conditions or ())]
+        bounds = dict.fromkeys(b for c in chosen for b in _bounds(*c, axis.name))
         loops.append(Axis(axis.name, axis.count, (*axis.bounds, *bounds)))
     return Graph(graph.level, graph.name, graph.inputs, graph.outputs, graph.grid, tuple(loops))
 
 
-def _vanishing(graph: Graph) -> tuple[dict[Node, set[Node]], dict[Node, set[Node]]]:
-    """Map nodes to the conditions whose failure makes them 0, and to those that make them -inf."""
-    zero: dict[Node, set[Node]] = {}
-    lowest: dict[Node, set[Node]] = {}
+def _vanishing(graph: Graph) -> tuple[Outcomes, Outcomes]:
+    """Map nodes to the outcomes that make them 0, and to those that make them -inf."""
+    zero: Outcomes = {}
+    lowest: Outcomes = {}
     for node in graph.nodes():
         zero[node], lowest[node] = _conditions(node, zero, lowest)
     return zero, lowest
 
 
-def _conditions(
-    node: Node, zero: Mapping[Node, set[Node]], lowest: Mapping[Node, set[Node]]
-) -> tuple[set[Node], set[Node]]:
+def _conditions(node: Node, zero: Outcomes, lowest: Outcomes) -> tuple[set[Outcome], set[Outcome]]:
     op = node.op
     inputs = node.inputs
     if op is elementwise.WHERE:
-        condition, yes, no = inputs
-        failed = _conjuncts(condition)
-        return (
-            (failed if _is_constant(no, 0.0) else set()) | (zero[yes] & zero[no]),
-            (failed if _is_constant(no, float("-inf")) else set())
-            | (lowest[yes] & lowest[no])
-            | (lowest[yes] if _is_constant(no, float("-inf")) else set()),
-        )
+        return _select(node, zero, 0.0), _select(node, lowest, float("-inf"))
     if op is elementwise.EXP:
         return set(lowest[inputs[0]]), set()
     if op in (elementwise.MUL, contraction.MATMUL):
@@ -88,7 +87,7 @@ def _conditions(
         return set(zero[inputs[0]]), set()
     if op is contraction.REDUCE_MAX:
         return set(), set(lowest[inputs[0]])
-    if op in _KEEPS and op is not elementwise.NEG:
+    if op in _KEEPS:
         return set(zero[inputs[0]]), set(lowest[inputs[0]])
     if op is elementwise.NEG:
         return set(zero[inputs[0]]), set()
@@ -103,17 +102,33 @@ def _is_positive(node: Node) -> bool:
     return node.op is leaf.CONSTANT and node.attrs.value > 0
 
 
-def _conjuncts(condition: Node) -> set[Node]:
-    result = set()
-    stack = [condition]
+def _select(node: Node, table: Outcomes, value: float) -> set[Outcome]:
+    """Outcomes that make a `where` the constant `value` all over."""
+    condition, yes, no = node.inputs
+    sides = []
+    for side, picked in ((yes, True), (no, False)):
+        if _is_constant(side, value):
+            # all of it is `value` where the other side is, or where only this side is picked
+            other = no if picked else yes
+            return _forced(condition, picked) | table[other]
+        sides.append(table[side])
+    return sides[0] & sides[1]
+
+
+def _forced(condition: Node, value: bool) -> set[Outcome]:
+    """Outcomes of comparisons that make the whole condition `value`."""
+    result: set[Outcome] = set()
+    stack = [(condition, value)]
     while stack:
-        node = stack.pop()
-        if node.op is elementwise.AND:
-            stack += node.inputs
+        node, wanted = stack.pop()
+        if node.op is (elementwise.OR if wanted else elementwise.AND):
+            stack += [(i, wanted) for i in node.inputs]
+        elif node.op is elementwise.NOT:
+            stack.append((node.inputs[0], not wanted))
         elif node.op in (structural.RESHAPE, structural.BROADCAST):
-            stack.append(node.inputs[0])
+            stack.append((node.inputs[0], wanted))
         elif node.op in _COMPARES:
-            result.add(node)
+            result.add((node, wanted))
     return result
 
 
@@ -146,14 +161,15 @@ def _combine(node: Node, left: Affine, right: Affine) -> Affine | None:
     return terms, left[1] + sign * right[1]
 
 
-def _bounds(condition: Node, loop: str) -> list[Bound]:
-    """Bound the loop by "the comparison holds somewhere in the tile"; none if it is not affine."""
+def _bounds(condition: Node, value: bool, loop: str) -> list[Bound]:
+    """Bound the loop by "the comparison is not `value` everywhere"; none if it is not affine."""
     left, right = _affine(condition.inputs[0]), _affine(condition.inputs[1])
     if left is None or right is None:
         return []
-    if condition.op in (elementwise.LE, elementwise.LT):
+    op = _NEGATION[condition.op] if value else condition.op
+    if op in (elementwise.LE, elementwise.LT):
         left, right = right, left
-    strict = condition.op in (elementwise.GT, elementwise.LT)
+    strict = op in (elementwise.GT, elementwise.LT)
     terms: dict[str, int] = {}
     largest = left[1] - right[1] - (1 if strict else 0)
     for sign, (maps, _) in ((1, left), (-1, right)):

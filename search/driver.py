@@ -170,7 +170,7 @@ class Driver:
                 break
             until = time.monotonic() + left / (len(groups) - number)
             for region, choice in self._kernels_of(variant, group, until):
-                results = place(region, choice.schedule, choice.graph, region.inputs)
+                results = place(choice.schedule, choice.graph, region.inputs)
                 replacements.update(zip(region.outputs, results, strict=True))
                 self.notes.append(f"{choice.graph.name}: {choice.schedule.describe()}")
         return substitute(variant, replacements) if replacements else None
@@ -196,7 +196,7 @@ class Driver:
         library = _replaced(subgraph, parts)
         if whole is None:
             return _moved(variant, region, parts)
-        fused = subgraph.with_outputs(place(region, whole.schedule, whole.graph, subgraph.inputs))
+        fused = subgraph.with_outputs(place(whole.schedule, whole.graph, subgraph.inputs))
         custom_s, library_s = self.measurer.programs([fused, library])
         self._tell(
             "compared",
@@ -301,7 +301,7 @@ def _worth(graph: Graph, group: Group) -> bool:
 def _replaced(graph: Graph, parts: Sequence[tuple[Region, _Choice]]) -> Graph:
     replacements: dict[Node, Node] = {}
     for region, choice in parts:
-        results = place(region, choice.schedule, choice.graph, region.inputs)
+        results = place(choice.schedule, choice.graph, region.inputs)
         replacements.update(zip(region.outputs, results, strict=True))
     return substitute(graph, replacements)
 

@@ -19,7 +19,7 @@ from superopt.ir.types import DType, TensorType, contiguous_strides
 from superopt.search.bounds import with_bounds
 from superopt.search.errors import NotFusible
 from superopt.search.indices import Atom, Layout, reduction_axes
-from superopt.search.region import Region, view_type
+from superopt.search.region import view_type
 from superopt.search.schedule import Role, Schedule
 
 _CLOSES = {
@@ -43,11 +43,12 @@ def block_graph(schedule: Schedule, tiles: Mapping[Atom, int], name: str) -> Gra
     return with_bounds(graph)
 
 
-def place(region: Region, schedule: Schedule, graph: Graph, operands: Sequence[Node]) -> list[Node]:
+def place(schedule: Schedule, graph: Graph, operands: Sequence[Node]) -> list[Node]:
     """Apply a block graph in a kernel graph: `operands` stand for the region's inputs.
 
     Returns one node per region output, in its own shape.
     """
+    region = schedule.region
     shaped = [
         b.reshape(o, _atom_shape(schedule, i)) for o, i in zip(operands, region.inputs, strict=True)
     ]

@@ -59,7 +59,7 @@ def test_every_schedule_keeps_the_meaning(name: str, size: int) -> None:
         except NotFusible:
             continue
         assert parse_graph(print_graph(block)) == block
-        results = place(region, schedule, block, region.inputs)
+        results = place(schedule, block, region.inputs)
         candidate = substitute(graph, dict(zip(region.outputs, results, strict=True)))
         got = run_reference(candidate, values, dtype_override=torch.float64)
         for x, y in zip(got, wanted, strict=True):
