@@ -76,9 +76,7 @@ def _attention(types: tuple[Type, ...], attrs: AttentionAttrs) -> Type:
         if broadcast_shapes([scores, mask[0].shape]) != scores:
             raise GraphError(f"the mask {mask[0]} does not broadcast to the scores {scores}")
     batch = broadcast_shapes([q.shape[:-3], k.shape[:-3], v.shape[:-3]])
-    return TensorType(
-        (*batch, q.shape[-3], q.shape[-2], v.shape[-1]), same_dtype([q, k, v])
-    )
+    return TensorType((*batch, q.shape[-3], q.shape[-2], v.shape[-1]), same_dtype([q, k, v]))
 
 
 def _declare(
@@ -89,9 +87,7 @@ def _declare(
     meaning: str,
     definition: Callable[..., Node],
 ) -> Op:
-    return declare(
-        Op(name, OpKind.COMPOSITE, arity, attrs, rule, meaning, expand=definition)
-    )
+    return declare(Op(name, OpKind.COMPOSITE, arity, attrs, rule, meaning, expand=definition))
 
 
 def _softmax(inputs: tuple[Node, ...], attrs: AxisAttrs) -> Node:
@@ -183,11 +179,11 @@ def _sdpa(inputs: tuple[Node, ...], attrs: AttentionAttrs) -> Node:
         columns = b.iota((*shape[:-2], 1, shape[-1]), -1)
         scores = b.where(b.ge(rows, columns), scores, b.constant(float("-inf"), dtype))
     result = b.matmul(_softmax((scores,), AxisAttrs(-1)), v)
-    return b.reshape(result, (*result.shape[:-4], heads, *result.shape[-2:])) if (
-        heads != kv_heads
-    ) else result
-
-
+    return (
+        b.reshape(result, (*result.shape[:-4], heads, *result.shape[-2:]))
+        if (heads != kv_heads)
+        else result
+    )
 
 
 SOFTMAX = _declare("softmax", 1, AxisAttrs, _along_axis, "torch.softmax(axis)", _softmax)

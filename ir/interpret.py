@@ -81,9 +81,7 @@ def _definition(node: Node) -> Graph:
 
 
 def _stand_ins(node: Node) -> tuple[Node, ...]:
-    return tuple(
-        input_(f"operand{k}", i.shape, i.tensor.dtype) for k, i in enumerate(node.inputs)
-    )
+    return tuple(input_(f"operand{k}", i.shape, i.tensor.dtype) for k, i in enumerate(node.inputs))
 
 
 @lru_cache(maxsize=256)

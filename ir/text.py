@@ -220,9 +220,7 @@ class _Parser:
             token = self._kind("value")
             self._expect(":")
             type_ = self._tensor_type()
-            node = intern(
-                leaf.INPUT, (), leaf.InputAttrs(token.text[1:], type_), type_
-            )
+            node = intern(leaf.INPUT, (), leaf.InputAttrs(token.text[1:], type_), type_)
             values[token.text] = node
             inputs.append(node)
             if not self._peek(")"):
@@ -247,7 +245,7 @@ class _Parser:
         return tuple(axes)
 
     def _bound(self) -> Bound:
-        terms = []
+        terms: list[tuple[str, int]] = []
         while True:
             number = self._integer()
             if not self._accept("*"):

@@ -34,7 +34,7 @@ class DimSource:
 
 
 def is_accumulator(node: Node) -> bool:
-    """True for the ops that close a loop (prefix_max stays inside it)."""
+    """Say whether this op is one that closes a loop (prefix_max stays inside it)."""
     return node.op in _ACCUMULATORS
 
 

@@ -726,7 +726,7 @@ def _reduce_prod(node: Node, args: Sequence[Value], domain: FieldDomain) -> Valu
     (x,) = args
 
     def product(m: Modulus, f: str) -> torch.Tensor:
-        result = x.residues[f]
+        result: torch.Tensor = x.residues[f]
         for axis in node.attrs.axes:
             result = m.product(result, axis)
         return result

@@ -131,6 +131,4 @@ class RuleTable(Generic[Rule]):
 
     def missing(self) -> list[str]:
         """Names of ops with neither a rule nor a reason."""
-        return [
-            op.name for op in all_ops() if op not in self.rules and op not in self.unsupported
-        ]
+        return [op.name for op in all_ops() if op not in self.rules and op not in self.unsupported]

@@ -14,7 +14,7 @@ def tensor(type_: Type) -> TensorType:
 
 
 def broadcast_shapes(shapes: Sequence[tuple[Dim, ...]]) -> tuple[Dim, ...]:
-    """Common shape of elementwise operands: rank 0, or equal rank with dims equal or 1."""
+    """Return the common shape of elementwise operands: rank 0, or equal rank with dims equal or 1."""
     ranks = {len(s) for s in shapes if s}
     if not ranks:
         return ()
