@@ -32,16 +32,33 @@ _Tensor = torch.Tensor
 _Parameter = torch.nn.Parameter
 
 
-def transformed() -> bool:
-    """Say whether PyTorch runs in a mode that plans do not serve."""
-    return bool(
-        _autocast()
-        or _dispatch_modes()
-        or _function_modes()
-        or _tracing()
-        or _peek() is not None
-        or torch.compiler.is_compiling()
-    )
+def altered() -> bool:
+    """Say whether function modes or tracing are on, which `tensor_check` does not see."""
+    return bool(_function_modes() or _tracing())
+
+
+def tensor_check(args: Sequence[Any]) -> Callable[..., bool] | None:
+    """Return a fast check that tensors are as `args` are: type, shape, strides, dispatch keys, state.
+
+    It sees everything that `signature` looks at but function modes and tracing, in one call.
+    None where this version of PyTorch has no such check, or an argument is no tensor.
+    """
+    if not args or any(type(a) is not _Tensor for a in args):
+        return None
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        make: Any = TensorGuards  # its stub gives the lists another type than it takes
+        check = make(
+            *args,
+            dynamic_dims_sizes=[list(a.shape) for a in args],
+            dynamic_dims_strides=[list(a.stride()) for a in args],
+        ).check
+        good: bool = check(*args)
+        other = check(*args[:-1], args[-1].new_empty((*args[-1].shape, 3)))
+    except (ImportError, TypeError, ValueError, RuntimeError):
+        return None
+    return check if good and not other else None
 
 
 def signature(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:

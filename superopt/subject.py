@@ -52,12 +52,13 @@ class Fetch:
 class Binding:
     """Where the inputs of a program come from, and what its results make up.
 
-    `leaves` are positions among the flattened arguments; `single` says that the result is one tensor.
+    `leaves` are positions among the flattened arguments; `writes` says that some are changed.
     """
 
     leaves: tuple[int, ...]
     rest: tuple[Fetch | torch.Tensor, ...]
     structure: str
+    writes: bool = False
 
     def parameters(self) -> list[torch.Tensor] | None:
         """Return the inputs after the user's, None when one has another type than planned."""
@@ -131,7 +132,7 @@ def make_request(
         writes=writes,
         original=_original(function, args, kwargs, bool(writes)),
     )
-    return request, Binding(tuple(positions), rest, structure)
+    return request, Binding(tuple(positions), rest, structure, bool(writes))
 
 
 def bind_plan(plan: Plan, modules: Modules) -> Binding:
