@@ -1,0 +1,305 @@
+"""What the field test must tell apart, and what it must accept."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from superopt.ir import build as b
+from superopt.ir.errors import GraphError
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node
+from superopt.ir.ops import tile
+from superopt.ir.ops.library import OpaqueAttrs
+from superopt.ir.types import DType, TensorType
+from superopt.verify.arithmetic import Exponential, Modulus, Permutation, draw_primes
+from superopt.verify.equivalence import Verdict, verify_field
+from superopt.verify.field import FIELD, as_rational
+from tests.verify.workloads import attention
+
+MINUS = b.constant(float("-inf"))
+
+
+def tensor(name: str = "x", shape: tuple[int, ...] = (4, 6), dtype: DType = DType.F32) -> Node:
+    return b.input_(name, shape, dtype)
+
+
+def same(left: Node, right: Node, *inputs: Node, seed: int = 5) -> Verdict:
+    nodes = inputs or tuple(b.graph_inputs([left, right]))
+    return verify_field(
+        b.kernel_graph("left", nodes, [left]), b.kernel_graph("right", nodes, [right]), seed=seed
+    )
+
+
+X, Y = tensor("x"), tensor("y")
+
+
+def test_every_op_has_a_rule_or_a_reason() -> None:
+    assert FIELD.missing() == []
+
+
+# -- arithmetic ------------------------------------------------------------------------------------
+
+
+def test_matmul_is_exact_for_long_sums_and_broadcast_batches() -> None:
+    p, _ = draw_primes(random.Random(2))
+    modulus, source = Modulus(p), np.random.default_rng(2)
+    a = modulus.draw((3, 1, 2, 70), source)
+    c = modulus.draw((1, 4, 70, 5), source)
+    found = modulus.canonical(modulus.matmul(a, c))
+    exact = torch.zeros(3, 4, 2, 5, dtype=torch.int64)
+    for k in range(70):
+        term = a[..., k : k + 1].to(torch.int64) * c[..., k : k + 1, :].to(torch.int64)
+        exact = (exact + term) % p
+    assert torch.equal(found.to(torch.int64), exact)
+    worst = torch.full((1, 2, 100_000), float(p // 2), dtype=torch.float64)
+    product = modulus.canonical(modulus.matmul(worst, worst.mT.contiguous()))
+    assert set(product.reshape(-1).tolist()) == {float((p // 2) ** 2 * 100_000 % p)}
+
+
+def test_inverse_exponential_and_permutation() -> None:
+    source = random.Random(3)
+    p, q = (Modulus(n) for n in draw_primes(source))
+    x = p.draw((5000,), np.random.default_rng(1))
+    x = torch.where(x == 0, 1.0, x)
+    assert bool((p.mul(x, p.invert(x)) == 1).all())
+    for modulus in (p, q):
+        secret = Permutation(modulus, source)
+        y = modulus.draw((300,), np.random.default_rng(4))
+        back = secret.backward(secret.forward(y))
+        assert torch.equal(modulus.canonical(back), modulus.canonical(y))
+    power = Exponential(p, q, source)
+    u, v = (q.draw((300,), np.random.default_rng(s)) for s in (5, 6))
+    assert torch.equal(p.canonical(power(q.add(u, v))), p.canonical(p.mul(power(u), power(v))))
+    assert pow(power.root, q.prime, p.prime) == 1 != power.root
+
+
+def test_constants_are_rationals_where_they_look_like_one() -> None:
+    third = float(np.float32(1 / 3))
+    assert as_rational(1 / 3, DType.F32) == as_rational(third, DType.F32)
+    assert as_rational(0.1, DType.F32) == as_rational(0.1, DType.F64)
+    assert as_rational(0.0009765625, DType.F32) is not None
+    assert as_rational(3.14159265, DType.F32) is None
+
+
+# -- different programs ------------------------------------------------------------------------------
+
+
+def test_structured_inputs_would_not_tell_these_apart() -> None:
+    """Consecutive integers make rows of K differ by constants, which a softmax cancels."""
+    q, k, v = tensor("q", (4, 8)), tensor("k", (8, 16)), tensor("v", (16, 8))
+
+    def attend(scores: Node) -> Node:
+        e = b.exp(scores)
+        return b.div(b.matmul(e, v), b.reduce_sum(e, -1))
+
+    right = attend(b.matmul(q, k))
+    row = b.slice_(k, 0, 3, 4)
+    wrong = attend(b.mul(b.broadcast(b.reduce_sum(q, -1), (4, 16)), row))
+    assert not same(right, wrong, q, k, v)
+
+
+def test_sums_of_different_inputs_are_different() -> None:
+    x0, x1, x2 = (tensor(f"x{i}") for i in range(3))
+    assert not same(b.add(x0, x2), b.add(x1, x1), x0, x1, x2)
+
+
+DIFFERENT = {
+    "exp of a sum": (b.exp(b.add(X, Y)), b.add(b.exp(X), b.exp(Y))),
+    "unknown functions": (b.sqrt(X), b.log(X)),
+    "sqrt is not linear": (b.sqrt(b.add(X, Y)), b.add(b.sqrt(X), b.sqrt(Y))),
+    "max is not a sum": (b.maximum(X, Y), b.add(X, Y)),
+    "max is not min": (b.maximum(X, Y), b.minimum(X, Y)),
+    "max of another element": (
+        b.reduce_max(X, -1),
+        b.reduce_max(b.slice_(X, -1, 0, 5), -1),
+    ),
+    "where on the other side": (b.where(b.gt(X, Y), X, Y), b.where(b.lt(X, Y), X, Y)),
+    "sums of maxima, exchanged": (
+        b.add(b.maximum(X, Y), b.maximum(b.mul(X, 2.0), b.mul(Y, 3.0))),
+        b.add(b.maximum(X, b.mul(Y, 3.0)), b.maximum(b.mul(X, 2.0), Y)),
+    ),
+    "constants": (b.mul(X, 0.1), b.mul(X, 0.1001)),
+    "epsilon": (b.add(X, 1e-5), b.add(X, 1e-6)),
+    "missing max in log-sum-exp": (
+        b.log(b.reduce_sum(b.exp(X), -1)),
+        b.add(b.log(b.reduce_sum(b.exp(X), -1)), b.reduce_max(X, -1)),
+    ),
+    "transposed": (b.matmul(X, b.transpose(Y)), b.matmul(Y, b.transpose(X))),
+    "power": (b.pow_(X, 3.0), b.pow_(X, 2.0)),
+    "fully masked rows": (
+        b.where(b.gt(X, MINUS), X, Y),
+        b.where(b.gt(X, MINUS), Y, X),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_different_programs_are_rejected(name: str) -> None:
+    left, right = DIFFERENT[name]
+    verdict = same(left, right, X, Y)
+    assert not verdict.equivalent
+    assert verdict.counterexample is not None
+    assert str(verdict).startswith("not equivalent: output 0 at [")
+
+
+# -- equal programs ----------------------------------------------------------------------------------
+
+
+def _softmax(x: Node) -> Node:
+    e = b.exp(b.sub(x, b.reduce_max(x, -1)))
+    return b.div(e, b.reduce_sum(e, -1))
+
+
+def _unstable(x: Node) -> Node:
+    e = b.exp(x)
+    return b.div(e, b.reduce_sum(e, -1))
+
+
+def _capped(x: Node) -> Node:
+    return b.mul(b.tanh(b.div(x, 30.0)), 30.0)
+
+
+EQUAL = {
+    "exp of a sum": (b.exp(b.add(X, Y)), b.mul(b.exp(X), b.exp(Y))),
+    "softmax shift": (_softmax(X), _unstable(X)),
+    "softmax shift by anything": (_softmax(X), _unstable(b.sub(X, b.slice_(Y, -1, 0, 1)))),
+    "shift of a capped softmax": (_softmax(_capped(X)), _unstable(_capped(X))),
+    "division after the sum": (
+        b.matmul(_softmax(X), b.transpose(Y)),
+        b.div(b.matmul(b.exp(X), b.transpose(Y)), b.reduce_sum(b.exp(X), -1)),
+    ),
+    "max of parts": (
+        b.reduce_max(X, -1),
+        b.maximum(b.reduce_max(b.slice_(X, -1, 0, 2), -1), b.reduce_max(b.slice_(X, -1, 2, 6), -1)),
+    ),
+    "max is idempotent": (b.maximum(X, Y), b.maximum(b.maximum(X, Y), Y)),
+    "relu as a choice": (b.maximum(X, 0.0), b.where(b.gt(X, 0.0), X, 0.0)),
+    "max with -inf": (b.reduce_max(b.where(b.gt(X, Y), X, MINUS), -1),) * 2,
+    "sigmoid": (b.sigmoid(X), b.div(1.0, b.add(b.exp(b.neg(X)), 1.0))),
+    "tanh by sigmoid": (b.tanh(X), b.sub(b.mul(b.sigmoid(b.mul(X, 2.0)), 2.0), 1.0)),
+    "powers": (b.pow_(X, -2.0), b.div(1.0, b.mul(X, X))),
+    "variance": (
+        b.sub(b.mean(b.mul(X, X), -1), b.mul(b.mean(X, -1), b.mean(X, -1))),
+        b.mean(b.mul(b.sub(X, b.mean(X, -1)), b.sub(X, b.mean(X, -1))), -1),
+    ),
+    "mean": (b.mean(X, -1), b.mul(b.reduce_sum(X, -1), 1 / 6)),
+    "masked by -inf": (
+        b.exp(b.where(b.gt(X, Y), X, MINUS)),
+        b.where(b.gt(X, Y), b.exp(X), b.constant(0.0)),
+    ),
+    "comparison seen from the other side": (b.where(b.gt(X, Y), X, Y), b.where(b.lt(Y, X), X, Y)),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_programs_are_accepted(name: str) -> None:
+    left, right = EQUAL[name]
+    verdict = same(left, right, X, Y)
+    assert verdict.equivalent, verdict
+    assert verdict.bound <= 2.0**-60
+    assert len(set(verdict.primes)) == verdict.tests
+
+
+def test_split_k_matmul() -> None:
+    x, w = tensor("x", (5, 21)), tensor("w", (21, 7))
+    original = b.kernel_graph("mm", [x, w], [b.matmul(x, w)])
+    block = b.BlockBuilder("split", grid={"s": 2}, loops={"k": 3})
+    part = b.accum_sum(
+        b.matmul(block.load(x, 5, ("s", "k", 4)), block.load(w, ("s", "k", 4), 7)), "k"
+    )
+    block.store(b.reshape(part, (1, 5, 7)), (2, 5, 7), ("s", 1), 5, 7)
+    parts = b.apply_graph(block.graph(), [x, w])[0]
+    candidate = b.kernel_graph("sum", [x, w], [b.reshape(b.reduce_sum(parts, 0), (5, 7))])
+    assert verify_field(original, candidate, seed=1).equivalent
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_online_softmax(causal: bool) -> None:
+    original, kernel = attention(causal=causal)
+    assert verify_field(original, kernel, seed=2).equivalent
+
+
+def test_guarded_rows_that_are_masked_whole_are_not_nan() -> None:
+    x = tensor("x", (4, 6))
+    block = b.BlockBuilder("guard", loops={"n": 2})
+    tx = block.load(x, 4, ("n", 3))
+    columns = b.reshape(block.index(6, ("n", 3)), (1, 3))
+    s = b.where(b.ge(columns, 3), tx, MINUS)
+    m = b.accumulate(tile.PREFIX_MAX, b.reduce_max(s, -1), "n")
+    p = b.exp(b.sub(s, b.finite_or_zero(m)))
+    block.store(b.accum_rescaled(b.reduce_sum(p, -1), m, "n"), (4, 1), 4, 1)
+    tail = b.slice_(x, -1, 3, 6)
+    expected = b.reduce_sum(b.exp(b.sub(tail, b.reduce_max(tail, -1))), -1)
+    original = b.kernel_graph("tail", [x], [expected])
+    assert verify_field(original, block.graph(), seed=3).equivalent
+
+
+# -- integers, unknown operators, signatures -------------------------------------------------------
+
+
+def test_indices_are_concrete_and_valid() -> None:
+    table, index = tensor("table", (9, 4)), tensor("index", (5,), DType.I64)
+    rows = b.take(table, index, 0)
+    assert same(b.mul(rows, 2.0), b.take(b.mul(table, 2.0), index, 0), table, index)
+    clipped = b.take(table, b.minimum(index, b.constant(7, DType.I64)), 0)
+    assert not same(rows, clipped, table, index)
+
+
+def test_boolean_masks_are_drawn() -> None:
+    mask = tensor("mask", (4, 6), DType.BOOL)
+    assert not same(b.where(mask, X, Y), b.where(mask, Y, X), mask, X, Y)
+    assert same(b.where(mask, X, Y), b.where(b.not_(mask), Y, X), mask, X, Y)
+
+
+def _opaque(x: Node, target: str = "aten.erfinv.default") -> Node:
+    from superopt.ir.node import make
+    from superopt.ir.ops import library
+
+    attrs = OpaqueAttrs(target, '[{"t": 0}]', TensorType(x.shape, DType.F32))
+    return make(library.OPAQUE, (x,), attrs)
+
+
+def test_opaque_operators_are_unknown_functions() -> None:
+    assert same(_opaque(b.add(X, Y)), _opaque(b.add(Y, X)), X, Y)
+    assert not same(_opaque(X), _opaque(Y), X, Y)
+    assert not same(_opaque(X), _opaque(X, "aten.other.default"), X, Y)
+
+
+def test_signatures_must_agree() -> None:
+    one = b.kernel_graph("one", [X], [X])
+    with pytest.raises(GraphError, match="takes 1 inputs"):
+        verify_field(one, b.kernel_graph("two", [X, Y], [X]), seed=0)
+    other = tensor("x", (4, 7))
+    with pytest.raises(GraphError, match="input x is"):
+        verify_field(one, b.kernel_graph("other", [other], [other]), seed=0)
+    verdict = verify_field(one, b.kernel_graph("sum", [X], [b.reduce_sum(X, -1)]), seed=0)
+    assert not verdict
+    assert "output 0 is" in verdict.reason
+
+
+def test_the_same_seed_gives_the_same_tests() -> None:
+    graph: Graph = b.kernel_graph("g", [X, Y], [b.add(X, Y)])
+    first, second = (verify_field(graph, graph, seed=9) for _ in range(2))
+    assert (first.primes, first.seeds) == (second.primes, second.seeds)
+    assert verify_field(graph, graph, seed=10).primes != first.primes
+
+
+def test_the_bound_grows_with_the_degree() -> None:
+    cube = b.pow_(X, 3.0)
+    low, high = same(X, b.mul(X, 1.0), X), same(b.pow_(cube, 20.0), b.pow_(b.mul(X, 1.0), 60.0), X)
+    assert low.equivalent
+    assert high.equivalent
+    assert high.error_per_test > 10 * low.error_per_test
+    assert high.bound <= 2.0**-60
+
+
+def test_a_common_divisor_is_counted_once() -> None:
+    wide, values = tensor("wide", (2, 512)), tensor("values", (512, 4))
+    e = b.exp(wide)
+    attended = b.matmul(b.div(e, b.reduce_sum(e, -1)), values)
+    after = b.div(b.matmul(e, values), b.reduce_sum(e, -1))
+    verdict = same(attended, after, wide, values)
+    assert verdict.equivalent
+    assert verdict.error_per_test < 2.0**-20

@@ -1,0 +1,87 @@
+"""The floating-point test: accurate candidates pass, unstable ones do not."""
+
+import torch
+
+from superopt.ir import build as b
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node
+from superopt.ir.types import DType
+from superopt.verify.equivalence import verify_field
+from superopt.verify.floating import DISTRIBUTIONS, draw_inputs, verify_float
+from superopt.verify.reference import run_reference
+from tests.verify.workloads import WORKLOADS
+
+X = b.input_("x", (16, 64))
+
+
+def graph(result: Node) -> Graph:
+    return b.kernel_graph("g", b.graph_inputs([result]), [result])
+
+
+def softmax(x: Node, shift: bool) -> Graph:
+    e = b.exp(b.sub(x, b.reduce_max(x, -1)) if shift else x)
+    return graph(b.div(e, b.reduce_sum(e, -1)))
+
+
+def run(candidate: Graph, original: Graph, seed: int = 1) -> str:
+    return verify_float(original, lambda t: run_reference(candidate, t), seed=seed).reason
+
+
+def test_the_kernels_of_the_workloads_are_accurate() -> None:
+    for make in WORKLOADS.values():
+        original, kernel = make()
+        verdict = verify_float(original, lambda t, k=kernel: run_reference(k, t), seed=4)
+        assert verdict.accurate, (original.name, verdict.reason)
+        assert [e.distribution for e in verdict.errors] == list(DISTRIBUTIONS)
+
+
+def test_an_unstable_softmax_is_equal_and_rejected() -> None:
+    stable, unstable = softmax(X, True), softmax(X, False)
+    assert verify_field(stable, unstable, seed=1)
+    assert "inf or NaN" in run(unstable, stable)
+
+
+def test_cancellation_in_a_variance_is_rejected() -> None:
+    mean = b.mean(X, -1)
+    centered = b.sub(X, mean)
+    stable = graph(b.sqrt(b.mean(b.mul(centered, centered), -1)))
+    unstable = graph(b.sqrt(b.sub(b.mean(b.mul(X, X), -1), b.mul(mean, mean))))
+    assert verify_field(stable, unstable, seed=1)
+    assert run(unstable, stable).startswith("constant-rows inputs")
+
+
+def test_lower_precision_inside_is_rejected() -> None:
+    original = graph(b.mean(X, -1))
+    rounded = graph(b.cast(b.mean(b.cast(X, DType.BF16), -1), DType.F32))
+    assert "errs by" in run(rounded, original)
+
+
+def test_wrong_shapes_types_and_counts_are_reported() -> None:
+    original = graph(b.mul(X, 2.0))
+    assert "0 outputs" in verify_float(original, lambda t: [], seed=1).reason
+    assert "torch.float64" in verify_float(original, lambda t: [t[0].double()], seed=1).reason
+    flat = verify_float(original, lambda t: [t[0].reshape(-1)], seed=1)
+    assert not flat
+    assert flat.reason.startswith("normal inputs: output 0 is")
+
+
+def test_a_candidate_that_writes_its_input_does_not_hide_it() -> None:
+    original = graph(b.mul(X, 2.0))
+    assert verify_float(original, lambda t: [t[0].mul_(2.0)], seed=1).accurate
+    assert not verify_float(original, lambda t: [t[0].mul_(2.001)], seed=1).accurate
+
+
+def test_inputs_have_the_layout_and_range_of_the_graph() -> None:
+    table = b.input_("table", (9, 4), DType.BF16, strides=(1, 9))
+    index = b.input_("index", (5,), DType.I32)
+    mask = b.input_("mask", (5, 4), DType.BOOL)
+    rows = b.where(mask, b.take(table, index, 0), b.constant(0.0, DType.BF16))
+    g = b.kernel_graph("g", [table, index, mask], [rows])
+    for distribution in DISTRIBUTIONS:
+        t, i, m = draw_inputs(g, distribution, 3)
+        assert (t.dtype, t.stride()) == (torch.bfloat16, (1, 9))
+        assert i.dtype is torch.int32
+        assert int(i.min()) >= 0
+        assert int(i.max()) < 9
+        assert m.dtype is torch.bool
+        assert torch.equal(draw_inputs(g, distribution, 3)[0], t)
