@@ -8,6 +8,7 @@ touches complex numbers. The types of all results are compared with those PyTorc
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -40,12 +41,18 @@ _NO_EFFECT = (
 )
 
 
+_OWN_FOLDER = str(Path(__file__).parent)
+
+
 def source_location(node: FxNode) -> str:
-    """Return the user's line for an FX node (`file:line, code`), or an empty text."""
+    """Return the user's line for an FX node, or an empty text.
+
+    PyTorch records the frames of `forward` methods only, so plain functions have none.
+    """
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.strip().splitlines() if line.strip()]
     for position in range(len(lines) - 1, -1, -1):
-        if lines[position].startswith("File "):
+        if lines[position].startswith("File ") and _OWN_FOLDER not in lines[position]:
             code = lines[position + 1] if position + 1 < len(lines) else ""
             return f"{lines[position]}: {code}".removesuffix(": ")
     return ""

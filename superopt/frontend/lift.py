@@ -23,9 +23,10 @@ from superopt.frontend.convert import Converter, tensor_type
 from superopt.frontend.decompose import decompose
 from superopt.frontend.errors import LiftError
 from superopt.frontend.fold import fold
+from superopt.frontend.simplify import simplified
 from superopt.ir.build import graph_inputs, kernel_graph
 from superopt.ir.graph import Graph
-from superopt.ir.node import Node, make
+from superopt.ir.node import Node, make, rewrite
 from superopt.ir.ops import leaf
 from superopt.ir.types import TensorType
 
@@ -223,6 +224,21 @@ def lift_exported(program: ExportedProgram, *, name: str = "program") -> Lifted:
     return _Lifter(program, re.sub(r"[^A-Za-z0-9_.]", "_", name)).run()
 
 
+Rewriting = Callable[[Node, tuple[Node, ...]], Node]
+
+
+def _carrying(locations: dict[Node, str], rule: Rewriting) -> Rewriting:
+    """Give what a rewriting makes the source location of what it replaces."""
+
+    def rewritten(node: Node, inputs: tuple[Node, ...]) -> Node:
+        result = rule(node, inputs)
+        if node in locations:
+            locations.setdefault(result, locations[node])
+        return result
+
+    return rewritten
+
+
 @final
 class _Lifter:
     def __init__(self, program: ExportedProgram, name: str) -> None:
@@ -245,7 +261,9 @@ class _Lifter:
         outputs, mutations, results = self._outputs(returned)
         if not outputs:
             raise LiftError(f"{self.name} returns no tensor")
-        folded = fold(tuple(outputs), self._unchanged(mutations))
+        locations = converter.locations
+        simple = rewrite(outputs, _carrying(locations, simplified))
+        folded = fold(simple, self._unchanged(mutations))
         changed = {m.target for m in mutations}
         reached = set(graph_inputs(folded.outputs))
         parameters = {
@@ -262,7 +280,7 @@ class _Lifter:
             parameters={**parameters, **table},
             mutations=mutations,
             folded_sources=[self.foldable[n] for n in folded.sources],
-            locations=converter.locations,
+            locations=locations,
             in_spec=spec.in_spec,
             out_spec=spec.out_spec,
             leaves=tuple(self.leaves),

@@ -399,3 +399,56 @@ def test_broadcast_chains_equal_eager(operands: Any, operators: Any) -> None:
     (got,) = run_reference(lifted.graph, lifted.flatten(values))
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-2)
     assert got.dtype is expected.dtype
+
+
+# -- simplification ------------------------------------------------------------------------------
+
+
+def _causal_masks() -> list[Any]:
+    infinity = float("-inf")
+    ones = torch.ones
+    return [
+        lambda x: x.masked_fill(~ones(6, 6, dtype=torch.bool).tril(), infinity),
+        lambda x: x.masked_fill(ones(6, 6).triu(1).bool(), infinity),
+        lambda x: x.masked_fill(ones(6, 6).tril() == 0, infinity),
+        lambda x: torch.where(ones(6, 6).tril() > 0, x, infinity),
+    ]
+
+
+@pytest.mark.parametrize("program", _causal_masks())
+def test_causal_masks_become_one_comparison(program: Any, runner: Any) -> None:
+    x = randn(6, 6)
+    lifted = lift(program, (x,))
+    names = [n.op.name for n in lifted.graph.nodes() if n.tensor.dtype.value == "bool"]
+    assert len(names) == 1
+    assert names[0] in ("lt", "le", "gt", "ge")
+    assert not lifted.parameters
+    runner.check(lifted, program(x), x, rtol=0, atol=0)
+
+
+def test_comparison_with_nan_is_not_inverted(runner: Any) -> None:
+    x = torch.tensor([1.0, float("nan"), -1.0])
+    lifted = lift(lambda t: torch.where(~(t > 0), 1.0, t), (x,))
+    runner.check(lifted, torch.where(~(x > 0), 1.0, x), x)
+
+
+def test_filled_operands_keep_the_shape_of_the_result(runner: Any) -> None:
+    x = randn(3)
+    lifted = lift(lambda t: (t * torch.ones(2, 3), torch.zeros(4) + 1, t * 1), (x,))
+    runner.check(lifted, (x * torch.ones(2, 3), torch.ones(4), x), x)
+
+
+def test_nodes_know_the_users_line() -> None:
+    lifted = lift(BertLayer().eval(), (randn(1, 3, 32),), {"mask": torch.ones(1, 3).bool()})
+    (node,) = nodes_of(lifted, composite.SOFTMAX)
+    assert "test_frontend.py" in lifted.locations[node]
+    assert "scores.softmax(-1)" in lifted.locations[node]
+
+
+def test_errors_name_the_users_line() -> None:
+    class Unsupported(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.to(torch.float8_e5m2).to(torch.float32)
+
+    with pytest.raises(LiftError, match=r"float8_e5m2(.|\n)*test_frontend\.py"):
+        lift(Unsupported(), (randn(3),))

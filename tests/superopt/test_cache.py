@@ -1,0 +1,99 @@
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from superopt.cache import Cache, key_of, write_atomically
+from superopt.ir import build as b
+from superopt.plan import Plan
+
+
+def plan(scale: float = 2.0) -> Plan:
+    x = b.input_("x", (8, 16))
+    graph = b.kernel_graph("f", [x], [b.mul(x, scale)])
+    return Plan(graph, None, {}, ("arg:0",), (), {}, (), "{}", "t")
+
+
+def test_a_stored_plan_is_found(tmp_path):
+    cache = Cache(tmp_path)
+    assert cache.load_plan("ab12") is None
+    cache.save_plan("ab12", plan())
+    assert cache.load_plan("ab12") == plan()
+
+
+@pytest.mark.parametrize("damage", [lambda t: t[: len(t) // 2], lambda t: "", lambda t: "{}" + t])
+def test_a_damaged_entry_is_dropped_with_a_warning(tmp_path, caplog, damage):
+    cache = Cache(tmp_path)
+    cache.save_plan("ab12", plan())
+    (path,) = tmp_path.rglob("*.json")
+    path.write_text(damage(path.read_text()))
+    with caplog.at_level(logging.WARNING, "superopt"):
+        assert cache.load_plan("ab12") is None
+    assert "made again" in caplog.text
+    assert not path.exists()
+    cache.save_plan("ab12", plan())
+    assert cache.load_plan("ab12") == plan()
+
+
+def test_binary_rubbish_is_a_damaged_entry(tmp_path):
+    cache = Cache(tmp_path)
+    cache.save_plan("ab12", plan())
+    (path,) = tmp_path.rglob("*.json")
+    path.write_bytes(bytes(range(256)))
+    assert cache.load_plan("ab12") is None
+
+
+def test_a_folder_that_cannot_be_written_costs_the_entry_only(tmp_path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    Cache(blocked).save_plan("ab12", plan())
+    assert "not cached" in caplog.text
+
+
+def _write_for_ever(path: Path) -> None:
+    number = 0
+    while True:
+        number += 1
+        write_atomically(path, str(number % 10) * 200_000)
+
+
+def test_readers_see_whole_files_while_writers_are_killed(tmp_path):
+    path = tmp_path / "entry"
+    context = multiprocessing.get_context("fork")
+    for _ in range(3):
+        writers = [context.Process(target=_write_for_ever, args=(path,)) for _ in range(2)]
+        for writer in writers:
+            writer.start()
+        end = time.monotonic() + 0.3
+        seen = 0
+        while time.monotonic() < end or not seen:
+            if path.exists():
+                text = path.read_text()
+                assert len(text) == 200_000
+                assert len(set(text)) == 1
+                seen += 1
+        for writer in writers:
+            assert writer.pid is not None
+            os.kill(writer.pid, signal.SIGKILL)
+            writer.join()
+
+
+def test_listing_and_clearing(tmp_path):
+    cache = Cache(tmp_path)
+    cache.save_plan("ab12", plan())
+    cache.save_plan("cd34", plan(3.0))
+    (tmp_path / "keep.txt").write_text("somebody else's")
+    assert sum(e.kind == "plan" for e in cache.entries()) >= 2
+    cache.clear()
+    assert cache.load_plan("ab12") is None
+    assert (tmp_path / "keep.txt").exists()
+
+
+def test_keys_depend_on_every_part():
+    keys = {key_of("a", {"b": 1}), key_of("a", {"b": 2}), key_of("c", {"b": 1}), key_of("a")}
+    assert len(keys) == 4
+    assert key_of("a", {"x": 1, "y": 2}) == key_of("a", {"y": 2, "x": 1})
