@@ -19,6 +19,7 @@ from superopt.search.indices import Atom, IndexSpace
 from superopt.search.region import VIEWS, view_type
 from superopt.search.schedule import Role, Schedule
 
+_UNHIDDEN: Final = 0.5
 _SLOW: Final = {
     elementwise.EXP: 8.0,
     elementwise.LOG: 10.0,
@@ -68,7 +69,8 @@ def library_cost(node: Node, machine: Machine) -> float:
     rate = machine.peak_flops * machine.library_efficiency
     if node.op.kind not in (OpKind.CONTRACTION, OpKind.LIBRARY):
         rate = machine.vector_ops * machine.cores
-    return machine.library_call_s + max(flops / rate, moved / machine.memory_bandwidth)
+    busy, waiting = flops / rate, moved / machine.memory_bandwidth
+    return machine.library_call_s + max(busy, waiting) + _UNHIDDEN * min(busy, waiting)
 
 
 @final
@@ -143,7 +145,9 @@ class _Estimate:
             cache_s *= machine.cores / self.blocks
         steps = self.blocks * self.trips * max(1, self.schedule.passes.count)
         overhead = machine.launch_s + steps * machine.block_s / machine.cores
-        return overhead + max(compute_s + cache_s, memory_s)
+        # prefetching hides part of the traffic behind arithmetic, or of the arithmetic behind traffic
+        busy, waiting = compute_s + cache_s, memory_s
+        return overhead + max(busy, waiting) + _UNHIDDEN * min(busy, waiting)
 
     def _work(self, node: Node) -> float:
         """Seconds on one core for one execution of a node."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 from superopt.ir.composite import ATTENTION
 from superopt.ir.graph import Graph
@@ -22,7 +22,7 @@ from superopt.ir.node import Node, rebuild, rewrite
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 from superopt.search.algebra import FUSION_RULES, apply_rules
-from superopt.search.cost import Machine
+from superopt.search.cost import Machine, library_cost
 from superopt.search.emit import block_graph, place
 from superopt.search.errors import NotFusible
 from superopt.search.indices import Atom
@@ -31,6 +31,9 @@ from superopt.search.region import Region, extract, make_region, substitute
 from superopt.search.schedule import Schedule, derive
 from superopt.search.tiling import best_tiles, choices
 from superopt.verify.equivalence import Verdict, verify_field
+
+_CLEAR: Final = 0.7
+"""A kernel this much faster than its products alone would be in a library needs no comparison."""
 
 
 class Measurer(Protocol):
@@ -183,6 +186,10 @@ class Driver:
         whole = self._tune(region, until)
         if not any(n.op.kind is OpKind.CONTRACTION for n in group):
             return [] if whole is None else [(region, whole)]
+        products = [n for n in group if n.op.kind is OpKind.CONTRACTION]
+        library_s = sum(library_cost(n, self.machine) for n in products)
+        if whole is not None and whole.seconds < _CLEAR * library_s:
+            return [(region, whole)]
         # the alternative: contractions in the library, what is around them fused
         subgraph = extract(region, "part")
         parts = []

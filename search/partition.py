@@ -68,8 +68,40 @@ class _Partition:
             union = first | second
             for node in union:
                 self.owner[node] = union
+        self._merge_components(order)
         groups = dict.fromkeys(self.owner[n] for n in order)
         return _sorted(self.graph, list(groups))
+
+    def _merge_components(self, order: list[Node]) -> None:
+        """Merge whole neighbourhoods where pairs did not pay but all together do."""
+        component: dict[Node, set[Node]] = {n: set(self.owner[n]) for n in order}
+        for first, second in self._edges(order):
+            if all(self._fusible(n) for n in first | second):
+                a, b = component[next(iter(first))], component[next(iter(second))]
+                if a is not b:
+                    a |= b
+                    for node in b:
+                        component[node] = a
+        for members in {id(c): c for c in component.values()}.values():
+            union = frozenset(members)
+            parts = {self.owner[n] for n in union}
+            separate = sum(self._cost(p) for p in parts)
+            if len(parts) > 2 and self._closed(union) and self._cost(union) < separate:
+                for node in union:
+                    self.owner[node] = union
+
+    def _closed(self, union: Group) -> bool:
+        """Say whether no path leaves `union` and comes back."""
+        stack = [p for n in union for p in _producers(n) if p not in union]
+        seen = set(stack)
+        while stack:
+            for producer in _producers(stack.pop()):
+                if producer in union:
+                    return False
+                if producer not in seen:
+                    seen.add(producer)
+                    stack.append(producer)
+        return True
 
     def _edges(self, order: list[Node]) -> list[tuple[Group, Group]]:
         edges: dict[tuple[Group, Group], None] = {}

@@ -42,7 +42,7 @@ def target_name() -> str:
 
 def machine(folder: Path | None) -> Machine:
     """Return this machine's rates, measured or from `folder`."""
-    path = None if folder is None else folder / f"machine-{torch.get_num_threads()}.json"
+    path = None if folder is None else folder / f"rates-{torch.get_num_threads()}.json"
     if path is not None:
         try:
             body = json.loads(unseal(path.read_text(encoding="utf-8")))
@@ -62,20 +62,18 @@ def _measure() -> Machine:
     lanes = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
     memory = torch.ones(48 << 20)
     matrix = torch.randn(1024, 1024)
-    near = torch.randn(cores * (16 << 10))
-    result = torch.empty_like(near)
     read_s = _best(lambda: memory.sum(), 4)
     matmul_s = _best(lambda: torch.mm(matrix, matrix), 4)
-    vector_s = _best(lambda: torch.add(near, 1.0, out=result), 40)
-    # in cache, an addition is bound by its load and store: the rate of elementwise work as kernels see it
-    vector_rate = near.numel() / vector_s / cores
+    peak_flops = 2 * 1024**3 / matmul_s
+    # a multiply-add is two operations on up to two units; elementwise work has a load and a store each
+    vector_ops = peak_flops / cores / 5
     return Machine(
         cores=cores,
         vector_lanes=lanes,
-        peak_flops=2 * 1024**3 / matmul_s,
-        vector_ops=max(vector_rate, 2.0e9),
+        peak_flops=peak_flops,
+        vector_ops=vector_ops,
         memory_bandwidth=memory.numel() * 4 / read_s,
-        cache_bandwidth=max(8 * vector_rate, 1.0e10),
+        cache_bandwidth=4 * vector_ops,
     )
 
 
