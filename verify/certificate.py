@@ -136,7 +136,7 @@ def read_certificate(text: str) -> Certificate:
         raise CertificateError(f"damaged certificate: fields {wrong} are missing or unknown")
     try:
         certificate = _decoded(content)
-    except (TypeError, ValueError, KeyError) as error:
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise CertificateError(f"damaged certificate: {error}") from None
     certificate.graphs()
     return certificate

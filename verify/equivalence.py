@@ -30,6 +30,8 @@ MAX_TESTS = 64
 MAX_REDRAWS = 4
 MIN_DECISIONS = 256
 """How many random outcomes each comparison is to see over all tests."""
+MIN_INTEGERS = 64
+"""How many values are drawn of each integer or boolean input over all tests."""
 
 
 @final
@@ -65,7 +67,7 @@ class Verdict:
     """The answer of the field test; true in a condition when the programs are equivalent.
 
     `bound` is the computed chance that different programs passed. `decisions` is true when comparisons
-    of values took part: the bound then speaks about the branches that the tests took.
+    of values, integers or booleans took part: the bound then speaks about the branches that the tests took.
     """
 
     equivalent: bool
@@ -166,6 +168,9 @@ def _run(
     tests = max(1, ceil(log2(error_bound) / log2(error)))
     if sites:
         tests = max(tests, min(MAX_TESTS, ceil(MIN_DECISIONS / min(sites))))
+    drawn = [max(1, i.tensor.elements) for i in joint.inputs if not i.tensor.dtype.is_float]
+    if drawn:
+        tests = max(tests, min(MAX_TESTS, ceil(MIN_INTEGERS / min(drawn))))
     needs = needed_residues(joint, by_order=by_order)
     primes: list[tuple[int, int]] = []
     seeds: list[int] = []
@@ -184,7 +189,7 @@ def _run(
         seeds=tuple(seeds),
         error_per_test=error,
         bound=1.0 if difference is not None else error ** len(seeds),
-        decisions=bool(sites),
+        decisions=bool(sites or drawn),
         by_order=by_order,
         seconds=time.perf_counter() - started,
         counterexample=difference,

@@ -40,12 +40,15 @@ from superopt.verify.arithmetic import (
     to_residues,
 )
 from superopt.verify.needs import EXPONENTIAL, UNKNOWN, Needs, constant_power, real_valued
+from superopt.verify.ranges import draw_integers
 from superopt.verify.reference import TORCH, TorchDomain
 
 PLUS, MINUS, NAN = 1, -1, 2
 """Marks of values that are not finite; 0 marks a residue."""
 
 LARGEST_DENOMINATOR = 10_000
+SHORT_NUMERATOR_BITS = 12
+"""A binary fraction with so short a numerator was meant as it stands (2^-20, 3 * 2^-30)."""
 
 
 class ZeroDivision(Exception):
@@ -134,7 +137,7 @@ class FieldDomain:
         if type_.dtype is DType.BOOL:
             drawn = self._inputs.integers(0, 2, size=type_.shape, dtype=np.int8)
             return torch.from_numpy(drawn).to(torch.bool)
-        drawn64 = self._inputs.integers(0, max(limit, 1), size=type_.shape, dtype=np.int64)
+        drawn64 = draw_integers(self._inputs, type_.shape, limit)
         wanted = {
             DType.I32: torch.int32,
             DType.I16: torch.int16,
@@ -244,12 +247,16 @@ def as_rational(value: float, dtype: DType) -> Fraction | None:
     rounded copy agree).
     """
     exact = Fraction(value)
-    if exact.denominator <= LARGEST_DENOMINATOR or exact.numerator.bit_length() <= 24:
+    if exact.denominator <= LARGEST_DENOMINATOR:
         return exact
     simple = exact.limit_denominator(LARGEST_DENOMINATOR)
     if dtype is DType.F64:
-        return simple if float(simple) == value else None
-    return simple if np.float32(float(simple)) == np.float32(value) else None
+        matches = float(simple) == value
+    else:
+        matches = bool(np.float32(float(simple)) == np.float32(value))
+    if matches:
+        return simple
+    return exact if exact.numerator.bit_length() <= SHORT_NUMERATOR_BITS else None
 
 
 def marked_value(

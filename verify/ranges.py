@@ -1,5 +1,8 @@
 """Which integers a program may be given: those that are valid where they are used as indices."""
 
+import numpy as np
+import numpy.typing as npt
+
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, topological
 from superopt.ir.ops import elementwise, leaf, structural
@@ -7,6 +10,16 @@ from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 
 DEFAULT_LIMIT = 64
+
+
+def draw_integers(
+    source: np.random.Generator, shape: tuple[int, ...], limit: int
+) -> "npt.NDArray[np.int64]":
+    """Draw 0 <= i < limit, the ends of the range (where mistakes are made) in one of four."""
+    top = max(limit, 1)
+    drawn = source.integers(0, top, size=shape, dtype=np.int64)
+    ends = source.integers(0, 2, size=shape, dtype=np.int64) * (top - 1)
+    return np.where(source.integers(0, 4, size=shape) == 0, ends, drawn)
 
 
 def integer_limits(graph: Graph) -> dict[str, int]:
