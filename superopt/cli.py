@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return UNSUPPORTED
     except SuperoptError as error:
         print(f"superopt {options.verb}: {type(error).__name__}: {error}", file=sys.stderr)
-        return commands.exit_code(error)
+        return commands.exit_code(error, options.verb)
     return code
 
 

@@ -48,9 +48,11 @@ INTERRUPTED: Final = 130
 _SPEC: Final = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<dims>[\d,\s]*)\](:(?P<limit>\d+))?$")
 
 
-def exit_code(error: SuperoptError) -> int:
+def exit_code(error: SuperoptError, verb: str) -> int:
     """Return the exit code of an error that ends a verb."""
-    if isinstance(error, CertificateError):
+    if isinstance(error, CertificateError) or (
+        verb == "verify" and isinstance(error, ArtifactError)
+    ):
         return NOT_VERIFIED
     if isinstance(error, LiftError | NoCompiler):
         return UNSUPPORTED

@@ -24,6 +24,24 @@ _TRUSTED: Final = ("torch", "numpy", "math", "typing", "collections", "functools
 _PRIVATE: Final = frozenset(torch.nn.Module().__dict__)
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
 _DEPTH: Final = 12
+# What a class always has, and what only making an instance needs.
+_CLASS_NAMES: Final = frozenset(
+    [
+        "__init__",
+        "__module__",
+        "__qualname__",
+        "__doc__",
+        "__dict__",
+        "__weakref__",
+        "__annotations__",
+        "__firstlineno__",
+        "__static_attributes__",
+        "__annotate_func__",
+        "__annotations_cache__",
+        "__annotate__",
+        "__classdictcell__",
+    ]
+)
 
 
 @final
@@ -33,6 +51,7 @@ class Guards:
 
     identities: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     values: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    attributes: list[tuple[type, str, Any]] = field(default_factory=list)
     cells: list[tuple[Any, Any]] = field(default_factory=list)
     tensors: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     snapshots: list[tuple[Any, Any]] = field(default_factory=list)
@@ -47,6 +66,10 @@ class Guards:
                 return False
         for place, name, value in self.values:
             now = place.get(name, _MISSING)
+            if now is not value and (type(now) is not type(value) or now != value):
+                return False
+        for kind, name, value in self.attributes:
+            now = kind.__dict__.get(name, _MISSING)
             if now is not value and (type(now) is not type(value) or now != value):
                 return False
         for cell, value in self.cells:
@@ -125,6 +148,8 @@ class _Walk:
             self.value(f"{name}.__self__", value.__self__, depth + 1)
         elif isinstance(value, list | tuple | dict | set | frozenset):
             self.container(name, value, depth + 1)
+        elif isinstance(value, type) and not _trusted(value):
+            self.class_(value, depth + 1)
         elif _trusted(value):
             self.note(name, _name_of(value), _version_of(_package(value)))
         else:
@@ -199,6 +224,32 @@ class _Walk:
         for name in sorted(names & set(vars(module))):
             self.place(vars(module), name, depth + 1)
 
+    def class_(self, kind: type, depth: int) -> None:
+        """Take in the code and the plain attributes of a class and its bases."""
+        self.note(kind.__module__, kind.__qualname__)
+        for base in kind.__mro__:
+            if base in (torch.nn.Module, object):
+                break
+            if _trusted(base):
+                self.note(base.__qualname__, _version_of(_package(base)))
+                continue
+            for name, member in sorted(vars(base).items(), key=lambda pair: pair[0]):
+                if name not in _CLASS_NAMES:
+                    self.member(base, name, member, depth)
+
+    def member(self, base: type, name: str, member: Any, depth: int) -> None:
+        if isinstance(member, staticmethod | classmethod):
+            member = member.__func__
+        if isinstance(member, property):
+            member = member.fget
+        if isinstance(member, types.FunctionType):
+            self.function(name, member, depth + 1)
+        elif _is_plain(member):
+            self.note(name, type(member).__name__, member)
+            self.guards.attributes.append((base, name, member))
+        else:
+            self.guards.unknown.append(f"{base.__qualname__}.{name} is a {type(member).__name__}")
+
     # -- torch modules -------------------------------------------------------------------------
 
     def module(self, module: torch.nn.Module, depth: int) -> None:
@@ -206,17 +257,7 @@ class _Walk:
             self.note("a module again")
             return
         self.guards.modules.append(module)
-        kind = type(module)
-        self.note(kind.__module__, kind.__qualname__)
-        for base in kind.__mro__:
-            if base is torch.nn.Module:
-                break
-            if _trusted(base):
-                self.note(base.__qualname__, _version_of(_package(base)))
-                continue
-            for name, member in sorted(vars(base).items(), key=lambda pair: pair[0]):
-                if isinstance(member, types.FunctionType):
-                    self.function(name, member, depth)
+        self.class_(type(module), depth)
         inside = module.__dict__
         for name in sorted(inside):
             if name not in _PRIVATE or name == "training":

@@ -325,7 +325,9 @@ class _Writer:
         for i, node in enumerate(self.graph.outputs):
             name = self._tensor(node)
             if i in self.writes:
-                names.append(name)
+                # a value that is itself an input must not change before it is read
+                is_input = self.places[node].base.op is leaf.INPUT
+                names.append(self._line(f"{name}.clone()") if is_input else name)
                 continue
             spec = self.outputs[len(returned)] if self.outputs is not None else None
             if spec is None:

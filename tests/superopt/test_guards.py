@@ -1,0 +1,146 @@
+import types
+
+import torch
+import torch.nn.functional as F
+
+from superopt.guards import take_guards
+
+SCALE = 2.0
+TABLE = {"power": 2}
+
+
+def helper(x):
+    return x * SCALE
+
+
+def uses_globals(x):
+    return F.relu(helper(x)) + TABLE["power"]
+
+
+def closing_over(value):
+    def inner(x):
+        return x * value
+
+    return inner
+
+
+class Block(torch.nn.Module):
+    def __init__(self, width=4, power=2):
+        super().__init__()
+        self.linear = torch.nn.Linear(width, width)
+        self.power = power
+
+    def forward(self, x):
+        return self.linear(x) ** self.power
+
+
+def test_guards_hold_while_nothing_changes():
+    for subject in (uses_globals, closing_over(3), Block()):
+        guards = take_guards(subject)
+        assert guards.hold()
+        assert guards.fingerprint is not None
+
+
+def test_a_changed_global_is_seen_through_a_called_function(monkeypatch):
+    guards = take_guards(uses_globals)
+    before = guards.fingerprint
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    assert not guards.hold()
+    assert take_guards(uses_globals).fingerprint != before
+
+
+def test_an_int_is_not_the_equal_float(monkeypatch):
+    guards = take_guards(uses_globals)
+    monkeypatch.setitem(globals(), "SCALE", 2)
+    assert not guards.hold()
+
+
+def test_a_replaced_function_is_seen(monkeypatch):
+    guards = take_guards(uses_globals)
+    monkeypatch.setitem(globals(), "helper", lambda x: x)
+    assert not guards.hold()
+
+
+def test_a_changed_dict_is_seen(monkeypatch):
+    guards = take_guards(uses_globals)
+    monkeypatch.setitem(TABLE, "power", 3)
+    assert not guards.hold()
+
+
+def test_a_changed_closure_is_seen():
+    function = closing_over(3)
+    guards = take_guards(function)
+    function.__closure__[0].cell_contents = 4
+    assert not guards.hold()
+
+
+def test_a_tensor_in_a_closure_is_watched_and_has_no_fingerprint():
+    tensor = torch.ones(3)
+    guards = take_guards(closing_over(tensor))
+    assert guards.hold()
+    assert guards.fingerprint is None
+    tensor.add_(1)
+    assert not guards.hold()
+
+
+def test_module_configuration_children_hooks_and_mode_are_watched():
+    changes = (
+        lambda m: setattr(m, "power", 3),
+        lambda m: setattr(m, "linear", torch.nn.Linear(4, 4)),
+        lambda m: m.eval(),
+        lambda m: m.register_forward_hook(lambda *a: None),
+        lambda m: setattr(m.linear, "in_features", 5),
+    )
+    for change in changes:
+        module = Block()
+        guards = take_guards(module)
+        assert guards.hold()
+        change(module)
+        assert not guards.hold()
+
+
+def test_weights_are_no_part_of_the_guards():
+    module = Block()
+    guards = take_guards(module)
+    with torch.no_grad():
+        module.linear.weight.add_(1)
+    module.linear.weight = torch.nn.Parameter(torch.zeros(4, 4))
+    assert guards.hold()
+    assert guards.modules[0] is module
+    assert guards.modules[1] is module.linear
+
+
+def test_fingerprints_tell_programs_apart():
+    subjects = (
+        closing_over(3),
+        closing_over(4),
+        Block(),
+        Block(power=3),
+        Block(width=5),
+        uses_globals,
+        helper,
+        Block().eval(),
+    )
+    prints = [take_guards(s).fingerprint for s in subjects]
+    assert len(set(prints)) == len(subjects)
+    assert take_guards(Block()).fingerprint == prints[2]
+
+
+def test_other_code_has_another_fingerprint():
+    copy = types.FunctionType(
+        helper.__code__.replace(co_consts=(None, 7)), {"SCALE": 2.0}, "helper"
+    )
+    assert take_guards(copy).fingerprint != take_guards(helper).fingerprint
+
+
+def test_objects_of_unknown_classes_have_no_fingerprint_but_are_watched():
+    class Config:
+        def __init__(self):
+            self.scale = 2.0
+
+    config = Config()
+    guards = take_guards(closing_over(config))
+    assert guards.fingerprint is None
+    assert guards.hold()
+    config.scale = 3.0
+    assert not guards.hold()
