@@ -1,0 +1,241 @@
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import superopt
+from superopt import api, pipeline
+from superopt.search.driver import Event
+
+FACTOR = 2.0
+
+
+@pytest.fixture
+def folder(tmp_path_factory):
+    """One cache for all tests of this file: compiled kernels are shared."""
+    return tmp_path_factory.getbasetemp() / "superopt-cache"
+
+
+@pytest.fixture(autouse=True)
+def plans_count_as_faster(monkeypatch):
+    # the clock of a busy test machine must not decide what these tests see
+    monkeypatch.setattr(pipeline, "_GAIN", float("inf"))
+
+
+def scaled_norm(x, w):
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w * FACTOR
+
+
+def record(optimized) -> list[Event]:
+    events: list[Event] = []
+    optimized._superopt.on_event = events.append
+    return events
+
+
+def planned(optimized) -> list[bool]:
+    return [p.program is not None for p in optimized.plans]
+
+
+def test_a_function_comes_back_faster_proven_and_reported(folder, tmp_path):
+    fast = superopt.optimize(scaled_norm, budget_s=3, cache=tmp_path)
+    x, w = torch.randn(16, 256), torch.randn(256)
+    torch.testing.assert_close(fast(x, w), scaled_norm(x, w))
+    assert planned(fast) == [True]
+    report = fast.report()
+    assert report.proposed >= report.plans[0].proven == 1
+    assert "random prime fields" in str(report)
+    assert fast.plans[0].certificate["bound"] <= 2**-60
+    # another process, or another copy of the function, finds the plan without a search
+    again = superopt.optimize(scaled_norm, budget_s=3, cache=tmp_path)
+    events = record(again)
+    torch.testing.assert_close(again(x, w), scaled_norm(x, w))
+    assert planned(again) == [True]
+    assert not [e for e in events if e.kind == "start"]
+
+
+def test_a_plan_per_signature_and_layout(folder):
+    fast = superopt.optimize(scaled_norm, budget_s=1, cache=folder)
+    w = torch.randn(64)
+    for x in (torch.randn(4, 64), torch.randn(8, 64), torch.randn(64, 4).t()):
+        torch.testing.assert_close(fast(x, w), scaled_norm(x, w))
+    assert len(fast.plans) == 3
+    x = torch.randn(4, 64)
+    torch.testing.assert_close(fast(x, w=w), scaled_norm(x, w))
+
+
+def test_what_plans_do_not_serve_runs_as_it_was(folder):
+    fast = superopt.optimize(scaled_norm, budget_s=1, cache=folder)
+    x, w = torch.randn(4, 64), torch.randn(64)
+    fast.warmup(x, w)
+    leaf = x.clone().requires_grad_()
+    fast(leaf, w).sum().backward()
+    assert leaf.grad is not None
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(fast(x, w), scaled_norm(x, w))
+    batched = torch.vmap(fast, in_dims=(0, None))(x, w)
+    torch.testing.assert_close(batched, torch.vmap(scaled_norm, in_dims=(0, None))(x, w))
+    assert len(fast.plans) == 1
+
+
+def test_a_changed_global_is_seen(folder, monkeypatch):
+    fast = superopt.optimize(scaled_norm, budget_s=1, cache=folder)
+    x, w = torch.randn(4, 64), torch.randn(64)
+    fast(x, w)
+    monkeypatch.setitem(globals(), "FACTOR", 5.0)
+    for _ in range(2):
+        torch.testing.assert_close(fast(x, w), scaled_norm(x, w))
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+        self.register_buffer("shift", torch.randn(64))
+        self.power = 2
+
+    def forward(self, x):
+        y = F.gelu(self.linear(F.layer_norm(x, (64,)) + self.shift))
+        return {"y": y + x, "n": 3, "x": x}
+
+
+def test_a_module_keeps_its_face_and_sees_its_weights_change(folder):
+    module = Block().eval()
+    fast = superopt.optimize(module, budget_s=3, cache=folder)
+    assert isinstance(fast, torch.nn.Module)
+    assert fast.state_dict().keys() == module.state_dict().keys()
+    assert fast.power == 2
+    x = torch.randn(8, 64)
+    with torch.no_grad():
+        first = fast(x)
+        torch.testing.assert_close(first, module(x))
+        assert first["x"] is x
+        assert planned(fast) == [True]
+        module.linear.weight.mul_(2)
+        torch.testing.assert_close(fast(x), module(x))
+        module.linear.weight = torch.nn.Parameter(torch.randn(64, 64))
+        torch.testing.assert_close(fast(x), module(x))
+        module.linear.weight.data = torch.randn(64, 64).t()
+        torch.testing.assert_close(fast(x), module(x))
+        fast.load_state_dict(Block().state_dict())
+        torch.testing.assert_close(fast(x), module(x))
+        fast.train()
+        assert module.training
+        torch.testing.assert_close(fast(x), module(x))
+    fast(x)["y"].sum().backward()
+    assert module.linear.weight.grad is not None
+
+
+def test_optimized_things_can_be_copied_and_pickled(folder):
+    fast = superopt.optimize(Block().eval(), budget_s=1, cache=folder)
+    x = torch.randn(2, 64)
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert isinstance(twin, api.OptimizedModule)
+        assert twin.linear.weight is not fast.linear.weight
+        torch.testing.assert_close(twin.original(x)["y"], fast.original(x)["y"])
+    assert pickle.loads(pickle.dumps(superopt.optimize(scaled_norm))).original is scaled_norm
+
+
+def views_and_writes(x, y):
+    y.add_(x)
+    return x[1:], y.t(), (x + 1).t(), x
+
+
+def test_aliasing_and_mutation_are_as_in_eager(folder):
+    fast = superopt.optimize(views_and_writes, budget_s=1, cache=folder)
+    for _ in range(2):
+        x, y = torch.randn(4, 6), torch.randn(4, 6)
+        twin = y.clone()
+        part, turned, fresh, same = fast(x, y)
+        expected = views_and_writes(x, twin)
+        torch.testing.assert_close(y, twin)
+        for result, wanted in zip((part, turned, fresh, same), expected, strict=True):
+            torch.testing.assert_close(result, wanted)
+            assert result.stride() == wanted.stride()
+        assert same is x
+        assert part.data_ptr() == x[1:].data_ptr()
+        assert turned.data_ptr() == y.data_ptr()
+    z = torch.ones(4, 6)
+    fast(z, z)
+    assert z.eq(2).all()
+
+
+def test_random_programs_and_data_dependent_ones_run_as_they_were(folder):
+    def noisy(x):
+        return x + torch.rand_like(x) + torch.rand_like(x)
+
+    def branching(x):
+        return x * 2 if x.sum() > 0 else x - 1
+
+    for function in (noisy, branching):
+        fast = superopt.optimize(function, budget_s=1, cache=folder)
+        assert fast(torch.ones(3)).shape == (3,)
+        assert not any(planned(fast))
+        assert fast.report().unplanned
+    fast = superopt.optimize(branching, budget_s=1, cache=folder)
+    assert fast(-torch.ones(3)).tolist() == [-2, -2, -2]
+
+
+def test_an_error_of_the_program_is_the_programs_error(folder):
+    fast = superopt.optimize(lambda x, y: x @ y, budget_s=1, cache=folder)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fast(torch.randn(2, 3), torch.randn(2, 3))
+
+
+def test_a_defect_of_ours_is_logged_and_the_original_runs(folder, monkeypatch, caplog):
+    def broken(*arguments, **options):
+        raise AssertionError("a defect")
+
+    monkeypatch.setattr(api, "make_plan", broken)
+    fast = superopt.optimize(lambda x: x * 2 + 1, budget_s=1, cache=False)
+    assert fast(torch.ones(2)).tolist() == [3, 3]
+    assert "a defect" in caplog.text
+
+
+def test_threads_share_plans(folder):
+    fast = superopt.optimize(scaled_norm, budget_s=1, cache=folder)
+    x, w = torch.randn(4, 64), torch.randn(64)
+    expected = scaled_norm(x, w)
+    wrong = []
+
+    def work():
+        for _ in range(30):
+            if not torch.allclose(fast(x, w), expected, atol=1e-5):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(fast.plans) == 1
+
+
+def test_options_are_checked_when_given():
+    with pytest.raises(TypeError, match="did you mean budget_s"):
+        superopt.optimize(scaled_norm, budget=3)
+    with pytest.raises(TypeError, match="function or a module"):
+        superopt.optimize(3)
+    for wrong in ({"budget_s": 0}, {"verify": False}, {"backend": "gpu"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            superopt.optimize(scaled_norm, **wrong)
+
+
+def test_the_decorator_works_bare_and_called():
+    @superopt.optimize
+    def bare(x):
+        """Add one."""
+        return x + 1
+
+    @superopt.optimize(budget_s=2)
+    def called(x):
+        return x + 1
+
+    assert bare.__doc__ == "Add one."
+    assert bare.__name__ == "bare"
+    assert called._superopt.options.budget_s == 2
+    assert "bare" in repr(bare)
+    assert "no plan yet" in str(bare.report())
