@@ -128,7 +128,7 @@ def _split(node: Node, axes: tuple[int, ...]) -> tuple[Node, _Product] | None:
     )
     if not out.above and not out.below:
         return None
-    rest = [n for n in product.above if not invariant(n)]
+    rest = [n for n in product.above if not invariant(n) and not _is_one(n)]
     under = [n for n in product.below if not invariant(n)]
     if not rest or all(not n.shape for n in rest):
         return None
@@ -140,6 +140,10 @@ def _split(node: Node, axes: tuple[int, ...]) -> tuple[Node, _Product] | None:
     if any(kept.shape[a] != node.shape[a] for a in axes):
         return None
     return kept, out
+
+
+def _is_one(node: Node) -> bool:
+    return node.op is leaf.CONSTANT and node.attrs.value == 1
 
 
 def _scaled(value: Node, product: _Product) -> Node:

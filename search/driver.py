@@ -110,6 +110,7 @@ class Driver:
     started: float = field(default_factory=time.monotonic)
     timed: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    region_number: int = 0
 
     def _left(self) -> float:
         return self.budget_s - (time.monotonic() - self.started)
@@ -217,6 +218,7 @@ class Driver:
 
     def _tune(self, region: Region, until: float) -> _Choice | None:
         """Return the fastest kernel found for a region before `until`."""
+        self.region_number += 1
         schedules = derive(region)
         ranked: list[tuple[float, Schedule, dict[Atom, int]]] = []
         for schedule in schedules:
@@ -249,7 +251,7 @@ class Driver:
         for schedule, tiles in candidates:
             self.statistics.proposed += 1
             try:
-                graph = block_graph(schedule, tiles, "kernel")
+                graph = block_graph(schedule, tiles, f"{self.original.name}_{self.region_number}")
             except NotFusible:
                 self.statistics.rejected += 1
                 continue

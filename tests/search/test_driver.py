@@ -1,0 +1,85 @@
+"""The driver with a clock that predicts: what it returns is proven, whatever proposed it."""
+
+from collections.abc import Sequence
+from math import inf
+
+import pytest
+
+from superopt.ir import build as b
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node
+from superopt.ir.ops import contraction, library
+from superopt.search import driver
+from superopt.search.algebra import Rule
+from superopt.search.cost import Machine
+from superopt.search.driver import Event, search
+from tests.search.programs import PROGRAMS
+
+
+class Predicted:
+    """Custom kernels count by their tiles, library programs as slow."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.seen = 0
+
+    def kernels(self, graphs: Sequence[Graph]) -> list[float]:
+        self.seen += len(graphs)
+        return [inf if self.fails else 1e-3 / (1 + len(g.loops)) for g in graphs]
+
+    def programs(self, graphs: Sequence[Graph]) -> list[float]:
+        return [1.0 / (1 + sum(n.op is library.CUSTOM for n in g.nodes())) for g in graphs]
+
+
+def run(graph: Graph, clock: Predicted, **options: float) -> driver.SearchResult:
+    return search(graph, Machine(), clock, budget_s=options.get("budget_s", 20.0), seed=0)
+
+
+@pytest.mark.parametrize("name", ["causal_gqa", "norm_linear", "loss", "residual"])
+def test_the_result_is_proven_and_custom(name: str) -> None:
+    result = run(PROGRAMS[name], Predicted())
+    assert result.verdict is not None
+    assert result.verdict.equivalent
+    assert any(n.op is library.CUSTOM for n in result.graph.nodes())
+    assert result.statistics.proven == 1
+    assert result.statistics.proposed >= result.statistics.measured > 0
+
+
+def test_the_same_seed_gives_the_same_program() -> None:
+    first, second = (run(PROGRAMS["causal_gqa"], Predicted()).graph for _ in range(2))
+    assert first == second
+
+
+def test_where_no_kernel_runs_the_original_stays() -> None:
+    result = run(PROGRAMS["norm_linear"], Predicted(fails=True))
+    assert result.verdict is None
+    assert result.graph == PROGRAMS["norm_linear"]
+
+
+def test_a_wrong_rule_ends_as_a_rejected_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget_a_factor(node: Node) -> Node | None:
+        if node.op is not contraction.MATMUL:
+            return None
+        left, right = node.inputs
+        return b.matmul(left.inputs[0], right) if left.op.name == "div" else None
+
+    monkeypatch.setattr(driver, "FUSION_RULES", (Rule("wrong", forget_a_factor),))
+    result = run(PROGRAMS["gqa"], Predicted())
+    assert result.verdict is None
+    assert result.statistics.rejected > 0
+
+
+def test_events_tell_what_happens() -> None:
+    events: list[Event] = []
+    search(PROGRAMS["loss"], Machine(), Predicted(), budget_s=10.0, seed=0, on_event=events.append)
+    assert {"partition", "proven", "result"} <= {e.kind for e in events}
+
+
+def test_an_interrupt_keeps_the_original() -> None:
+    class Interrupted(Predicted):
+        def kernels(self, graphs: Sequence[Graph]) -> list[float]:
+            raise KeyboardInterrupt
+
+    result = run(PROGRAMS["gqa"], Interrupted())
+    assert result.statistics.stopped == "interrupted"
+    assert result.graph == PROGRAMS["gqa"]
