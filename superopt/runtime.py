@@ -99,6 +99,7 @@ class _Writer:
         self.workspace = 0
         self.domain = TorchDomain()
         self.pointer_only: set[Node] = set()
+        self.scratch: dict[Node, str] = {}
         for i, node in enumerate(graph.inputs):
             lies = node.tensor.element_strides if strides is None else strides[i]
             self.names[node] = f"x{i}"
@@ -242,6 +243,7 @@ class _Writer:
                 addresses.append(self._scratch(output.tensor.size_bytes))
                 if result is not None:
                     self.addresses[result] = addresses[-1]
+                    self.scratch[result] = addresses[-1]
                     self._materialized(result, _meta(result, None))
                 continue
             self._allocate(result)
@@ -309,10 +311,22 @@ class _Writer:
                 f"{name} = {base}.as_strided({tuple(place.view.shape)}, "
                 f"{place.view.stride()}, {origin}{offset})"
             )
-        elif node in self.pointer_only:
-            raise AssertionError(f"{node} was planned as scratch memory, but a tensor is needed")
+        elif node in self.scratch:
+            name = self._scratch_tensor(node)
         assert name is not None, node
         self.tensors[node] = name
+        return name
+
+    def _scratch_tensor(self, node: Node) -> str:
+        """Make a tensor object over scratch memory, for a copy into another layout."""
+        offset = int(self.scratch[node].partition("+")[2] or 0)
+        dtype = f"dtype_{node.tensor.dtype.value}"
+        self.values[dtype] = DTYPES[node.tensor.dtype]
+        name = f"s{len(self.tensors)}"
+        self.lines.append(
+            f"{name} = work.narrow(0, {offset}, {node.tensor.size_bytes})"
+            f".view({dtype}).view({node.shape})"
+        )
         return name
 
     # -- results -------------------------------------------------------------------------------

@@ -215,3 +215,25 @@ def test_the_cpu_backend_compiles_what_the_program_calls(tmp_path):
     program = build_program(b.kernel_graph("g", [x], [result]), {inner.digest(): entry})
     given = torch.randn(8, 33)
     assert torch.equal(program.run(given)[0], given * 2)
+
+
+def test_scratch_memory_that_no_view_describes_is_copied():
+    x = b.input_("x", (4, 5))
+    inner, other = scale_block(4, 5), scale_block(5, 4)
+    (first,) = b.apply_graph(inner, [x])
+    # a transposed result of a kernel, flattened and cut anew: no strides say that
+    copied = b.reshape(b.transpose(first), (5, 4))
+    mixed = b.reshape(b.permute(b.reshape(copied, (5, 2, 2)), (1, 0, 2)), (5, 4))
+    (second,) = b.apply_graph(other, [mixed])
+    # and one in a layout that the kernel does not take
+    (third,) = b.apply_graph(other, [b.transpose(first)])
+    graph = b.kernel_graph("g", [x], [second, third])
+    entries = {
+        inner.digest(): python_scale(4, 5, (5, 1)),
+        other.digest(): python_scale(5, 4, (4, 1)),
+    }
+    given = torch.randn(4, 5)
+    for result, expected in zip(
+        build_program(graph, entries).run(given), run_reference(graph, [given]), strict=True
+    ):
+        torch.testing.assert_close(result, expected)
