@@ -85,7 +85,7 @@ class Graph:
         return Graph(self.level, self.name, self.inputs, tuple(outputs), self.grid, self.loops)
 
     def __str__(self) -> str:
-        from superopt.ir.text import print_graph  # noqa: PLC0415  text is above graphs
+        from superopt.ir.text import print_graph
 
         return print_graph(self)
 

@@ -47,7 +47,7 @@ class Node:
 
 
 def _rebuild(name: str, inputs: tuple[Node, ...], attrs: Any, type_: Type) -> Node:
-    from superopt.ir.ops.registry import op_named  # noqa: PLC0415  unpickling only
+    from superopt.ir.ops.registry import op_named
 
     return intern(op_named(name), inputs, attrs, type_)
 

@@ -19,7 +19,7 @@ from superopt.ir import build as b
 from superopt.ir.errors import GraphError
 from superopt.ir.graph import Axis, Bound, Graph, Level
 from superopt.ir.node import Node, make, topological
-from superopt.ir.ops import contraction, elementwise, leaf, library, structural, tile
+from superopt.ir.ops import contraction, leaf, library, structural, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.tiles import DimSource, dim_sources
 from superopt.ir.types import DType
@@ -295,5 +295,5 @@ def _extend(x: Node, axis: int, size: int) -> Node:
 
 
 def batch_elements(graph: Graph) -> int:
-    """Number of blocks times the number of iterations of all loops, for estimates."""
+    """Count the number of blocks times the number of iterations of all loops, for estimates."""
     return prod(a.count for a in (*graph.grid, *graph.loops))
