@@ -10,6 +10,8 @@ In and out: float64 tensors of residues. Nothing here is approximate.
 """
 
 import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from typing import final
@@ -18,10 +20,35 @@ import numpy as np
 import torch
 
 PRIME_LIMIT = 1 << 26
-_PIECE = 1 << 15
+# below 2^15 elements torch runs an operation on the calling thread, without a barrier to wait at
+_PIECE = 28 << 10
 _LIMB = 1 << 13
 _BLOCK = 1 << 18
 _TERMS = 1 << 15
+_WORTH_A_THREAD = 1 << 20
+
+
+def in_pieces(count: int, work: Callable[[slice, torch.Tensor], None]) -> None:
+    """Call `work` on slices that cover `count` elements and fit in cache, and a scratch of that size.
+
+    Large tensors are shared by as many threads as torch uses.
+    Pieces are too small for torch to split them further; the interpreter's lock is free inside its calls.
+    """
+
+    def run(first: int, stride: int) -> None:
+        scratch = torch.empty(min(_PIECE, count), dtype=torch.float64)
+        for start in range(first * _PIECE, count, stride * _PIECE):
+            work(slice(start, start + _PIECE), scratch)
+
+    if count < _WORTH_A_THREAD:
+        run(0, 1)
+        return
+    # even one thread of its own is worth it: its small blocks of memory are not given back to the
+    # system after every operation, as the main thread's are
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for finished in [pool.submit(run, i, threads) for i in range(threads)]:
+            finished.result()
 
 
 def is_prime(n: int) -> bool:
@@ -73,13 +100,13 @@ class Modulus:
         if not x.is_contiguous():
             x = x.contiguous()
         flat = x.view(-1)
-        scratch = torch.empty(min(_PIECE, flat.numel()), dtype=torch.float64)
-        for start in range(0, flat.numel(), _PIECE):
-            piece = flat[start : start + _PIECE]
-            quotient = scratch[: piece.numel()]
-            torch.mul(piece, self.inverse, out=quotient)
-            quotient.round_()
-            piece.sub_(quotient, alpha=self.prime)
+
+        def work(where: slice, scratch: torch.Tensor) -> None:
+            piece = flat[where]
+            quotient = torch.mul(piece, self.inverse, out=scratch[: piece.numel()])
+            piece.sub_(quotient.round_(), alpha=self.prime)
+
+        in_pieces(flat.numel(), work)
         return x
 
     def canonical(self, x: torch.Tensor) -> torch.Tensor:
@@ -99,15 +126,35 @@ class Modulus:
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return a + b."""
-        return self.reduce_(a + b)
+        return self._combine(torch.add, a, b)
 
     def sub(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return a - b."""
-        return self.reduce_(a - b)
+        return self._combine(torch.sub, a, b)
 
     def mul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return a * b."""
-        return self.reduce_(a * b)
+        return self._combine(torch.mul, a, b)
+
+    def _combine(
+        self, function: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        """Apply an elementwise function and reduce, piece by piece: large tensors pass once."""
+        shape = np.broadcast_shapes(a.shape, b.shape)
+        if prod(shape) <= _PIECE:
+            return self.reduce_(function(a, b))
+        result = torch.empty(shape, dtype=torch.float64)
+        pieces = _pieces(result, a.expand(shape), b.expand(shape))
+
+        def work(where: slice, scratch: torch.Tensor) -> None:
+            for out, x, y in pieces[where.start // _PIECE : where.stop // _PIECE]:
+                function(x, y, out=out)
+                quotient = scratch[: out.numel()].view(out.shape)
+                torch.mul(out, self.inverse, out=quotient)
+                out.sub_(quotient.round_(), alpha=self.prime)
+
+        in_pieces(len(pieces) * _PIECE, work)
+        return result
 
     def power(self, x: torch.Tensor, exponent: int) -> torch.Tensor:
         """Return x to a non-negative power."""
@@ -190,18 +237,40 @@ class Modulus:
         parts = _limbs(a if split_a else b)
         batch_step = max(1, _BLOCK // max(1, rows * columns))
         row_step = max(32, _BLOCK // max(1, columns)) if batch_step == 1 else rows
+        size = min(batch_step, count) * min(row_step, rows) * columns
+        buffers = (result.new_empty(size), result.new_empty(size))
         for first in range(0, count, batch_step):
             batch = slice(first, first + batch_step)
             for top in range(0, rows, max(row_step, 1)):
                 block = slice(top, top + row_step)
                 target = result[batch, block]
-                if split_a:
-                    upper, lower = (torch.bmm(x[batch, block], b[batch]) for x in parts)
-                else:
-                    upper, lower = (torch.bmm(a[batch, block], x[batch]) for x in parts)
+                upper, lower = (x[: target.numel()].view(target.shape) for x in buffers)
+                for part, out in zip(parts, (upper, lower), strict=True):
+                    if split_a:
+                        torch.bmm(part[batch, block], b[batch], out=out)
+                    else:
+                        torch.bmm(a[batch, block], part[batch], out=out)
                 lower.add_(self.reduce_(upper), alpha=_LIMB)
                 target.copy_(self.reduce_(lower))
         return result
+
+
+def _pieces(
+    out: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Cut three tensors of one shape into pieces that fit in cache, along their leading dims."""
+    done, pending = [], [(out, x, y)]
+    while pending:
+        o, a, b = pending.pop()
+        if o.numel() <= _PIECE:
+            done.append((o, a, b))
+        elif o.shape[0] == 1:
+            pending.append((o[0], a[0], b[0]))
+        else:
+            step = max(1, _PIECE * o.shape[0] // o.numel())
+            cuts = [slice(i, i + step) for i in range(0, o.shape[0], step)]
+            pending += [(o[c], a[c], b[c]) for c in cuts]
+    return done
 
 
 def _limbs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -267,15 +336,18 @@ class Permutation:
         flat = x.reshape(-1)
         result = torch.empty_like(flat)
         reduce_ = self.modulus.reduce_
-        # the rounds run piece by piece so that they stay in cache
-        for start in range(0, flat.numel(), _PIECE):
-            piece = flat[start : start + _PIECE]
+
+        def work(where: slice, scratch: torch.Tensor) -> None:
+            piece = flat[where]
             for key in self._keys[:-1]:
                 # at most p in size: its square is still below 2^52
                 keyed = piece + key
                 piece = reduce_(reduce_(keyed * keyed).mul_(keyed))
-            torch.add(piece, self._keys[-1], out=result[start : start + _PIECE])
-        return reduce_(result).reshape(x.shape)
+            result[where] = reduce_(piece + self._keys[-1])
+
+        # all rounds of a piece while it is in cache
+        in_pieces(flat.numel(), work)
+        return result.reshape(x.shape)
 
     def backward(self, y: torch.Tensor) -> torch.Tensor:
         """Apply the inverse."""
@@ -312,13 +384,16 @@ class Exponential:
         """Return g^x."""
         flat = x.reshape(-1)
         result = torch.empty_like(flat)
-        for start in range(0, flat.numel(), _PIECE):
-            whole = flat[start : start + _PIECE].to(torch.int64)
+
+        def work(where: slice, scratch: torch.Tensor) -> None:
+            whole = flat[where].to(torch.int64)
             # negative exponents: add q where the sign bits are set
             whole.add_((whole >> 63).bitwise_and_(self._q.prime))
             low = self._low.index_select(0, whole & (_LIMB - 1))
             high = self._high.index_select(0, whole >> 13)
-            result[start : start + _PIECE] = self._p.reduce_(low.mul_(high))
+            result[where] = self._p.reduce_(low.mul_(high))
+
+        in_pieces(flat.numel(), work)
         return result.reshape(x.shape)
 
 
@@ -326,13 +401,14 @@ def mix(x: torch.Tensor, key: int) -> torch.Tensor:
     """Hash 64-bit integers under a key (the finalizer of splitmix64, key added first)."""
     flat = x.reshape(-1)
     result = torch.empty_like(flat)
-    for start in range(0, flat.numel(), _PIECE):
-        piece = flat[start : start + _PIECE] + _signed(key)
+
+    def work(where: slice, scratch: torch.Tensor) -> None:
+        piece = flat[where] + _signed(key)
         piece = (piece ^ ((piece >> 30) & ((1 << 34) - 1))).mul_(_signed(0xBF58476D1CE4E5B9))
         piece = (piece ^ ((piece >> 27) & ((1 << 37) - 1))).mul_(_signed(0x94D049BB133111EB))
-        torch.bitwise_xor(
-            piece, (piece >> 31) & ((1 << 33) - 1), out=result[start : start + _PIECE]
-        )
+        torch.bitwise_xor(piece, (piece >> 31) & ((1 << 33) - 1), out=result[where])
+
+    in_pieces(flat.numel(), work)
     return result.reshape(x.shape)
 
 
