@@ -1,6 +1,6 @@
 """Regions: the sets of ops that become one kernel, and how their tensors lie in memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -53,14 +53,34 @@ def make_region(graph: Graph, members: Iterable[Node]) -> Region:
     for node in order:
         if node in feeds and node.op in VIEWS and node.inputs[0] in chosen:
             chosen.add(node)
+    copied = _copied_views(order, chosen, users)
+    chosen |= copied
     body = [n for n in order if n in chosen]
     leaves = dict.fromkeys(i for n in body for i in topological([n]) if _makes(n, i))
     inputs = dict.fromkeys(i for n in body for i in n.inputs if i not in chosen and i not in leaves)
     results = [
-        n for n in body if n in graph.outputs or any(u not in chosen for u in users.get(n, ()))
+        n
+        for n in body
+        if n not in copied
+        and (n in graph.outputs or any(u not in chosen for u in users.get(n, ())))
     ]
     made = [n for n in order if n in leaves]
     return Region(tuple(inputs), (*made, *body), tuple(results))
+
+
+def _copied_views(
+    order: Sequence[Node], chosen: set[Node], users: Mapping[Node, list[Node]]
+) -> set[Node]:
+    """Return the views under members that would cost a copy as inputs, such as repeated heads.
+
+    Inside the region they are index arithmetic; whoever else reads them makes its own.
+    """
+    copied: set[Node] = set()
+    for node in reversed(order):
+        needed = any(u in chosen or u in copied for u in users[node])
+        if needed and node.op in VIEWS and node not in chosen and not is_view(node):
+            copied.add(node)
+    return copied
 
 
 def _makes(node: Node, below: Node) -> bool:

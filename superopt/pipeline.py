@@ -5,6 +5,7 @@ cache where it holds one for the same program, machine, versions and options. A 
 where nothing faster was proven: the original runs then.
 """
 
+import hashlib
 import json
 import logging
 import platform
@@ -166,8 +167,19 @@ def versions() -> dict[str, str]:
         "superopt": superopt.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "runtime": runtime_digest(),
+        "code": code_digest(),
     }
+
+
+@cache
+def code_digest() -> str:
+    """Return a digest of all code that makes plans: a changed generator makes them anew."""
+    digest = hashlib.sha256(runtime_digest().encode())
+    root = Path(superopt.__file__).parent
+    for folder in (root, *(root / name for name in ("ir", "verify", "search", "codegen"))):
+        for path in sorted(folder.resolve().rglob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def restore(
