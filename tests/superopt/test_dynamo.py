@@ -25,7 +25,7 @@ class Block(torch.nn.Module):
 
 
 def compiled(subject, tmp_path, **settings):
-    options = {"budget_s": 2, "cache": str(tmp_path), **settings.pop("options", {})}
+    options = {"budget_s": 8, "cache": str(tmp_path), **settings.pop("options", {})}
     return torch.compile(subject, backend="superopt", options=options, **settings)
 
 
