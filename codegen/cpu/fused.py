@@ -16,7 +16,7 @@ from superopt.codegen.cpu.expressions import LOWER, literal, scalar_type, vector
 from superopt.codegen.cpu.inline import Plan, is_move
 from superopt.codegen.errors import CodegenError
 from superopt.ir.node import Node
-from superopt.ir.ops import contraction, leaf, structural, tile
+from superopt.ir.ops import contraction, elementwise, leaf, structural, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType
 
@@ -24,6 +24,7 @@ MemberKind = Literal["write", "reduce", "accumulate", "prefix", "rescale", "fini
 Coordinate = tuple[int | None, int, int]
 """(dim of the loop nest or None, scale, offset): the element index scale * variable + offset."""
 
+_CONTRACTED = (DType.F32, DType.F64)
 _IDENTITY = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}
 _COMBINE = {
     contraction.REDUCE_SUM: "sum",
@@ -192,7 +193,15 @@ class _Env:
                 else ()
             )
             operands.append(self.value(i, at))
-        return self.define(rule(operands, node, self.vector), dtype)
+        text = rule(operands, node, self.vector)
+        if node.op is elementwise.MUL and dtype in _CONTRACTED and self._is_added(node):
+            text = f"rounded({text})"
+        return self.define(text, dtype)
+
+    def _is_added(self, node: Node) -> bool:
+        """Say whether a compiler could merge the product with an addition that reads it."""
+        users = self.plan.users.get(node, ())
+        return any(u.op in (elementwise.ADD, elementwise.SUB) or is_move(u) for u in users)
 
     def load(self, view: View, coords: tuple[Coordinate, ...]) -> str:
         """Return the text that loads an element, or a vector of them along the lane dim."""

@@ -119,6 +119,18 @@ template <class V> SO_INLINE V splat(typename value<V>::scalar x) {
     return x - V{};
   }
 }
+// Keep a product apart from the addition that reads it. Merged into one FMA, x * c - max(x * c) is
+// the product's rounding error and not 0, which exp turns into inf where scores are large.
+template <class V> SO_INLINE V rounded(V x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#else
+  __asm__("" : "+m"(x));
+#endif
+  return x;
+}
 SO_INLINE vf broadcast(float x) { return splat<vf>(x); }
 SO_INLINE vi broadcast_i(int32_t x) { return x - vi{}; }
 SO_INLINE vi iota() {

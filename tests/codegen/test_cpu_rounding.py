@@ -1,0 +1,28 @@
+"""A product has one value, whoever reads it: no FMA may merge it into one reader and not the other."""
+
+import numpy as np
+import pytest
+
+from superopt.codegen import cpu
+from superopt.codegen.errors import CodegenError
+from superopt.ir import build as b
+
+SCALE = 0.08838834764831845
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_scaled_maximum_cancels_exactly_where_scores_are_huge(tmp_path, rows):
+    if cpu.find_compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    builder = b.BlockBuilder("shifted", grid={"m": rows})
+    scores = b.mul(builder.load(b.input_("x", (rows, 77)), ("m", 1), 77), SCALE)
+    shifted = b.exp(b.sub(scores, b.reduce_max(scores, -1)))
+    builder.store(shifted, (rows, 77), ("m", 1), 77)
+    source = cpu.lower(builder.graph(), cpu.CpuConfig(), "shifted")
+    (kernel,) = cpu.compile_many([source], tmp_path)
+    assert not isinstance(kernel, CodegenError), kernel
+    x = (np.random.default_rng(0).standard_normal((rows, 77)) * 1e18).astype(np.float32)
+    result = np.full((rows, 77), np.nan, np.float32)
+    kernel(x.ctypes.data, result.ctypes.data)
+    expected = (x == x.max(axis=-1, keepdims=True)).astype(np.float32)
+    np.testing.assert_array_equal(result, expected)
