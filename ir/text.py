@@ -14,7 +14,7 @@ printed to be read; the parser infers them anew and compares.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
 from typing import Any, final
@@ -28,22 +28,29 @@ from superopt.ir.ops.tile import DimMap
 from superopt.ir.types import DType, TensorType, TupleType, Type
 
 VERSION = 1
+Notes = Mapping[tuple[Graph, Node | None], Sequence[str]]
 
 
 # -- printing ----------------------------------------------------------------------------------
 
 
-def print_graph(graph: Graph) -> str:
-    """Return the text of `graph`, deterministic and readable."""
-    return f"// superopt ir {VERSION}\n" + "\n".join(_graph_lines(graph, "")) + "\n"
+def print_graph(graph: Graph, notes: Notes | None = None) -> str:
+    """Return the text of `graph`, deterministic and readable.
+
+    `notes` are comments to print under a node of a graph, or under its first line (None).
+    """
+    lines = _graph_lines(graph, "", notes or {})
+    return f"// superopt ir {VERSION}\n" + "\n".join(lines) + "\n"
 
 
-def _graph_lines(graph: Graph, indent: str) -> list[str]:
+def _graph_lines(graph: Graph, indent: str, notes: Notes) -> list[str]:
     names: dict[Node, str] = {n: f"%{n.attrs.name}" for n in graph.inputs}
     params = ", ".join(f"{names[n]}: {n.type}" for n in graph.inputs)
     head = f"{indent}{graph.level.value} @{graph.name}({params})"
     head += _axes_text("grid", graph) + _axes_text("loops", graph) + " {"
-    lines = [head]
+    lines = [head, *_notes(graph, None, indent, notes)]
+    for node in graph.inputs:
+        lines += _notes(graph, node, indent, notes)
     counter = 0
     for node in topological(graph.outputs):
         if node in names:
@@ -53,11 +60,16 @@ def _graph_lines(graph: Graph, indent: str) -> list[str]:
         operands = ", ".join(names[i] for i in node.inputs)
         text = f"{indent}  {names[node]} = {node.op.name}"
         text += f" {operands}" if operands else ""
-        text += _attrs_text(node.attrs, indent + "  ")
+        text += _attrs_text(node.attrs, indent + "  ", notes)
         lines += f"{text} : {node.type}".split("\n")
+        lines += _notes(graph, node, indent, notes)
     lines.append(f"{indent}  return {', '.join(names[o] for o in graph.outputs)}")
     lines.append(f"{indent}}}")
     return lines
+
+
+def _notes(graph: Graph, node: Node | None, indent: str, notes: Notes) -> list[str]:
+    return [f"{indent}  // ^ {note}" for note in notes.get((graph, node), ())]
 
 
 def _axes_text(kind: str, graph: Graph) -> str:
@@ -75,21 +87,23 @@ def _axis_text(axis: Axis) -> str:
     return text
 
 
-def _attrs_text(attrs: Any, indent: str) -> str:
+def _attrs_text(attrs: Any, indent: str, notes: Notes) -> str:
     if attrs is None:
         return ""
-    parts = [f"{f.name}={_value_text(getattr(attrs, f.name), indent)}" for f in fields(attrs)]
+    parts = [
+        f"{f.name}={_value_text(getattr(attrs, f.name), indent, notes)}" for f in fields(attrs)
+    ]
     return f" {{{', '.join(parts)}}}"
 
 
-def _value_text(value: Any, indent: str) -> str:
+def _value_text(value: Any, indent: str, notes: Notes) -> str:
     if isinstance(value, Graph):
-        return "\n".join(_graph_lines(value, indent + "  ")).lstrip()
+        return "\n".join(_graph_lines(value, indent + "  ", notes)).lstrip()
     if isinstance(value, DimMap):
         names = ",".join(f"{name}={count}" for name, count in value.axes)
         return f"({names}):{value.tile}"
     if isinstance(value, tuple):
-        return f"[{', '.join(_value_text(v, indent) for v in value)}]"
+        return f"[{', '.join(_value_text(v, indent, notes) for v in value)}]"
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
     if isinstance(value, Enum):
