@@ -243,7 +243,7 @@ class _Block:
     def _accumulator(self, node: Node) -> _Found:
         loop = node.attrs.loop
         loops = frozenset[str]().union(*(self._loops(i) for i in node.inputs))
-        if loop not in self._loops(node.inputs[0]):
+        if loop not in self._loops(node.inputs[0]) and self.axes[loop].count > 1:
             yield node, f"the operand of {node.op.name} does not vary over loop {loop}"
         for inner in sorted(loops, key=self.order.__getitem__):
             if self.order[inner] > self.order[loop]:

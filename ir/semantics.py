@@ -106,6 +106,9 @@ class _Batch:
     def _value(self, node: Node) -> Node:
         op = node.op
         inputs = [self.values[i] for i in node.inputs]
+        if op.kind is not OpKind.ELEMENTWISE:
+            # constants have no batch dims: only elementwise ops take them as they are
+            inputs = [b.reshape(i, (1,) * len(self.axes)) if i.shape == () else i for i in inputs]
         if op is leaf.INPUT:
             raise GraphError(f"input {node.attrs.name} is not among the graph's inputs")
         if op is tile.LOAD:
@@ -232,8 +235,7 @@ class _Batch:
         if value.tensor.dtype is DType.BOOL:
             return b.where(valid, value, b.constant(bool(otherwise > 0), DType.BOOL))
         if not value.tensor.dtype.is_float and otherwise not in (0.0, 1.0):
-            bits = value.tensor.dtype.size_bytes * 8 - 1
-            otherwise = -(2**bits) if otherwise < 0 else 2**bits - 1
+            otherwise = _integer_limit(value.tensor.dtype, low=otherwise < 0)
         return b.where(valid, value, b.constant(otherwise, value.tensor.dtype))
 
     def _masked_dim(self, node: Node, value: Node, axis: int) -> Node | None:
@@ -279,6 +281,13 @@ class _Batch:
         if total is None:
             raise GraphError("a loop bound names no axis")
         return b.ge(b.add(total, bound.constant), 0)
+
+
+def _integer_limit(dtype: DType, *, low: bool) -> int:
+    bits = dtype.size_bytes * 8
+    if dtype is DType.U8:
+        return 0 if low else (1 << bits) - 1
+    return -(1 << (bits - 1)) if low else (1 << (bits - 1)) - 1
 
 
 def _extend(x: Node, axis: int, size: int) -> Node:

@@ -3,3 +3,8 @@
 In: a tile program and a GPU target. Out: Triton source that runs on a GPU, runs in Triton's
 interpreter, and compiles ahead of time for a named architecture.
 """
+
+from superopt.codegen.triton.compile import compile_ahead, load
+from superopt.codegen.triton.lower import Source, TritonConfig, configs, lower
+
+__all__ = ["Source", "TritonConfig", "compile_ahead", "configs", "load", "lower"]

@@ -178,3 +178,10 @@ def test_every_violation_is_printed_in_the_nested_graph() -> None:
     assert len(marks) == 2
     assert all("accum_rescaled" in lines[i - 1] for i in marks)
     assert parse_graph(text.split("\n", 1)[1]) == outer
+
+
+def test_a_loop_of_one_iteration_may_replicate_its_operand() -> None:
+    g = b.BlockBuilder("g", grid={"m": 4}, loops={"n": 1})
+    t = g.load(X, ("m", 16), 64)
+    g.store(b.accum_sum(t, "n"), (60, 64), ("m", 16), 64)
+    assert check_graph(g.graph()) == []

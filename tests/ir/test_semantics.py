@@ -7,7 +7,8 @@ import torch
 
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
-from superopt.ir.ops import tile
+from superopt.ir.ops import contraction, tile
+from superopt.ir.types import DType
 from superopt.verify.reference import run_reference
 
 M, N, D = 11, 13, 5
@@ -116,3 +117,22 @@ def test_thread_graphs_apply_to_every_element() -> None:
     value = torch.randn(3, 4, dtype=torch.float64)
     (got,) = run_reference(graph, [value], dtype_override=torch.float64)
     torch.testing.assert_close(got, value * value + 1)
+
+
+def test_constants_are_accumulated_and_stored() -> None:
+    g = b.BlockBuilder("g", grid={"m": 2}, loops={"n": 3})
+    g.store(b.accum_sum(b.constant(1.5), "n"), ())
+    (got,) = run_reference(g.graph(), [])
+    assert got.shape == ()
+    assert got.item() == 4.5
+
+
+def test_integer_masks_fit_their_type() -> None:
+    x = torch.tensor([230, 250, 240, 220, 210], dtype=torch.uint8)
+    g = b.BlockBuilder("g", loops={"n": 2})
+    t = g.load(b.input_("x", (5,), DType.U8), ("n", 3))
+    least = b.reduce(contraction.REDUCE_MIN, t, -1)
+    g.store(b.accumulate(tile.ACCUM_MIN, least, "n"), (1,), 1)
+    g.store(b.accumulate(tile.ACCUM_MAX, b.reduce_max(t, -1), "n"), (1,), 1)
+    low, high = run_reference(g.graph(), [x])
+    assert (low.item(), high.item()) == (210, 250)
