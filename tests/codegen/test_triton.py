@@ -72,7 +72,7 @@ def two_loops():
 def reductions():
     x = b.input_("x", (4, 6, 37))
     build = BlockBuilder("reduce", grid={"a": 2})
-    t = b.mul(build.load(x, ("a", 2), 6, 37), 0.5)
+    t = b.add(b.mul(build.load(x, ("a", 2), 6, 37), 0.02), 1.0)
     for name in ("SUM", "MAX", "MIN", "PROD"):
         y = b.reduce(getattr(contraction, f"REDUCE_{name}"), t, (-1, -2))
         build.store(y, (4, 1, 1), ("a", 2), 1, 1)
