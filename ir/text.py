@@ -51,10 +51,13 @@ def _graph_lines(graph: Graph, indent: str, notes: Notes) -> list[str]:
     lines = [head, *_notes(graph, None, indent, notes)]
     for node in graph.inputs:
         lines += _notes(graph, node, indent, notes)
+    taken = set(names.values())
     counter = 0
     for node in topological(graph.outputs):
         if node in names:
             continue
+        while f"%{counter}" in taken:
+            counter += 1
         names[node] = f"%{counter}"
         counter += 1
         operands = ", ".join(names[i] for i in node.inputs)

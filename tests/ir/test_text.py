@@ -105,3 +105,10 @@ def test_type_rules_say_what_is_wrong(build: object, says: str) -> None:
     assert callable(build)
     with pytest.raises(GraphError, match=says):
         build(x, y)
+
+
+def test_an_input_may_have_the_name_of_a_number() -> None:
+    x = b.input_("0", (2,))
+    graph = b.kernel_graph("g", [x], [b.exp(x)])
+    assert "%1 = exp %0" in print_graph(graph)
+    assert parse_graph(print_graph(graph)) == graph
