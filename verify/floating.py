@@ -9,18 +9,19 @@ original itself errs at working precision, and may give inf or NaN only where th
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod, sqrt
-from typing import final
+from typing import Any, Final, final
 
 import numpy as np
 import torch
 
 from superopt.ir.graph import Graph
-from superopt.ir.ops import contraction
-from superopt.ir.semantics import expand
+from superopt.ir.interpret import interpret
+from superopt.ir.node import Node
+from superopt.ir.ops import contraction, elementwise
+from superopt.ir.ops.registry import Op, OpKind
 from superopt.ir.types import DType, TensorType
 from superopt.verify.ranges import draw_integers, integer_limits
-from superopt.verify.reference import DTYPES, run_reference
+from superopt.verify.reference import DTYPES, TorchDomain, run_reference
 
 RunCandidate = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
@@ -29,6 +30,23 @@ ERROR_MULTIPLE = 4.0
 
 SLACK_ULPS = 16.0
 """Errors below this many units in the last place of the output's scale are never held against it."""
+
+_ROUNDS: Final = (OpKind.ELEMENTWISE, OpKind.REDUCTION, OpKind.CONTRACTION)
+_EXACT: Final = (
+    elementwise.NEG,
+    elementwise.ABS,
+    elementwise.SIGN,
+    elementwise.FLOOR,
+    elementwise.CEIL,
+    elementwise.ROUND,
+    elementwise.TRUNC,
+    elementwise.MAXIMUM,
+    elementwise.MINIMUM,
+    elementwise.WHERE,
+    contraction.REDUCE_MAX,
+    contraction.REDUCE_MIN,
+)
+"""Ops whose results are operands or whole numbers: they do not round."""
 
 DISTRIBUTIONS = ("normal", "uniform", "large", "tiny", "constant-rows", "mixed", "overflow-edge")
 
@@ -120,16 +138,15 @@ def verify_float(original: Graph, run_candidate: RunCandidate, *, seed: int) -> 
     """Compare the candidate's error with the original's own on every distribution."""
     started = time.perf_counter()
     errors: list[FloatError] = []
-    slack = SLACK_ULPS + 2.0 * sqrt(_longest_sum(original))
     for distribution in DISTRIBUTIONS:
         inputs = draw_inputs(original, distribution, seed)
         exact = run_reference(original, inputs, dtype_override=torch.float64)
-        moved = run_reference(original, _perturbed(inputs, seed), dtype_override=torch.float64)
+        moved = _run_rounded(original, inputs, seed)
         own = run_reference(original, inputs)
         found = list(run_candidate([_copy(i) for i in inputs]))
         reason = _shape_mismatch(own, found)
         if not reason:
-            pair, reason = _worst(exact, moved, own, found, slack)
+            pair, reason = _worst(exact, moved, own, found)
             errors.append(FloatError(distribution, *pair))
         if reason:
             seconds = time.perf_counter() - started
@@ -139,37 +156,56 @@ def verify_float(original: Graph, run_candidate: RunCandidate, *, seed: int) -> 
     return FloatVerdict(True, "", seed, tuple(errors), time.perf_counter() - started)
 
 
-def _perturbed(inputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """Move every number by one rounding error: how far that moves the result, no kernel can help.
+@final
+class _Rounding:
+    """Float64 arithmetic in which every result is off by one unit of the type that the program gives it.
 
-    Without it a candidate would be held against the luck of the original on ill-conditioned inputs
-    (exponentials of large scores).
+    Monte Carlo arithmetic (Parker, "Monte Carlo arithmetic: how to gamble with your floating point",
+    2000): how far that moves a program's result is what rounding may do to it, whatever kernel runs
+    it. Without it a candidate would be held against the original's luck: equal rows give eager
+    PyTorch equal scores, whose rounding errors cancel in a softmax.
     """
-    source = torch.Generator().manual_seed(seed)
-    moved = []
-    for x in inputs:
-        if not x.is_floating_point():
-            moved.append(x)
-            continue
-        sign = torch.randint(0, 2, x.shape, generator=source, dtype=torch.int8) * 2 - 1
-        moved.append(x.to(torch.float64) * (1.0 + torch.finfo(x.dtype).eps * sign))
-    return moved
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self._exact = TorchDomain(torch.float64, device)
+        self._source = torch.Generator().manual_seed(seed)
+        self._signs = torch.empty(0, dtype=torch.float64)
+
+    def has_rule(self, op: Op) -> bool:
+        """Composites are expanded: each of their steps rounds."""
+        return False
+
+    def apply(self, node: Node, args: Sequence[Any]) -> Any:
+        """Return the exact value of a node, moved where working precision would round it."""
+        if node.op is contraction.MATMUL and args[0].is_floating_point():
+            # every product rounds before it is summed
+            args = (self.moved(args[0], node.inputs[0].tensor.dtype), *args[1:])
+        value = self._exact.apply(node, args)
+        if node.op.kind not in _ROUNDS or node.op in _EXACT or not value.is_floating_point():
+            return value
+        return self.moved(value, node.tensor.dtype)
+
+    def moved(self, value: torch.Tensor, dtype: DType) -> torch.Tensor:
+        """Return float64 `value`, each number moved up or down by one unit of `dtype`."""
+        count = value.numel()
+        if len(self._signs) < 2 * count + 1:
+            drawn = torch.randint(0, 2, (2 * count + 1,), generator=self._source, dtype=torch.int8)
+            self._signs = drawn.to(torch.float64) * 2.0 - 1.0
+        # nodes of one shape get different signs: each starts elsewhere
+        start = int(torch.randint(0, count + 1, (), generator=self._source))
+        signs = self._signs[start : start + count].view(value.shape).to(value.device)
+        return value * torch.add(1.0, signs, alpha=torch.finfo(DTYPES[dtype]).eps)
 
 
-def _longest_sum(graph: Graph) -> int:
-    """Return the most terms that one reduction or contraction of the program adds up.
-
-    The order of a sum is not part of a program's meaning, and rounding n terms in another order
-    moves the result by about sqrt(n) units in the last place (Higham, Accuracy and Stability of
-    Numerical Algorithms, 4.2).
-    """
-    longest = 1
-    for node in expand(graph).nodes():
-        if node.op is contraction.MATMUL:
-            longest = max(longest, node.inputs[0].shape[-1])
-        elif node.op is contraction.REDUCE_SUM:
-            longest = max(longest, prod(node.inputs[0].shape[a] for a in node.attrs.axes))
-    return longest
+def _run_rounded(graph: Graph, inputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Run the program with every input and every result moved by one rounding error."""
+    domain = _Rounding(inputs[0].device if inputs else torch.device("cpu"), seed)
+    values = [
+        domain.moved(x.to(torch.float64), n.tensor.dtype) if x.is_floating_point() else x
+        for n, x in zip(graph.inputs, inputs, strict=True)
+    ]
+    with torch.no_grad():
+        return interpret(graph, values, domain)
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:
@@ -191,7 +227,6 @@ def _worst(
     moved: list[torch.Tensor],
     own: list[torch.Tensor],
     found: list[torch.Tensor],
-    slack: float,
 ) -> tuple[tuple[float, float], str]:
     worst_own = worst_found = 0.0
     for index, (e, m, o, f) in enumerate(zip(exact, moved, own, found, strict=True)):
@@ -199,7 +234,7 @@ def _worst(
             if not torch.equal(o, f):
                 return (worst_own, float("inf")), f"output {index} differs"
             continue
-        own_error, found_error, reason = _output_errors(e, m, o, f, slack)
+        own_error, found_error, reason = _output_errors(e, m, o, f)
         worst_own, worst_found = max(worst_own, own_error), max(worst_found, found_error)
         if reason:
             return (worst_own, worst_found), f"output {index} {reason}"
@@ -211,7 +246,6 @@ def _output_errors(
     moved: torch.Tensor,
     own: torch.Tensor,
     found: torch.Tensor,
-    slack: float,
 ) -> tuple[float, float, str]:
     """Return the errors relative to the output's scale, and what is wrong, row by row."""
     if exact.numel() == 0:
@@ -237,7 +271,7 @@ def _output_errors(
     unit = torch.finfo(own.dtype).eps
     steady = finite & torch.isfinite(m)
     sensitive = torch.where(steady, (m - e).abs(), zero).amax(-1)
-    allowed = ERROR_MULTIPLE * (own_row + borrowed + sensitive) + slack * unit * scale_row
+    allowed = ERROR_MULTIPLE * (own_row + borrowed + sensitive) + SLACK_ULPS * unit * scale_row
     smallest = torch.finfo(own.dtype).tiny
     excess = found_row > allowed + smallest
     reason = ""

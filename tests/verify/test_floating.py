@@ -90,3 +90,22 @@ def test_inputs_have_the_layout_and_range_of_the_graph() -> None:
         assert int(i.max()) < 9
         assert m.dtype is torch.bool
         assert torch.equal(draw_inputs(g, distribution, 3)[0], t)
+
+
+def test_a_candidate_is_not_held_against_the_luck_of_the_original() -> None:
+    """Scores of nearly equal rows: normalized before the product their errors nearly cancel."""
+    q, k, v = (b.input_(n, (256, 64)) for n in "qkv")
+
+    def attend(scores: Node) -> Graph:
+        weights = b.exp(b.sub(scores, b.reduce_max(scores, -1)))
+        result = b.div(b.matmul(weights, v), b.reduce_sum(weights, -1))
+        return b.kernel_graph("g", [q, k, v], [result])
+
+    def scale(x: Node) -> Node:
+        return b.div(10.0, b.sqrt(b.mean(b.mul(x, x), -1)))
+
+    early = b.matmul(b.mul(q, scale(q)), b.transpose(b.mul(k, scale(k))))
+    product = b.mul(b.mul(b.matmul(q, b.transpose(k)), scale(q)), b.transpose(scale(k)))
+    assert run(attend(product), attend(early)) == ""
+    narrow = b.cast(b.cast(product, DType.BF16), DType.F32)
+    assert "errs by" in run(attend(narrow), attend(early))
