@@ -17,6 +17,7 @@ from math import inf
 from typing import Any, Final, Protocol, final
 
 from superopt.ir.composite import ATTENTION
+from superopt.ir.errors import GraphError, SuperoptError
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, rebuild, rewrite
 from superopt.ir.ops.registry import OpKind
@@ -145,7 +146,12 @@ class Driver:
             return None
         times = self.measurer.programs(programs)
         for _, program in sorted(zip(times, programs, strict=True), key=lambda pair: pair[0]):
-            verdict = verify_field(self.original, program, seed=self.seed)
+            try:
+                verdict = verify_field(self.original, program, seed=self.seed)
+            except SuperoptError as error:  # a candidate without a meaning is a wrong candidate
+                self.statistics.rejected += 1
+                self._tell("rejected", f"a program was rejected: {error}")
+                continue
             if verdict.equivalent:
                 self.statistics.proven += 1
                 self._tell("proven", "the program is proven equal to the original")
@@ -252,7 +258,7 @@ class Driver:
             self.statistics.proposed += 1
             try:
                 graph = block_graph(schedule, tiles, f"{self.original.name}_{self.region_number}")
-            except NotFusible:
+            except (NotFusible, GraphError):
                 self.statistics.rejected += 1
                 continue
             graphs.append((schedule, tiles, graph))

@@ -44,13 +44,14 @@ def block_graph(schedule: Schedule, tiles: Mapping[Atom, int], name: str) -> Gra
 
 
 def place(schedule: Schedule, graph: Graph, operands: Sequence[Node]) -> list[Node]:
-    """Apply a block graph in a kernel graph: `operands` stand for the region's inputs.
+    """Apply a block graph in a kernel graph: `operands` stand for the inputs of its region.
 
     Returns one node per region output, in its own shape.
     """
     region = schedule.region
     shaped = [
-        b.reshape(o, _atom_shape(schedule, i)) for o, i in zip(operands, region.inputs, strict=True)
+        b.reshape(operands[r], _atom_shape(schedule, i))
+        for r, i in zip(schedule.reads, region.inputs, strict=True)
     ]
     results = b.apply_graph(graph, shaped)
     return [b.reshape(r, o.shape) for r, o in zip(results, region.outputs, strict=True)]

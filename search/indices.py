@@ -68,6 +68,10 @@ class IndexSpace:
             return frozenset(a for axis in reduction_axes(node) for a in layout[axis])
         return frozenset()
 
+    def diagonal(self, nodes: Iterable[Node]) -> bool:
+        """Say whether two dims of one tensor run over the same index, that is over its diagonal."""
+        return any(len(set(a)) < len(a) for a in map(self.atoms, nodes))
+
     # -- building ------------------------------------------------------------------------------
 
     def _fresh(self, extent: int) -> list[Atom]:

@@ -18,8 +18,9 @@ from typing import final
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, leaf
 from superopt.search.errors import NotFusible
-from superopt.search.indices import Atom, IndexSpace, analyse
+from superopt.search.indices import Atom, IndexSpace
 from superopt.search.online import Homogeneity, homogeneity, is_reduction
+from superopt.search.reads import separated
 from superopt.search.region import Region
 
 MAX_PASSES = 3
@@ -53,9 +54,14 @@ class Passes:
 @final
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One way to run a region as one kernel; tile sizes are still open."""
+    """One way to run a region as one kernel; tile sizes are still open.
+
+    Input i of `region` is input `reads[i]` of the region that was asked for: one that is read by two
+    index maps is here twice.
+    """
 
     region: Region
+    reads: tuple[int, ...]
     space: IndexSpace = field(repr=False)
     roles: Mapping[Atom, Role]
     loop: Atom | None
@@ -77,7 +83,7 @@ class Schedule:
 def derive(region: Region) -> list[Schedule]:
     """Return all schedules of a region; the empty list when it cannot be one kernel."""
     try:
-        space = analyse(region.inputs, region.body)
+        region, reads, space = separated(region)
     except NotFusible:
         return []
     atoms = dict.fromkeys(a for n in (*region.inputs, *region.body) for a in space.atoms(n))
@@ -95,7 +101,7 @@ def derive(region: Region) -> list[Schedule]:
         roles = {
             a: Role.LOOP if a == loop else Role.GRID if a in gridable else Role.WHOLE for a in atoms
         }
-        schedules.append(Schedule(region, space, roles, loop, passes))
+        schedules.append(Schedule(region, reads, space, roles, loop, passes))
     return schedules
 
 

@@ -51,6 +51,24 @@ def norm_linear() -> Graph:
     return b.kernel_graph("norm_linear", [x, g, w], [b.matmul(normed, b.transpose(w))])
 
 
+def square_layer() -> Graph:
+    """A square layer around a norm: its input is read by column and by contracted index."""
+    x, g, w = b.input_("x", (9, 40)), b.input_("g", (40,)), b.input_("w", (40, 40))
+    normed = make(RMS_NORM, (x, g), NormAttrs((-1,), 1e-5))
+    return b.kernel_graph("square_layer", [x, g, w], [b.add(x, b.matmul(normed, b.transpose(w)))])
+
+
+def gated_residual() -> Graph:
+    x, w = b.input_("x", (9, 24)), b.input_("w", (24, 24))
+    y = b.tanh(x)
+    return b.kernel_graph("gated", [x, w], [b.add(b.mul(b.matmul(y, w), y), y)])
+
+
+def square() -> Graph:
+    x = b.input_("x", (24, 24))
+    return b.kernel_graph("square", [x], [b.matmul(x, x)])
+
+
 def norm_mlp() -> Graph:
     x, g, w = b.input_("x", (10, 24)), b.input_("g", (24,)), b.input_("w", (24, 48))
     normed = make(LAYER_NORM, (x, g, g), NormAttrs((-1,), 1e-5))
@@ -100,4 +118,7 @@ PROGRAMS = {
     "loss": label_loss(),
     "rotated": rotated(),
     "residual": two_results(),
+    "square_layer": square_layer(),
+    "gated_residual": gated_residual(),
+    "square": square(),
 }

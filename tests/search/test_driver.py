@@ -6,6 +6,7 @@ from math import inf
 import pytest
 
 from superopt.ir import build as b
+from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, library
@@ -65,6 +66,16 @@ def test_a_wrong_rule_ends_as_a_rejected_program(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(driver, "FUSION_RULES", (Rule("wrong", forget_a_factor),))
     result = run(PROGRAMS["gqa"], Predicted())
+    assert result.verdict is None
+    assert result.statistics.rejected > 0
+
+
+def test_a_candidate_without_a_meaning_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def meaningless(*arguments: object, **options: object) -> None:
+        raise GraphError("no such axis")
+
+    monkeypatch.setattr(driver, "verify_field", meaningless)
+    result = run(PROGRAMS["norm_linear"], Predicted())
     assert result.verdict is None
     assert result.statistics.rejected > 0
 

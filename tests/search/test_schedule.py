@@ -129,6 +129,28 @@ def test_a_reshape_that_cuts_across_dims_is_no_kernel() -> None:
     assert derive(whole_region(graph)) == []
 
 
+def test_a_tensor_read_by_row_and_by_column_is_read_twice() -> None:
+    region = whole_region(prepared(PROGRAMS["square_layer"]))
+    schedules = derive(region)
+    assert {tuple(sorted(s.reads)) for s in schedules} == {(0, 0, 1, 2)}
+    assert any(s.loop is not None for s in schedules)
+
+
+def test_a_value_read_by_row_and_by_column_is_computed_twice() -> None:
+    region = whole_region(prepared(PROGRAMS["gated_residual"]))
+    schedule = derive(region)[0]
+    assert len(schedule.region.body) == len(region.body) + 1
+    assert not schedule.space.diagonal((*schedule.region.inputs, *schedule.region.body))
+
+
+def test_a_diagonal_that_no_second_reading_avoids_is_no_kernel() -> None:
+    # rows and columns of one table of indices, which is no tensor in memory
+    x = b.input_("x", (8, 8))
+    index = b.iota((8, 8), -1, DType.F32)
+    graph = b.kernel_graph("g", [x], [b.matmul(b.mul(x, index), index)])
+    assert derive(whole_region(graph)) == []
+
+
 def test_every_output_index_may_be_split() -> None:
     region = whole_region(prepared(PROGRAMS["norm_linear"]))
     schedule = derive(region)[0]

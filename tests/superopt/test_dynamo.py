@@ -5,11 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from superopt import dynamo, pipeline
+from superopt.search import driver
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
+    # plans are made whatever the clock says, and no time goes into making them better
     monkeypatch.setattr(pipeline, "_GAIN", float("inf"))
+    monkeypatch.setattr(pipeline, "_CONFIGURATIONS", 1)
+    monkeypatch.setattr(driver, "_neighbours", lambda best: [])
+    plain = driver.best_tiles
+    monkeypatch.setattr(driver, "best_tiles", lambda *a: plain(*a)[:1])
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -25,7 +31,7 @@ class Block(torch.nn.Module):
 
 
 def compiled(subject, tmp_path, **settings):
-    options = {"budget_s": 4, "cache": str(tmp_path), **settings.pop("options", {})}
+    options = {"budget_s": 60, "cache": str(tmp_path), **settings.pop("options", {})}
     return torch.compile(subject, backend="superopt", options=options, **settings)
 
 
@@ -47,8 +53,7 @@ def test_a_compiled_module_gives_what_eager_gives(tmp_path, monkeypatch):
             assert nothing is None
             module.linear.weight.mul_(1.5)
             torch.testing.assert_close(fast(x)[0], module(x)[0])
-    # a plan per shape where the search found one in time, which a busy machine may prevent
-    assert served
+    assert len(served) == 2
 
 
 def test_gradients_run_as_they_were(tmp_path, caplog):
