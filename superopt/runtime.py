@@ -22,6 +22,7 @@ from superopt.ir.node import Node, make, rebuild, topological
 from superopt.ir.ops import leaf, library, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType, TensorType
+from superopt.memory import LARGE_BYTES, allocator
 from superopt.plan import OutputSpec, StoredTensor
 from superopt.verify.reference import DTYPES, IR_DTYPES, TORCH, TorchDomain
 
@@ -121,12 +122,12 @@ class _Writer:
         tail = [*results]
         if self.workspace:
             head += [
-                "    work = pool.pop() if pool else empty(work_bytes, dtype=torch.uint8)",
+                "    work = pool.pop() if pool else make_work()",
                 "    w = work.data_ptr()",
             ]
             tail.insert(len(tail) - 1, "pool.append(work)")
             self.values["pool"] = []
-            self.values["work_bytes"] = self.workspace
+            self.values["make_work"] = allocator((self.workspace,), torch.uint8)
         text = "\n".join([*head, *(f"    {line}" for line in [*self.lines, *tail])]) + "\n"
         # the text is made here, of numbers and names of our own: nothing of it comes from a file
         exec(compile(text, f"<superopt {self.graph.name}>", "exec"), self.values)
@@ -251,6 +252,11 @@ class _Writer:
         return addresses
 
     def _allocate(self, node: Node) -> None:
+        if node.tensor.size_bytes >= LARGE_BYTES:
+            name = f"allocate_{len(self.values)}"
+            self.values[name] = allocator(node.shape, DTYPES[node.tensor.dtype])
+            self._result(node, f"{name}()", dense=True)
+            return
         dtype = f"dtype_{node.tensor.dtype.value}"
         self.values[dtype] = DTYPES[node.tensor.dtype]
         self._result(node, f"empty({node.shape}, dtype={dtype})", dense=True)
