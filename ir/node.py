@@ -6,7 +6,7 @@ tinygrad's UOp). Walks are iterative: graphs may be deep.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -93,8 +93,11 @@ def make(op: "Op", inputs: Sequence[Node], attrs: Any = None) -> Node:
     return intern(op, inputs, attrs, result)
 
 
-def topological(roots: Iterable[Node]) -> Iterator[Node]:
-    """Yield every node that `roots` need, operands first, in a deterministic order."""
+def topological(roots: Iterable[Node], *, stop: Container[Node] = ()) -> Iterator[Node]:
+    """Yield every node that `roots` need, operands first, in a deterministic order.
+
+    Nodes in `stop` are yielded, but what they need is not visited.
+    """
     done: set[int] = set()
     for root in roots:
         stack: list[tuple[Node, int]] = [(root, 0)]
@@ -102,7 +105,7 @@ def topological(roots: Iterable[Node]) -> Iterator[Node]:
             node, position = stack.pop()
             if id(node) in done:
                 continue
-            if position < len(node.inputs):
+            if position < len(node.inputs) and node not in stop:
                 stack.append((node, position + 1))
                 child = node.inputs[position]
                 if id(child) not in done:

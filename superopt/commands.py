@@ -284,11 +284,14 @@ def run_verify(options: argparse.Namespace) -> int:
     )
     if not floating.accurate:
         return _failed(options, f"the kernels fail in floating point: {floating.reason}")
+    fields = sum(len(p.seeds) for p in verdict.pieces) or verdict.tests
+    pieces = f", in {len(verdict.pieces)} pieces" if verdict.pieces else ""
     text = (
-        f"verified: equal in {verdict.tests} random prime fields, wrong with probability at most "
+        f"verified: equal in {fields} random prime fields{pieces}, wrong with probability at most "
         f"{verdict.bound:.1e}; kernels as accurate as the original in floating point"
     )
     record = {"verified": True, "tests": verdict.tests, "bound": verdict.bound}
+    record["pieces"] = len(verdict.pieces)
     emit(record, as_json=options.json, text=text)
     return DONE
 

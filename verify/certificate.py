@@ -1,8 +1,9 @@
 """Certificates: what was proven of a kernel, in a form that can be checked again from itself alone.
 
-A certificate is JSON: the texts of both graphs and their digests, primes and seeds of the field tests with
-the computed bound, floating-point errors, versions. `recheck` parses the graphs and repeats the
-field test with the recorded seed. Reading one executes nothing but this module.
+A certificate is JSON: the texts of both graphs and their digests, primes and seeds of the field
+tests (also of every piece, where the programs were proven in pieces) with the computed bound,
+floating-point errors, versions. `recheck` parses the graphs and repeats the field test with the recorded
+seed. Reading one executes nothing but this module.
 """
 
 import json
@@ -15,11 +16,11 @@ import torch
 from superopt.ir.errors import SuperoptError
 from superopt.ir.graph import Graph
 from superopt.ir.text import parse_graph, print_graph
-from superopt.verify.equivalence import Verdict, verify_field
+from superopt.verify.equivalence import Piece, Verdict, verify_field
 from superopt.verify.floating import FloatError, FloatVerdict
 
 FORMAT = "superopt-certificate"
-VERSION = 1
+VERSION = 2
 
 
 class CertificateError(SuperoptError):
@@ -43,6 +44,7 @@ class Certificate:
     bound: float
     decisions: bool
     by_order: bool
+    pieces: tuple[Piece, ...]
     float_seed: int | None
     float_errors: tuple[FloatError, ...]
     versions: dict[str, str]
@@ -76,12 +78,22 @@ class Certificate:
             raise CertificateError(f"the programs are not equivalent: {verdict.reason}")
         if verdict.primes[: self.tests] != self.primes[: verdict.tests]:
             raise CertificateError("the recorded primes are not those that the seed gives")
-        if verdict.error_per_test > self.error_per_test:
-            raise CertificateError(
-                f"the recorded error of {self.error_per_test:.3g} per test is too small: "
-                f"it is {verdict.error_per_test:.3g}"
-            )
+        _confirm(self.error_per_test, verdict.error_per_test)
+        if [p.digest for p in verdict.pieces] != [p.digest for p in self.pieces]:
+            raise CertificateError("the recorded pieces are not those that were proven")
+        for recorded, found in zip(self.pieces, verdict.pieces, strict=True):
+            count = min(len(recorded.primes), len(found.primes))
+            if recorded.primes[:count] != found.primes[:count]:
+                raise CertificateError("a piece's primes are not those that the seed gives")
+            _confirm(recorded.error_per_test, found.error_per_test)
         return verdict
+
+
+def _confirm(recorded: float, found: float) -> None:
+    if found > recorded:
+        raise CertificateError(
+            f"the recorded error of {recorded:.3g} per test is too small: it is {found:.3g}"
+        )
 
 
 def certify(
@@ -109,6 +121,7 @@ def certify(
         bound=verdict.bound,
         decisions=verdict.decisions,
         by_order=verdict.by_order,
+        pieces=verdict.pieces,
         float_seed=None if floating is None else floating.seed,
         float_errors=() if floating is None else floating.errors,
         versions={"python": platform.python_version(), "torch": str(torch.__version__)},
@@ -147,8 +160,7 @@ def _decoded(content: dict[str, Any]) -> Certificate:
         FloatError(str(e["distribution"]), float(e["original"]), float(e["candidate"]))
         for e in content["float_errors"]
     )
-    primes = tuple((int(p), int(q)) for p, q in content["primes"])
-    seeds = tuple(int(s) for s in content["seeds"])
+    primes, seeds = _tests(content)
     tests = int(content["tests"])
     if not len(primes) == len(seeds) == tests:
         raise ValueError(f"{len(primes)} primes and {len(seeds)} seeds for {tests} tests")
@@ -167,9 +179,26 @@ def _decoded(content: dict[str, Any]) -> Certificate:
         bound=float(content["bound"]),
         decisions=bool(content["decisions"]),
         by_order=bool(content["by_order"]),
+        pieces=tuple(_piece(p) for p in content["pieces"]),
         float_seed=None if content["float_seed"] is None else int(content["float_seed"]),
         float_errors=errors,
         versions={str(k): str(v) for k, v in content["versions"].items()},
+    )
+
+
+def _tests(content: dict[str, Any]) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+    primes = tuple((int(p), int(q)) for p, q in content["primes"])
+    return primes, tuple(int(s) for s in content["seeds"])
+
+
+def _piece(content: dict[str, Any]) -> Piece:
+    primes, seeds = _tests(content)
+    return Piece(
+        digest=str(content["digest"]),
+        primes=primes,
+        seeds=seeds,
+        error_per_test=float(content["error_per_test"]),
+        by_order=bool(content["by_order"]),
     )
 
 

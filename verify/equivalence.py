@@ -1,12 +1,15 @@
 """Are two programs the same? The finite-field test, repeated until its error bound is met.
 
+Where the degree of the whole is too high for that, the programs are proven equal in pieces
+(`superopt.verify.sweep`).
+
 In: two graphs of any level with inputs of the same types. Out: a `Verdict`, a value: equal with a bound
 on the chance of a mistake, or different with a counterexample that anyone can run again.
 """
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 from typing import Any, final
@@ -18,12 +21,15 @@ from superopt.ir.graph import Graph, Level
 from superopt.ir.interpret import interpret
 from superopt.ir.node import Node, topological
 from superopt.ir.ops import contraction, elementwise
+from superopt.ir.ops.registry import Op
 from superopt.ir.semantics import to_primitives
+from superopt.ir.types import TensorType, Type
 from superopt.verify.arithmetic import PRIME_LIMIT
 from superopt.verify.degree import error_per_test
 from superopt.verify.field import FieldDomain, FieldValue, ZeroDivision
 from superopt.verify.needs import COMPARISONS, infinite_constant, needed_residues
 from superopt.verify.ranges import integer_limits
+from superopt.verify.sweep import OUTPUT_SKIPS, SKIPS, Claim, Sweep, partners
 
 DEFAULT_ERROR_BOUND = 2.0**-60
 MAX_TESTS = 64
@@ -32,6 +38,8 @@ MIN_DECISIONS = 256
 """How many random outcomes each comparison is to see over all tests."""
 MIN_INTEGERS = 64
 """How many values are drawn of each integer or boolean input over all tests."""
+DIRECT_ERROR = 2.0**-10
+"""Programs are tested whole while one test says so much; else in pieces, which then costs less."""
 
 
 @final
@@ -63,11 +71,25 @@ def _shown(value: tuple[int, int]) -> str:
 
 @final
 @dataclass(frozen=True)
+class Piece:
+    """A claim about a part of the programs that was proven: the digest of its two sides, and its tests."""
+
+    digest: str
+    primes: tuple[tuple[int, int], ...]
+    seeds: tuple[int, ...]
+    error_per_test: float
+    by_order: bool
+
+
+@final
+@dataclass(frozen=True)
 class Verdict:
     """The answer of the field test; true in a condition when the programs are equivalent.
 
     `bound` is the computed chance that different programs passed. `decisions` is true when comparisons
     of values, integers or booleans took part: the bound then speaks about the branches that the tests took.
+    `pieces` is empty where the programs were tested whole; else `tests`, `primes` and `seeds` are those of
+    the one test of the whole, and `error_per_test` is the largest of a piece.
     """
 
     equivalent: bool
@@ -82,6 +104,7 @@ class Verdict:
     by_order: bool
     seconds: float
     counterexample: Counterexample | None = None
+    pieces: tuple[Piece, ...] = ()
 
     def __bool__(self) -> bool:
         return self.equivalent
@@ -90,7 +113,8 @@ class Verdict:
         if not self.equivalent:
             return f"not equivalent: {self.reason}"
         exponent = log2(self.bound) if self.bound > 0 else float("-inf")
-        return f"equivalent up to 2^{exponent:.0f} after {self.tests} tests"
+        how = f"in {len(self.pieces)} pieces" if self.pieces else f"after {self.tests} tests"
+        return f"equivalent up to 2^{exponent:.0f} {how}"
 
 
 def verify_field(
@@ -110,11 +134,12 @@ def verify_field(
     if mismatch:
         return _refused(mismatch, seed, started)
     joint = _joint(original, candidate)
+    half = len(original.outputs)
     limits = integer_limits(original)
-    verdict = _run(joint, len(original.outputs), limits, seed, error_bound, False, started)
-    if not verdict.equivalent and verdict.counterexample and _order_helps(joint):
-        verdict = _run(joint, len(original.outputs), limits, seed, error_bound, True, started)
-    return verdict
+    if _error(joint, half) > DIRECT_ERROR:
+        boundaries = _boundaries(original, candidate)
+        return _swept(joint, half, boundaries, limits, seed, error_bound, started)
+    return _direct(joint, half, limits, seed, error_bound, started)
 
 
 def _signature_mismatch(original: Graph, candidate: Graph) -> str | None:
@@ -140,6 +165,14 @@ def _joint(original: Graph, candidate: Graph) -> Graph:
     return Graph(Level.KERNEL, original.name, original.inputs, outputs)
 
 
+def _boundaries(original: Graph, candidate: Graph) -> tuple[Node, ...]:
+    """List what the candidate's kernels write, as primitives over the original's inputs."""
+    if candidate.level is not Level.KERNEL:
+        return ()
+    written = [n for n in candidate.nodes() if isinstance(n.type, TensorType)]
+    return to_primitives(candidate.with_outputs(written), original.inputs)
+
+
 def _order_helps(joint: Graph) -> bool:
     """Say whether a second look with max by random order is worth having, and sound enough.
 
@@ -151,17 +184,149 @@ def _order_helps(joint: Graph) -> bool:
     return bool(ops & {elementwise.MAXIMUM, elementwise.MINIMUM}) and not ops & over_many
 
 
+def _direct(
+    joint: Graph,
+    half: int,
+    limits: Mapping[str, int],
+    seed: int,
+    error_bound: float,
+    started: float,
+) -> Verdict:
+    """Test the whole of both programs."""
+    verdict = _run(joint, half, limits, seed, error_bound, False, started)
+    if not verdict.equivalent and verdict.counterexample and _order_helps(joint):
+        verdict = _run(joint, half, limits, seed, error_bound, True, started)
+    return verdict
+
+
+def _swept(
+    joint: Graph,
+    half: int,
+    boundaries: tuple[Node, ...],
+    limits: Mapping[str, int],
+    seed: int,
+    error_bound: float,
+    started: float,
+) -> Verdict:
+    """Test the whole once, then prove piece by piece what that test found equal."""
+    original, candidate = joint.outputs[:half], joint.outputs[half:]
+    types = {n.type for n in boundaries}
+    for by_order in (False, True) if _order_helps(joint) else (False,):
+        needs = needed_residues(joint, by_order=by_order)
+        seen = _Observed(types)
+        outcome = _one_test(joint, half, limits, needs, _test_seed(seed, 0), by_order, seen)
+        difference, primes, used = outcome
+        if difference is None:
+            break
+    pairs = partners(original, boundaries, seen.signatures)
+    # every claim that may be made has its share of the error
+    share = error_bound / (len(pairs) * len(SKIPS) + half * len(OUTPUT_SKIPS))
+    proofs: list[Verdict] = []
+    pieces: list[Piece] = []
+
+    def prove(claim: Claim) -> bool:
+        # the whole test has chosen the claims: their tests draw afresh
+        verdict = _direct(
+            claim.graph, 1, dict(claim.limits), _test_seed(seed, -1), share, time.perf_counter()
+        )
+        proofs.append(verdict)
+        if verdict.equivalent:
+            piece = Piece(
+                claim.graph.digest(),
+                verdict.primes,
+                verdict.seeds,
+                verdict.error_per_test,
+                verdict.by_order,
+            )
+            pieces.append(piece)
+        return verdict.equivalent
+
+    equivalent = difference is None and Sweep(
+        original, pairs, frozenset(seen.finite), limits, prove
+    ).equal(candidate)
+    if equivalent:
+        reason = ""
+    elif difference is not None:
+        reason = str(difference)
+    else:
+        reason = f"a piece could not be proven: {proofs[-1].reason}"
+    return Verdict(
+        equivalent=equivalent,
+        reason=reason,
+        seed=seed,
+        tests=1,
+        primes=(primes,),
+        seeds=(used,),
+        error_per_test=max((p.error_per_test for p in pieces), default=1.0),
+        bound=sum(p.bound if p.equivalent else share for p in proofs) if equivalent else 1.0,
+        decisions=any(p.decisions for p in proofs),
+        by_order=by_order,
+        seconds=time.perf_counter() - started,
+        counterexample=difference,
+        pieces=tuple(pieces) if equivalent else (),
+    )
+
+
+@final
+class _Observed:
+    """Notes, while both programs are interpreted, which nodes are finite and what their values are.
+
+    Values are digested where the type of the node is one of `types`.
+    """
+
+    def __init__(self, types: Container[Type]) -> None:
+        self.types = types
+        self.signatures: dict[Node, dict[str, bytes]] = {}
+        self.finite: set[Node] = set()
+        self.domain: FieldDomain | None = None
+
+    def over(self, domain: FieldDomain) -> "_Observed":
+        """Interpret over `domain`, from the beginning."""
+        self.domain = domain
+        self.signatures.clear()
+        self.finite.clear()
+        return self
+
+    def has_rule(self, op: Op) -> bool:
+        """See `FieldDomain`."""
+        return False
+
+    def apply(self, node: Node, args: Sequence[Any]) -> Any:
+        """Return the value of one node."""
+        assert self.domain is not None, "over() comes first"
+        value = self.domain.apply(node, args)
+        if isinstance(value, FieldValue):
+            if value.kind is None:
+                self.finite.add(node)
+            if node.type in self.types:
+                self.signatures[node] = _signature(value, self.domain)
+        return value
+
+
+def _signature(value: FieldValue, domain: FieldDomain) -> dict[str, bytes]:
+    marks = b"" if value.kind is None else value.kind.contiguous().numpy().tobytes()
+    result = {}
+    for name, residue in value.residues.items():
+        whole = domain.fields[name].canonical(residue).to(torch.int32).contiguous()
+        result[name] = hashlib.blake2b(whole.numpy().tobytes() + marks).digest()
+    return result
+
+
+def _error(joint: Graph, half: int) -> float:
+    smallest = int(0.9 * PRIME_LIMIT)
+    return error_per_test(joint, half, smallest, smallest // 2)
+
+
 def _run(
     joint: Graph,
     half: int,
-    limits: dict[str, int],
+    limits: Mapping[str, int],
     seed: int,
     error_bound: float,
     by_order: bool,
     started: float,
 ) -> Verdict:
-    smallest = int(0.9 * PRIME_LIMIT)
-    error = error_per_test(joint, half, smallest, smallest // 2)
+    error = _error(joint, half)
     if error > 0.5:
         return _refused(f"degree too high for a bound: {error:.2g} per test", seed, started)
     sites = _decision_sites(joint, by_order)
@@ -225,10 +390,11 @@ def _compares_values(node: Node) -> bool:
 def _one_test(
     joint: Graph,
     half: int,
-    limits: dict[str, int],
+    limits: Mapping[str, int],
     needs: dict[Node, frozenset[str]],
     seed: int,
     by_order: bool,
+    observed: _Observed | None = None,
 ) -> tuple[Counterexample | None, tuple[int, int], int]:
     for attempt in range(MAX_REDRAWS + 1):
         # a divisor that is zero under every draw is zero in the program too: then x / 0 is NaN
@@ -241,7 +407,8 @@ def _one_test(
         ]
         try:
             with torch.no_grad():
-                values = interpret(joint, args, domain)
+                over = domain if observed is None else observed.over(domain)
+                values = interpret(joint, args, over)
         except ZeroDivision:
             continue
         primes = (domain.p.prime, domain.q.prime)

@@ -767,7 +767,11 @@ def _cast(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
             return x.only(domain.needed(node))
         whole = x.to(torch.int64)
         return FieldValue(
-            _each(node, domain, lambda m, f: torch.remainder(whole, m.prime).to(torch.float64))
+            _each(
+                node,
+                domain,
+                lambda m, f: m.reduce_(torch.remainder(whole, m.prime).to(torch.float64)),
+            )
         )
     assert isinstance(x, FieldValue), node
     if node.attrs.dtype is DType.BOOL:

@@ -1,0 +1,215 @@
+"""Proof in pieces: whole models are proven, and no lie about what may be equal proves a wrong one."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from superopt.ir import build as b
+from superopt.ir.graph import Graph
+from superopt.ir.node import Node, make, rebuild, rewrite, topological
+from superopt.ir.ops import library
+from superopt.ir.semantics import to_primitives
+from superopt.ir.types import TensorType
+from superopt.verify import equivalence
+from superopt.verify.certificate import CertificateError, certify, read_certificate
+from superopt.verify.equivalence import Verdict, verify_field
+from superopt.verify.ranges import integer_limits
+from superopt.verify.reference import run_reference
+from superopt.verify.sweep import Claim, Sweep
+from tests.verify.llama import chained, fused, llama
+from tests.verify.mutators import MUTATORS
+from tests.verify.test_mutations import differs
+
+Pair = tuple[Graph, Graph]
+
+
+@pytest.fixture(scope="module")
+def block() -> Pair:
+    original = llama()
+    return original, fused(original)
+
+
+@pytest.fixture(scope="module")
+def small() -> Pair:
+    original = llama(size=16, heads=2, length=6, hidden=20)
+    return original, fused(original, fuse_contractions=False)
+
+
+# -- whole models ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def proof(block: Pair) -> Verdict:
+    return verify_field(*block, seed=1)
+
+
+def test_a_decoder_block_is_proven_in_pieces(proof: Verdict) -> None:
+    assert proof.equivalent, proof
+    assert proof.bound <= 2.0**-60
+    assert len(proof.pieces) > 4
+
+
+def test_repeated_blocks_make_the_same_claims(block: Pair, proof: Verdict) -> None:
+    model = llama(4)
+    verdict = verify_field(model, chained(block[1], 4, model.inputs), seed=1)
+    assert verdict.equivalent, verdict
+    assert verdict.bound <= 2.0**-60
+    # the input of the first block is no sum, as that of the others is; beyond this nothing is new
+    assert len(verdict.pieces) <= len(proof.pieces) + 2
+
+
+def test_pieces_are_certified_and_checked_again(
+    small: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(equivalence, "DIRECT_ERROR", 0.0)
+    verdict = verify_field(*small, seed=1)
+    assert len(verdict.pieces) > 4
+    certificate = read_certificate(certify(*small, verdict).to_json())
+    assert certificate.pieces == verdict.pieces
+    assert [p.digest for p in certificate.recheck().pieces] == [p.digest for p in verdict.pieces]
+    for forged, message in {
+        certificate.pieces[1:]: "recorded pieces",
+        tuple(replace(p, error_per_test=1e-30) for p in certificate.pieces): "too small",
+        tuple(replace(p, primes=((7, 3),)) for p in certificate.pieces): "primes",
+    }.items():
+        with pytest.raises(CertificateError, match=message):
+            replace(certificate, pieces=forged).recheck()
+
+
+def test_one_weight_used_twice_is_found(block: Pair) -> None:
+    model = llama(2)
+    each = len(block[0].inputs) - 3
+    used = (*model.inputs[: 3 + each], *model.inputs[3 : 3 + each])
+    wrong = b.kernel_graph("wrong", model.inputs, chained(block[1], 2, used).outputs)
+    verdict = verify_field(model, wrong, seed=3)
+    assert not verdict
+    assert verdict.counterexample is not None
+
+
+# -- mutants, with the test of the whole out of the way --------------------------------------------
+
+
+def kernels(graph: Graph) -> list[Node]:
+    return [n for n in graph.nodes() if n.op is library.CUSTOM]
+
+
+def with_kernel(graph: Graph, target: Node, change: Callable[[Node], Node]) -> Graph:
+    def rule(node: Node, inputs: tuple[Node, ...]) -> Node:
+        return change(rebuild(node, inputs)) if node is target else rebuild(node, inputs)
+
+    return graph.with_outputs(rewrite(graph.outputs, rule))
+
+
+def damaged(graph: Graph) -> Iterator[tuple[str, Graph]]:
+    """Damage one kernel inside, one graph for each kind of mistake and kernel."""
+    for kind, mutate in MUTATORS.items():
+        for kernel in kernels(graph):
+            inner = next(mutate(kernel.attrs.graph), None)
+            if inner is not None:
+                attrs = replace(kernel.attrs, graph=inner)
+                yield kind, with_kernel(graph, kernel, lambda n, a=attrs: make(n.op, n.inputs, a))
+
+
+def exchanged(graph: Graph) -> Iterator[tuple[str, Graph]]:
+    """Exchange two operands of equal type, of a kernel or anything else."""
+    for target in graph.nodes():
+        for i, first in enumerate(target.inputs):
+            for j in range(i):
+                if first.type == target.inputs[j].type and first is not target.inputs[j]:
+
+                    def change(node: Node, i: int = i, j: int = j) -> Node:
+                        operands = list(node.inputs)
+                        operands[i], operands[j] = operands[j], operands[i]
+                        return make(node.op, operands, node.attrs)
+
+                    yield "exchanged operands", with_kernel(graph, target, change)
+
+
+def misread(graph: Graph) -> Iterator[tuple[str, Graph]]:
+    """Read another value of equal type where a kernel's result is read."""
+    values = [n for n in graph.nodes() if isinstance(n.type, TensorType)]
+    for value in values:
+        if value.inputs and value.inputs[0].op is library.CUSTOM:
+            earlier = [v for v in topological([value]) if v.type == value.type and v is not value]
+            if earlier:
+                yield "misread value", with_kernel(graph, value, lambda n, e=earlier[-1]: e)
+
+
+def swept(original: Graph, candidate: Graph, seed: int) -> bool:
+    """Sweep where the pairs that may be equal are chosen by nothing but their type."""
+    outputs = to_primitives(original, original.inputs)
+    found = to_primitives(candidate, original.inputs)
+    own = list(topological(outputs))
+    source = random.Random(seed)
+    pairs: dict[Node, Node] = {}
+    for node in topological(found):
+        same = [n for n in own if n.type == node.type and n.inputs]
+        if node not in own and same and source.random() < 0.2:
+            pairs[node] = source.choice(same)
+
+    def prove(claim: Claim) -> bool:
+        left, right = claim.graph.outputs
+        sides = (claim.graph.with_outputs([left]), claim.graph.with_outputs([right]))
+        return bool(verify_field(*sides, seed=seed, error_bound=2.0**-30))
+
+    sweep = Sweep(outputs, pairs, finite(original, own), integer_limits(original), prove)
+    return sweep.equal(found)
+
+
+def finite(original: Graph, nodes: list[Node]) -> frozenset[Node]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(i.shape, generator=generator) for i in original.inputs]
+    values = run_reference(original.with_outputs(nodes), inputs)
+    return frozenset(n for n, v in zip(nodes, values, strict=True) if bool(torch.isfinite(v).all()))
+
+
+def test_a_right_program_is_proven_in_spite_of_lies(small: Pair) -> None:
+    assert len(kernels(small[1])) > 4
+    assert all(swept(*small, seed=seed) for seed in range(2))
+
+
+def test_no_lie_proves_a_wrong_program(small: Pair) -> None:
+    original, candidate = small
+    seen: set[str] = set()
+    for make_mutants in (damaged, exchanged, misread):
+        for kind, mutant in make_mutants(candidate):
+            if kind not in seen and differs(original, mutant):
+                seen.add(kind)
+                assert not swept(original, mutant, seed=len(seen)), (
+                    f"{kind} was accepted:\n{mutant}"
+                )
+    assert len(seen) >= 12, seen
+    assert {"exchanged operands", "misread value"} <= seen
+
+
+def test_a_value_that_may_be_infinite_is_no_variable() -> None:
+    x = b.input_("x", (4, 4))
+    masked = b.where(b.ge(b.iota((4, 1), -2), b.iota((1, 4), -1)), b.mul(x, x), float("-inf"))
+    left = b.exp(masked)
+    # equal for every number, NaN for the infinite ones
+    right = b.mul(left, b.add(b.mul(masked, 0.0), 1.0))
+
+    def proven(variables: frozenset[Node]) -> bool:
+        def prove(claim: Claim) -> bool:
+            sides = [claim.graph.with_outputs([o]) for o in claim.graph.outputs]
+            return bool(verify_field(sides[0], sides[1], seed=4))
+
+        return Sweep((left,), {}, variables, {"x": 0}, prove).equal([right])
+
+    assert proven(frozenset([masked]))
+    assert not proven(frozenset())
+
+
+def test_related_values_are_proven_over_a_larger_part() -> None:
+    x, y = b.input_("x", (4, 4)), b.input_("y", (4, 4))
+    whole, part = b.mul(x, y), b.mul(b.mul(x, y), y)
+    left = b.kernel_graph("left", [x, y], [b.exp(part), b.mul(whole, y), b.sqrt(part)])
+    right = b.kernel_graph("right", [x, y], [b.exp(part), part, b.sqrt(b.mul(whole, y))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(equivalence, "DIRECT_ERROR", 0.0)
+        assert verify_field(left, right, seed=5)
+        wrong = right.with_outputs([*right.outputs[:2], b.sqrt(whole)])
+        assert not verify_field(left, wrong, seed=5)
