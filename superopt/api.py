@@ -29,6 +29,7 @@ from superopt.pipeline import (
     Options,
     Planned,
     environment,
+    lasting,
     make_options,
     make_plan,
     restore,
@@ -215,9 +216,8 @@ class _Dispatcher:
         self.guards.tensors += [(t, t._version) for t in lifted.folded_sources]
         request, binding = make_request(self.original, modules, lifted, args, kwargs)
         planned = make_plan(request, self.options, self.on_event)
-        finished = planned.plan.report.get("stopped") != "interrupted"
         portable = not request.writes and not lifted.folded_sources
-        if alias is not None and finished and portable:
+        if alias is not None and portable and lasting(planned.plan):
             store.save_plan(alias, planned.plan)
         return planned, binding
 

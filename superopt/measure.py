@@ -16,7 +16,7 @@ from typing import Final, final
 import torch
 
 from superopt.backends import Backend, Entry
-from superopt.codegen.errors import CodegenError
+from superopt.codegen.errors import CodegenError, CompileError
 from superopt.ir.errors import SuperoptError
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, topological
@@ -84,6 +84,7 @@ class Clock:
 
     `inputs` are the caller's own tensors for programs over the original graph's inputs; other graphs
     get random ones, for which every kernel's result is compared with the reference executor.
+    `refused` is the last kernel that the compiler did not take.
     """
 
     backend: Backend
@@ -91,6 +92,7 @@ class Clock:
     seed: int = 0
     compiled: dict[str, Compiled] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    refused: CompileError | None = None
     _random: dict[tuple[int, TensorType], torch.Tensor] = field(default_factory=dict)
 
     # -- kernels -------------------------------------------------------------------------------
@@ -124,6 +126,8 @@ class Clock:
 
     def _failed(self, graph: Graph, error: SuperoptError) -> None:
         self.failures.append(f"{graph.name} {graph.digest()[:12]}: {error}")
+        if isinstance(error, CompileError):
+            self.refused = error
         logger.debug("kernel %s dropped: %s\n%s", graph.name, error, graph)
 
     def tune(self, graph: Graph, count: int) -> Compiled | None:

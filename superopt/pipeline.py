@@ -46,6 +46,7 @@ _SEARCH_SHARE: Final = 0.75
 _CONFIGURATIONS: Final = 6
 _GAIN: Final = 0.99
 _STRICT_BOUND: Final = 2.0**-120
+_NO_COMPILER: Final = "no compiler"
 
 
 @final
@@ -138,10 +139,14 @@ def make_plan(request: Request, options: Options, on_event: OnEvent = silent) ->
                 on_event(Event("cached", "the plan was found in the cache", {"key": key}))
                 return planned
     planned = _search(request, options, store, on_event)
-    stopped = planned.plan.report.get("stopped")
-    if options.cache is not False and stopped != "interrupted":
+    if options.cache is not False and lasting(planned.plan):
         store.save_plan(key, planned.plan)
     return planned
+
+
+def lasting(plan: Plan) -> bool:
+    """Say whether another run would find the same: it was not ended early, the tools were there."""
+    return plan.report.get("stopped") not in ("interrupted", _NO_COMPILER)
 
 
 def plan_key(request: Request, options: Options) -> str:
@@ -221,7 +226,8 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
     backend = backend_named(options.backend, store.kernels)
     if not backend.usable():
         _warn_once(str(NoCompiler()))
-        return _unchanged(request, {}, "no C++ compiler was found")
+        report = {"stopped": _NO_COMPILER}
+        return _unchanged(request, report, "no C++ compiler was found")
     started = time.monotonic()
     graph = request.graph
     clock = Clock(backend, dict(zip(graph.inputs, request.tensors, strict=True)), options.seed)
@@ -236,6 +242,13 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
             on_event=on_event,
         )
         report = _facts(found, clock)
+        if clock.refused and not clock.compiled:
+            _warn_once(
+                "the C++ compiler fails on every kernel (the plan's report says how): repair it or "
+                "point the CXX environment variable at another one"
+            )
+            report["stopped"] = _NO_COMPILER
+            return _unchanged(request, report, "the C++ compiler fails on every kernel")
         if found.verdict is None:
             return _unchanged(request, report, "nothing faster was found and proven")
         _tune(found.graph, clock, started + options.budget_s, on_event)

@@ -6,9 +6,11 @@ shared object in a cache folder that the caller names, or a `CompileError` with 
 Invariants: an entry is addressed by everything that decides its content (source, headers, flags,
 compiler, processor); it appears by one atomic rename, so a reader sees all of it or nothing, however
 many processes write and whenever they are killed; it ends in the digest of what comes before it, so
-a damaged entry is noticed and built again.
+a damaged entry is noticed and built again. A build that was killed leaves a folder that a later process
+removes once no build can still be at it.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,8 +18,11 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +36,10 @@ ENTRY_POINT: Final = "superopt_kernel"
 _MAGIC: Final = b"\nsuperopt-so-1:"
 _DIGEST_BYTES: Final = 32
 _COMPILE_LIMIT_S: Final = 120.0
+_PROBE_LIMIT_S: Final = 60.0
+_BUILDING: Final = "building-"
+_STALE_S: Final = 3600.0
+_running: Final[set["subprocess.Popen[str]"]] = set()
 # No -ffast-math, whole or in part: NaN, infinity and signed zero keep PyTorch's meaning. Contraction
 # to FMA only removes a rounding; errno is never read.
 _BASE_FLAGS: Final = (
@@ -81,6 +90,7 @@ def compile_source(
     Raises:
         NoCompiler: there is no C++ compiler on this machine.
         CompileError: the compiler refused the source.
+        CodegenError: the folder cannot be written.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -89,8 +99,12 @@ def compile_source(
     path = cache_folder / f"{_entry_key(source, compiler, flags)}.so"
     if not force and _is_whole(path):
         return path
-    cache_folder.mkdir(parents=True, exist_ok=True)
-    _build(source, compiler, flags, path)
+    try:
+        cache_folder.mkdir(parents=True, exist_ok=True)
+        _sweep(cache_folder)
+        _build(source, compiler, flags, path)
+    except OSError as error:
+        raise CodegenError(f"cannot build in {cache_folder}: {error}") from error
     return path
 
 
@@ -107,7 +121,13 @@ def compile_many(
 
     # Threads suffice: each only waits for its compiler, which is a process of its own.
     with ThreadPoolExecutor(max_workers=workers or os.cpu_count() or 1) as pool:
-        return list(pool.map(attempt, sources))
+        try:
+            return list(pool.map(attempt, sources))
+        except BaseException:  # Ctrl-C: the pool would wait for what is not wanted any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(_running):
+                _kill(process)
+            raise
 
 
 def load_kernel(path: Path, pointers: int, symbol: str = ENTRY_POINT) -> Callable[..., None]:
@@ -132,37 +152,57 @@ def load_kernel(path: Path, pointers: int, symbol: str = ENTRY_POINT) -> Callabl
 
 
 def _probe(command: tuple[str, ...]) -> Compiler | None:
-    """Ask a compiler for its version and whether it has OpenMP; None when it does not answer."""
-    version = _run([*command, "--version"])
-    if version is None or version.returncode != 0:
+    """Ask a compiler for its version and for a library that loads here, with OpenMP or without."""
+    version = _run([*command, "--version"], limit_s=_PROBE_LIMIT_S)
+    if version is None or version.returncode != 0 or not version.stdout.strip():
         return None
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
     flags = (*_BASE_FLAGS, native)
     with tempfile.TemporaryDirectory() as folder:
-        for candidate in ((*flags, "-fopenmp"), flags):
-            output = Path(folder, "probe.so")
+        for number, candidate in enumerate(((*flags, "-fopenmp"), flags)):
+            output = Path(folder, f"probe{number}.so")
             arguments = [*command, *candidate, "-x", "c++", "-", "-o", str(output)]
-            done = _run(arguments, "void probe(){\n#pragma omp parallel\n;}")
-            if done is not None and done.returncode == 0:
-                first_line = version.stdout.splitlines()[0]
-                return Compiler(command, first_line, candidate)
+            _run(arguments, "void probe(){\n#pragma omp parallel\n;}", limit_s=_PROBE_LIMIT_S)
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(output))
+                return Compiler(command, version.stdout.strip().splitlines()[0], candidate)
     return None
 
 
-def _run(arguments: list[str], stdin: str = "") -> subprocess.CompletedProcess[str] | None:
-    environment = {**os.environ, "LC_ALL": "C"}
+def _run(
+    arguments: list[str], stdin: str = "", *, limit_s: float
+) -> subprocess.CompletedProcess[str] | None:
+    """Run a compiler, with all that it starts; None when it cannot be run or does not answer."""
     try:
-        return subprocess.run(
+        process = subprocess.Popen(
             arguments,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=_COMPILE_LIMIT_S,
-            env=environment,
-            check=False,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},
+            process_group=0,
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except OSError:
         return None
+    with process:
+        _running.add(process)
+        try:
+            out, err = process.communicate(stdin, timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _running.discard(process)
+            if process.returncode is None:
+                _kill(process)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """End a compiler and the processes that it started, which would work on."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _entry_key(source: str, compiler: Compiler, flags: Sequence[str]) -> str:
@@ -196,14 +236,16 @@ def _processor() -> str:
 
 
 def _build(source: str, compiler: Compiler, flags: Sequence[str], path: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=path.parent) as folder:
         source_path, object_path = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source_path.write_text(source, encoding="utf-8")
         arguments = [*compiler.command, *flags, "-iquote", str(RUNTIME_FOLDER), str(source_path)]
-        done = _run([*arguments, "-o", str(object_path)])
-        if done is None or done.returncode != 0:
+        done = _run([*arguments, "-o", str(object_path)], limit_s=_COMPILE_LIMIT_S)
+        if done is None or done.returncode != 0 or not object_path.is_file():
             words = done.stderr if done else f"no answer within {_COMPILE_LIMIT_S:.0f} s"
-            raise CompileError(shlex.join(arguments), words, _keep(source_path, path))
+            refused = done is not None and done.returncode > 0
+            kept = _keep(source_path, path) if refused else None
+            raise CompileError(shlex.join(arguments), words, kept)
         content = object_path.read_bytes()
         # A loader ignores what follows the last section, so the seal can live in the file itself
         # and needs no second file that could disagree with it.
@@ -212,6 +254,23 @@ def _build(source: str, compiler: Compiler, flags: Sequence[str], path: Path) ->
             file.flush()
             os.fsync(file.fileno())
         os.replace(object_path, path)
+
+
+_swept: Final[set[Path]] = set()
+_sweeping: Final = threading.Lock()
+
+
+def _sweep(cache_folder: Path) -> None:
+    """Remove, once per process, what builds left that were killed: they are longer over by then."""
+    with _sweeping:
+        if cache_folder in _swept:
+            return
+        _swept.add(cache_folder)
+    oldest = time.time() - _STALE_S
+    for left in cache_folder.glob(f"{_BUILDING}*"):
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < oldest:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _keep(source_path: Path, path: Path) -> str:

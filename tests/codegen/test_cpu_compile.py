@@ -2,6 +2,8 @@
 
 import ctypes
 import multiprocessing
+import os
+import time
 import timeit
 from pathlib import Path
 
@@ -91,3 +93,34 @@ def test_no_compiler(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "find_compiler", lambda: None)
     with pytest.raises(NoCompiler, match="CXX"):
         driver.compile_source(GOOD, tmp_path)
+
+
+def test_what_killed_builds_left_is_removed_when_it_is_old(tmp_path):
+    old, young = tmp_path / "building-old", tmp_path / "building-young"
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "kernel.cpp").write_text("")
+    then = time.time() - 2 * driver._STALE_S
+    os.utime(old, (then, then))
+    driver.compile_source(GOOD, tmp_path)
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_a_compiler_that_does_not_answer_is_ended_with_its_children(tmp_path):
+    script = tmp_path / "slow"
+    script.write_text(f"#!/bin/sh\nsleep 1000 & echo $! > {tmp_path}/child; wait\n")
+    script.chmod(0o755)
+    assert driver._run([str(script)], limit_s=0.3) is None
+    child = int((tmp_path / "child").read_text())
+    status = Path(f"/proc/{child}/stat")
+    deadline = time.monotonic() + 10
+    while status.exists() and status.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_ours(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CodegenError, match="cannot build"):
+        driver.compile_source(GOOD, tmp_path / "file")

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from superopt import pipeline
 from superopt.frontend import Lifted
 from superopt.ir.text import parse_graph, print_graph
+from superopt.search import driver
 from superopt.verify.reference import run_reference
 
 
@@ -30,3 +32,13 @@ class Runner:
 @pytest.fixture
 def runner() -> Runner:
     return Runner()
+
+
+@pytest.fixture
+def first_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let plans be made whatever the clock says, and no time go into making them better."""
+    ranked = driver.best_tiles
+    monkeypatch.setattr(pipeline, "_GAIN", float("inf"))
+    monkeypatch.setattr(pipeline, "_CONFIGURATIONS", 1)
+    monkeypatch.setattr(driver, "_neighbours", lambda best: [])
+    monkeypatch.setattr(driver, "best_tiles", lambda *a: ranked(*a)[:1])

@@ -4,18 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from superopt import dynamo, pipeline
-from superopt.search import driver
+from superopt import dynamo
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch, tmp_path):
-    # plans are made whatever the clock says, and no time goes into making them better
-    monkeypatch.setattr(pipeline, "_GAIN", float("inf"))
-    monkeypatch.setattr(pipeline, "_CONFIGURATIONS", 1)
-    monkeypatch.setattr(driver, "_neighbours", lambda best: [])
-    plain = driver.best_tiles
-    monkeypatch.setattr(driver, "best_tiles", lambda *a: plain(*a)[:1])
+def fresh(first_found):
     torch.compiler.reset()
     yield
     torch.compiler.reset()
