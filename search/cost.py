@@ -16,7 +16,7 @@ from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.ops.shapes import tensor
 from superopt.search.indices import Atom, IndexSpace
-from superopt.search.region import VIEWS, view_type
+from superopt.search.region import VIEWS, view_base, view_type
 from superopt.search.schedule import Role, Schedule
 
 _UNHIDDEN: Final = 0.5
@@ -98,9 +98,10 @@ class _Estimate:
         if node.op is leaf.IOTA:
             return frozenset(self.space.layout(node)[node.attrs.axis])
         found = frozenset[Atom]().union(*(self.present[i] for i in node.inputs))
+        present = found & set(self.space.atoms(node))
         if node.op in (structural.SLICE, structural.PAD, structural.CONCAT):
-            return found | set(self.space.atoms(node))
-        return found & set(self.space.atoms(node))
+            return present | set(self.space.layout(node)[node.attrs.axis])
+        return present
 
     def _elements(self, atoms: frozenset[Atom]) -> int:
         return prod(self.tile[a] for a in atoms)
@@ -183,6 +184,7 @@ class _Estimate:
     def _traffic(self, runs: Mapping[Node, int]) -> tuple[float, float]:
         """Bytes from memory, and bytes from the caches, of the whole kernel."""
         moved = touched = 0.0
+        first: dict[Node, float] = {}
         for node in self.schedule.region.inputs:
             size = node.tensor.dtype.size_bytes
             lies = view_type(node)
@@ -194,9 +196,13 @@ class _Estimate:
                 unique /= prod(repeats)
             times = runs.get(node, 1) * self.blocks
             total = float(size * self._elements(self.present[node]) * times)
-            again = max(0.0, total - unique)
             touched += total
-            moved += unique if unique < self.machine.outer_cache_bytes else unique + again
+            if unique >= self.machine.outer_cache_bytes:
+                moved += max(0.0, total - unique)
+            # several views of one tensor are read together: memory gives it once
+            base = view_base(node)
+            first[base] = min(first.get(base, 0.0) + unique, float(tensor(base.type).size_bytes))
+        moved += sum(first.values())
         for node in self.schedule.region.outputs:
             moved += 2.0 * node.tensor.size_bytes
         return moved, touched

@@ -107,6 +107,13 @@ def view_type(node: Node) -> TensorType | None:
     return None if strides is None else TensorType(node.shape, base.dtype, strides)
 
 
+def view_base(node: Node) -> Node:
+    """Return the tensor that a chain of views looks at."""
+    while node.op in VIEWS:
+        node = node.inputs[0]
+    return node
+
+
 def is_view(node: Node) -> bool:
     """Say whether `node` is free: a view of a tensor in memory."""
     return node.op in VIEWS and view_type(node) is not None

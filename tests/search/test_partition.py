@@ -129,3 +129,24 @@ def test_a_copy_is_charged_by_its_bytes() -> None:
     node: Node = turned
     assert node.op is structural.RESHAPE
     assert library_cost(node, MACHINE) > x.tensor.size_bytes / MACHINE.memory_bandwidth
+
+
+def test_halves_that_are_joined_again_become_one_kernel() -> None:
+    """A rotary embedding: a joined dim has its own extent, not the product with those of its parts."""
+    x, c, s = b.input_("x", (8, 64, 32)), b.input_("c", (64, 32)), b.input_("s", (64, 32))
+    turned = b.concat([b.neg(b.slice_(x, -1, 16, 32)), b.slice_(x, -1, 0, 16)], -1)
+    graph = b.kernel_graph("g", [x, c, s], [b.add(b.mul(x, c), b.mul(turned, s))])
+    ready = prepared(graph)
+    assert len(partition(ready, MACHINE)) == 1
+
+
+def test_views_of_one_tensor_are_read_from_memory_once() -> None:
+    x = b.input_("x", (2048, 4096))
+    whole = b.kernel_graph("g", [x], [b.mul(x, x)])
+    halves = [b.slice_(x, -1, 0, 4096), b.slice_(x, -1, 0, 2048), b.slice_(x, -1, 2048, 4096)]
+    parts = b.kernel_graph("g", [x], [b.add(halves[0], b.concat(halves[1:], -1))])
+    costs = [
+        best_tiles(derive(make_region(g, [n for n in g.nodes() if is_compute(n)]))[0], MACHINE, 1)
+        for g in (whole, parts)
+    ]
+    assert costs[1][0][0] < 1.5 * costs[0][0][0]
