@@ -164,11 +164,15 @@ class Product:
 
     def _prepared(self, a: _Matrix, m: Extent, n: Extent, k: Extent) -> _Matrix:
         """Copy the broadcast operand where reading it in place is slow."""
-        shared = m.full > _FEW_ROWS and abs(a.row) * 4 % _SHARED_SETS_BYTES == 0 and a.row != 0
-        if n.full < _MANY_COLUMNS or not (a.element != "float" or (shared and not a.in_scratch)):
+        if n.full < _MANY_COLUMNS or not self._slow_in_place(a, m):
             return a
         packed = self._pack(_swapped(a), k, m)
         return _swapped(packed)
+
+    def _slow_in_place(self, a: _Matrix, m: Extent) -> bool:
+        """Say whether rows need a conversion at each use, or start in the same cache sets."""
+        shared = m.full > _FEW_ROWS and abs(a.row) * 4 % _SHARED_SETS_BYTES == 0 and a.row != 0
+        return a.element != "float" or (shared and not a.in_scratch)
 
     def _broadcast(
         self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent
@@ -195,12 +199,23 @@ class Product:
 
     def _dot(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent) -> None:
         config = self.context.config
-        rows = min(config.dot_rows, m.full)
+        parts = -(-m.full // config.dot_rows)
         columns = min(config.dot_columns, n.full)
+        if parts > 1 and n.full >= _MANY_COLUMNS and self._slow_in_place(a, m):
+            a = self._copied_rows(a, m, k)
+        fetch = config.prefetch and parts > 1 and not b.in_scratch
         self.context.write(
-            f"gemm_dot<{rows}, {columns}, {_flag(self.accumulate)}>({m.text}, {n.text}, {k.text}, "
-            f"{a.text}, {a.row}L, {b.text}, {b.column}L, {c.text}, {c.row}L);"
+            f"gemm_dot<{-(-m.full // parts)}, {columns}, {_flag(self.accumulate)}, {_flag(fetch)}>"
+            f"({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {b.text}, {b.column}L, "
+            f"{c.text}, {c.row}L);"
         )
+
+    def _copied_rows(self, a: _Matrix, m: Extent, k: Extent) -> _Matrix:
+        view = self.context.allocate((m.full, k.full), DType.F32, "rows")
+        self.context.write(
+            f"pack_rows({a.text}, {a.row}L, {k.text}, {m.text}, {view.pointer}, {view.strides[0]}L);"
+        )
+        return _Matrix(view.pointer, "float", view.strides[0], 1, True)
 
 
 def _swapped(matrix: _Matrix) -> _Matrix:

@@ -93,12 +93,12 @@ def test_dot_any_extent(folder, width, element):
     kernel = build(
         f"auto a = (const {element}*)va; auto b = (const {element}*)vb;\n"
         "if (e[3]) gemm_dot<4, 3, true>(m, n, k, a, k, b, k, c, e[4]);\n"
-        "else gemm_dot<4, 3, false>(m, n, k, a, k, b, k, c, e[4]);",
+        "else gemm_dot<4, 3, false, true>(m, n, k, a, k, b, k, c, e[4]);",
         folder,
         width,
     )
     rng = np.random.default_rng(9)
-    for m, n, k in EXTENTS:
+    for m, n, k in [*EXTENTS, (37, 5, 530)]:
         a = rng.standard_normal((m, k)).astype(TYPES[element])
         b = rng.standard_normal((n, k)).astype(TYPES[element])
         c = np.full((m + 1, n + 3), CANARY)

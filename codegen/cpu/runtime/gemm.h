@@ -198,10 +198,12 @@ SO_INLINE void horizontal_sums(vf* v, float* out) {
   }
 }
 
-// MR rows of A against NR rows of B, both contiguous along k. EDGE as in micro_nn, for both.
-template <int MR, int NR, bool EDGE, bool ACCUMULATE, class TA, class TB>
+// MR rows of A against NR rows of B over one stretch of k, both contiguous along it. EDGE as in
+// micro_nn, for both. The vectors of partial sums come from and go to `kept`; after the last stretch
+// their sums go to C. `next` walks a row of B that is needed soon.
+template <int MR, int NR, bool EDGE, bool ACCUMULATE, bool PREFETCH, class TA, class TB>
 SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, float* c, long cm,
-                           long rows, long cols) {
+                           long rows, long cols, vf* kept, bool first, bool last, const TB* next) {
   vf sum[MR * NR];
   const TA* left[MR];
   const TB* right[NR];
@@ -210,9 +212,7 @@ SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, f
 #pragma GCC unroll 32
   for (int j = 0; j < NR; ++j) right[j] = b + (EDGE ? min_of(j, cols - 1) : j) * bn;
 #pragma GCC unroll 32
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 32
-    for (int j = 0; j < NR; ++j) sum[i * NR + j] = vf{};
+  for (int i = 0; i < MR * NR; ++i) sum[i] = first ? vf{} : kept[i];
   const long whole = k / VL * VL;
 #pragma GCC unroll 2
   for (long x = 0; x < whole; x += VL) {
@@ -225,6 +225,7 @@ SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, f
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) sum[i * NR + j] += l[i] * r;
     }
+    if (PREFETCH) __builtin_prefetch(next + x, 0, 2);
   }
   if (whole < k) {
     const int lanes = (int)(k - whole);
@@ -234,6 +235,11 @@ SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, f
 #pragma GCC unroll 32
       for (int i = 0; i < MR; ++i) sum[i * NR + j] += load_n<vf>(left[i] + whole, lanes, 0.0f) * r;
     }
+  }
+  if (!last) {
+#pragma GCC unroll 32
+    for (int i = 0; i < MR * NR; ++i) kept[i] = sum[i];
+    return;
   }
   float total[MR * NR];
   horizontal_sums<MR * NR>(sum, total);
@@ -247,22 +253,38 @@ SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, f
       }
 }
 
-// C[m,n] (+)= A[m,k] B[n,k]: NR rows of B, read once from memory, against all rows of A. A's m * k
-// elements should fit the second cache; a horizontal sum per output asks for k of some hundreds.
-template <int MR, int NR, bool ACCUMULATE, class TA, class TB>
+// C[m,n] (+)= A[m,k] B[n,k]: NR rows of B, read once from memory, against all rows of A. k is walked in
+// stretches over which the rows of both stay in the first cache (16 x 4096 times 4096 x 4096 is bound by
+// what comes from the second one otherwise), provided that A's rows do not share cache sets; each
+// part of A fetches one of B's next rows meanwhile (PREFETCH). A horizontal sum per output asks for
+// k of some hundreds.
+template <int MR, int NR, bool ACCUMULATE, bool PREFETCH = false, class TA, class TB>
 SO_INLINE void gemm_dot(long m, long n, long k, const TA* a, long am, const TB* b, long bn,
                         float* c, long cm) {
+  constexpr long STRETCH = 256, PARTS = 8;
+  vf kept[PARTS][MR * NR];
   for (long j = 0; j < n; j += NR)
-    for (long i = 0; i < m; i += MR) {
-      const TA* ai = a + i * am;
-      const TB* bj = b + j * bn;
-      float* cij = c + i * cm + j;
-      if (i + MR <= m && j + NR <= n)
-        micro_dot<MR, NR, false, ACCUMULATE>(k, ai, am, bj, bn, cij, cm, MR, NR);
-      else
-        micro_dot<MR, NR, true, ACCUMULATE>(k, ai, am, bj, bn, cij, cm, min_of(MR, m - i),
-                                            min_of(NR, n - j));
-    }
+    for (long top = 0; top < m; top += PARTS * MR)
+      for (long x = 0; x < k; x += STRETCH) {
+        const long length = min_of(STRETCH, k - x), bottom = min_of(m, top + PARTS * MR);
+        const bool first = x == 0, last = x + STRETCH >= k;
+        const TB* bj = b + j * bn + x;
+        for (long i = top, part = 0; i < bottom; i += MR, ++part) {
+          const TA* ai = a + i * am + x;
+          float* cij = c + i * cm + j;
+          const TB* next = b + min_of(j + NR + part, n - 1) * bn + x;
+          if (i + MR > m || j + NR > n)
+            micro_dot<MR, NR, true, ACCUMULATE, false>(length, ai, am, bj, bn, cij, cm,
+                                                       min_of(MR, m - i), min_of(NR, n - j),
+                                                       kept[part], first, last, next);
+          else if (PREFETCH && top == 0 && part < NR)
+            micro_dot<MR, NR, false, ACCUMULATE, true>(length, ai, am, bj, bn, cij, cm, MR, NR,
+                                                       kept[part], first, last, next);
+          else
+            micro_dot<MR, NR, false, ACCUMULATE, false>(length, ai, am, bj, bn, cij, cm, MR, NR,
+                                                        kept[part], first, last, next);
+        }
+      }
 }
 
 // to[x, i] = from[i, x] for i < n, x < k: a row-major [n,k] operand (rows `ld_from` apart) becomes
