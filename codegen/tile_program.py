@@ -15,6 +15,7 @@ from superopt.codegen.errors import CodegenError
 from superopt.ir.graph import Axis, Graph, Level
 from superopt.ir.node import Node, topological
 from superopt.ir.ops import leaf, tile
+from superopt.ir.threads import inline_threads
 from superopt.ir.tiles import DimSource, dim_sources, is_accumulator, varying_axes
 
 
@@ -51,13 +52,14 @@ class TileProgram:
 
 
 def tile_program(graph: Graph) -> TileProgram:
-    """Schedule a block graph.
+    """Schedule a block graph, its thread graphs inlined: backends fuse as they see fit.
 
     Raises:
         CodegenError: the graph is not a block graph, or its loops depend on each other in a ring.
     """
     if graph.level is not Level.BLOCK:
         raise CodegenError(f"graph {graph.name} is a {graph.level.value} graph; need a block graph")
+    graph = inline_threads(graph)
     names = {a.name for a in graph.loops}
     axes = varying_axes(graph)
     loops_of = {n: frozenset(axes[n] & names) for n in axes}

@@ -30,8 +30,7 @@ _BLOCK_KINDS = frozenset(
     {OpKind.TILE, OpKind.ELEMENTWISE, OpKind.REDUCTION, OpKind.CONTRACTION, OpKind.STRUCTURAL}
 )
 _BLOCK_OPS = frozenset({leaf.INPUT, leaf.CONSTANT, leaf.IOTA, library.THREAD})
-_NAME = re.compile(r"[A-Za-z0-9_.]+")
-_AXIS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
+_AXIS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @final
@@ -94,9 +93,6 @@ def _common(graph: Graph) -> _Found:
     names = [str(i.attrs.name) for i in graph.inputs if i.op is leaf.INPUT]
     for name in sorted({n for n in names if names.count(n) > 1}):
         yield None, f"two inputs are called {name}"
-    for name in names:
-        if not _NAME.fullmatch(name):
-            yield None, f"the input name {name!r} is not letters, digits, _ and ."
     if not graph.outputs:
         yield None, "there is no output"
     for node in graph.inputs:
@@ -303,6 +299,7 @@ def _ragged_use(node: Node, sources: dict[Node, tuple[DimSource | None, ...]]) -
         cut = set(node.attrs.axes)
     else:
         cut = {node.attrs.axis} if op is contraction.SCAN else set()
+    closes = is_accumulator(node) or op is tile.PREFIX_MAX
     for number, operand in enumerate(node.inputs):
         for i, s in enumerate(sources[operand]):
             axis = i - len(operand.shape)
@@ -314,7 +311,7 @@ def _ragged_use(node: Node, sources: dict[Node, tuple[DimSource | None, ...]]) -
                 other = sources[node.inputs[1 - number]][-2 if number == 0 else -1]
                 if other is not None and other != s:
                     yield node, "the contracted dims run over different tensor dims"
-            elif is_accumulator(node) and any(a == node.attrs.loop for a, _ in s.map.axes):
+            elif closes and any(a == node.attrs.loop for a, _ in s.map.axes):
                 if op is tile.ACCUM_LAST:
                     yield node, f"axis {axis} is ragged over the loop: its last value is outside"
             elif axis not in cut and s not in sources[node]:

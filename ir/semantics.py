@@ -106,7 +106,7 @@ class _Batch:
     def _value(self, node: Node) -> Node:
         op = node.op
         inputs = [self.values[i] for i in node.inputs]
-        if op.kind is not OpKind.ELEMENTWISE:
+        if op.kind is not OpKind.ELEMENTWISE and op is not library.THREAD:
             # constants have no batch dims: only elementwise ops take them as they are
             inputs = [b.reshape(i, (1,) * len(self.axes)) if i.shape == () else i for i in inputs]
         if op is leaf.INPUT:
@@ -124,15 +124,16 @@ class _Batch:
         if op.expand is not None:
             raise GraphError(f"composite {op.name} stands in a block graph; expand it first")
         if op is contraction.MATMUL:
-            inputs = [
-                self._mask(self._masked_dim(node.inputs[0], inputs[0], -1), inputs[0], 0.0),
-                self._mask(self._masked_dim(node.inputs[1], inputs[1], -2), inputs[1], 0.0),
-            ]
+            inputs = self._mask_contracted(node, inputs)
         if op.kind is OpKind.REDUCTION:
             axes = getattr(node.attrs, "axes", None) or (node.attrs.axis,)
             for axis in axes:
-                valid = self._masked_dim(node.inputs[0], inputs[0], axis)
+                valid = self._inside(self.sources[node.inputs[0]][axis], inputs[0], axis)
                 inputs[0] = self._mask(valid, inputs[0], _IDENTITY[op])
+        if op is structural.GATHER:
+            for axis, source in enumerate(self.sources[node.inputs[1]], -len(node.shape)):
+                # an index that does not exist may be any number
+                inputs[1] = self._mask(self._inside(source, inputs[1], axis), inputs[1], 0.0)
         if op is structural.CONCAT or op is structural.GATHER:
             inputs = self._same_batch(inputs)
         if op.kind is OpKind.ELEMENTWISE:
@@ -209,17 +210,17 @@ class _Batch:
             active = self._active(self.axes[position], len(node.shape))
             value = self._mask(active, value, _IDENTITY[node.op])
         axis = position - value.tensor.rank
-        if node.op is tile.PREFIX_MAX:
-            return b.scan(value, axis, "max")
         if node.op is tile.ACCUM_LAST:
             return b.slice_(value, axis, count - 1, count)
         for i, source in enumerate(self.sources[node.inputs[0]]):
             if source is not None and any(a == loop for a, _ in source.map.axes):
                 dim = i - len(node.shape)
-                valid = self._masked_dim(node.inputs[0], value, dim)
+                valid = self._inside(source, value, dim)
                 value = self._mask(valid, value, _IDENTITY[node.op])
+        if node.op is tile.PREFIX_MAX:
+            return b.scan(value, axis, "max")
         if node.op is tile.ACCUM_RESCALED:
-            shift = inputs[1]
+            value, shift = self._align(node, [value, inputs[1]])
             last = b.slice_(shift, axis, shift.shape[position] - 1, shift.shape[position])
             scale = b.sub(shift, b.finite_or_zero(last))
             if node.attrs.power != 1:
@@ -238,9 +239,19 @@ class _Batch:
             otherwise = _integer_limit(value.tensor.dtype, low=otherwise < 0)
         return b.where(valid, value, b.constant(otherwise, value.tensor.dtype))
 
-    def _masked_dim(self, node: Node, value: Node, axis: int) -> Node | None:
+    def _mask_contracted(self, node: Node, inputs: list[Node]) -> list[Node]:
+        # both operands wherever either's positions are padding: 0 * inf would not be 0
+        axes = (-1, -2)
+        sources = [self.sources[i][a] for i, a in zip(node.inputs, axes, strict=True)]
+        for source in dict.fromkeys(sources):
+            inputs = [
+                self._mask(self._inside(source, value, axis), value, 0.0)
+                for value, axis in zip(inputs, axes, strict=True)
+            ]
+        return inputs
+
+    def _inside(self, source: DimSource | None, value: Node, axis: int) -> Node | None:
         """Return which positions along the tile dim `axis` (from the end) lie inside the tensor."""
-        source = self.sources[node][axis]
         if source is None or not source.ragged:
             return None
         tile_rank = value.tensor.rank - len(self.axes)

@@ -8,6 +8,7 @@ One node per line, in SSA form, type at the end:
       return %0
     }
 
+Names of graphs and inputs that are not letters, digits, `_` and `.` stand in quotes: `%"q-proj"`.
 Attributes stand in braces as `key=value`; a nested graph is the value of the key `graph`. An index
 map prints as `(m,k):64`: the axes that split the dim, outermost first, and the tile size. Types are
 printed to be read; the parser infers them anew and compares.
@@ -28,6 +29,9 @@ from superopt.ir.ops.tile import DimMap
 from superopt.ir.types import DType, TensorType, TupleType, Type
 
 VERSION = 1
+_STRING = r"\"(?:[^\"\\]|\\.)*\""
+_NAME = r"[A-Za-z0-9_.]+"
+_PLAIN_NAME = re.compile(_NAME)
 Notes = Mapping[tuple[Graph, Node | None], Sequence[str]]
 
 
@@ -44,9 +48,9 @@ def print_graph(graph: Graph, notes: Notes | None = None) -> str:
 
 
 def _graph_lines(graph: Graph, indent: str, notes: Notes) -> list[str]:
-    names: dict[Node, str] = {n: f"%{n.attrs.name}" for n in graph.inputs}
+    names: dict[Node, str] = {n: "%" + _name_text(n.attrs.name) for n in graph.inputs}
     params = ", ".join(f"{names[n]}: {n.type}" for n in graph.inputs)
-    head = f"{indent}{graph.level.value} @{graph.name}({params})"
+    head = f"{indent}{graph.level.value} @{_name_text(graph.name)}({params})"
     head += _axes_text("grid", graph) + _axes_text("loops", graph) + " {"
     lines = [head, *_notes(graph, None, indent, notes)]
     for node in graph.inputs:
@@ -99,6 +103,22 @@ def _attrs_text(attrs: Any, indent: str, notes: Notes) -> str:
     return f" {{{', '.join(parts)}}}"
 
 
+_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r"}
+_UNESCAPES = {text: character for character, text in _ESCAPES.items()}
+
+
+def _quoted(text: str) -> str:
+    return '"' + "".join(_ESCAPES.get(c, c) for c in text) + '"'
+
+
+def _unquoted(text: str) -> str:
+    return re.sub(r"\\.", lambda m: _UNESCAPES.get(m.group(), m.group()), text[1:-1])
+
+
+def _name_text(name: str) -> str:
+    return name if _PLAIN_NAME.fullmatch(name) else _quoted(name)
+
+
 def _value_text(value: Any, indent: str, notes: Notes) -> str:
     if isinstance(value, Graph):
         return "\n".join(_graph_lines(value, indent + "  ", notes)).lstrip()
@@ -108,7 +128,7 @@ def _value_text(value: Any, indent: str, notes: Notes) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(_value_text(v, indent, notes) for v in value)}]"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+        return _quoted(value)
     if isinstance(value, Enum):
         return str(value.value)
     if isinstance(value, bool) or value is None:
@@ -120,9 +140,9 @@ def _value_text(value: Any, indent: str, notes: Notes) -> str:
 
 _TOKEN = re.compile(
     r"(?P<space>\s+|//[^\n]*)"
-    r"|(?P<string>\"(?:[^\"\\]|\\.)*\")"
-    r"|(?P<value>%[A-Za-z0-9_.]+)"
-    r"|(?P<symbol>@[A-Za-z0-9_.]+)"
+    rf"|(?P<string>{_STRING})"
+    rf"|(?P<value>%(?:{_NAME}|{_STRING}))"
+    rf"|(?P<symbol>@(?:{_NAME}|{_STRING}))"
     r"|(?P<number>-?(?:inf|nan)\b|-?\d+(?:\.\d*)?(?:e[+-]?\d+)?)"
     r"|(?P<word>[A-Za-z_][A-Za-z0-9_.]*)"
     r"|(?P<mark>>=|[(){}\[\]<>,:=*+])"
@@ -167,8 +187,11 @@ class _Parser:
             match = _TOKEN.match(self.text, position)
             if match is None:
                 raise self._error(f"unexpected character {self.text[position]!r}", position)
+            text = match.group()
+            if match.lastgroup in ("value", "symbol") and text[1] == '"':
+                text = text[0] + _unquoted(text[1:])
             if match.lastgroup != "space":
-                yield _Token(str(match.lastgroup), match.group(), position)
+                yield _Token(str(match.lastgroup), text, position)
             position = match.end()
         yield _Token("end", "end of text", position)
 
@@ -337,8 +360,7 @@ class _Parser:
             return self._dim_map_or_tuple_type()
         if token.kind == "string":
             self.position += 1
-            body = token.text[1:-1]
-            return re.sub(r"\\(.)", lambda m: "\n" if m.group(1) == "n" else m.group(1), body)
+            return _unquoted(token.text)
         if token.kind == "number":
             self.position += 1
             plain = re.fullmatch(r"-?\d+", token.text)

@@ -39,7 +39,10 @@ def is_accumulator(node: Node) -> bool:
 
 
 def varying_axes(graph: Graph) -> dict[Node, frozenset[str]]:
-    """Map each node of a block graph to the grid and loop axes over which its value varies."""
+    """Map each node of a block graph to the grid and loop axes over which its value varies.
+
+    What a bounded loop gives varies over the grid axes that its bounds name.
+    """
     axes: dict[Node, frozenset[str]] = {}
     for node in graph.nodes():
         found = frozenset[str]().union(*(axes[i] for i in node.inputs))
@@ -47,8 +50,11 @@ def varying_axes(graph: Graph) -> dict[Node, frozenset[str]]:
             found |= {a for d in node.attrs.dims for a, _ in d.axes}
         elif node.op is tile.TILE_INDEX:
             found |= {a for a, _ in node.attrs.dim.axes}
-        elif is_accumulator(node):
-            found -= {node.attrs.loop}
+        elif is_accumulator(node) or node.op is tile.PREFIX_MAX:
+            loop = node.attrs.loop
+            found |= {a for bound in graph.axis(loop).bounds for a, _ in bound.terms if a != loop}
+            if node.op is not tile.PREFIX_MAX:
+                found -= {loop}
         elif node.op is tile.STORE:
             found = frozenset()
         axes[node] = found
@@ -94,7 +100,11 @@ def _sources(
         axis = len(node.shape) + node.attrs.axis
         merged = _merge(node.shape, operands)
         return tuple(None if i == axis else s for i, s in enumerate(merged))
-    if is_accumulator(node):
+    if op is structural.GATHER:
+        axis = len(node.shape) + node.attrs.axis
+        data = tuple(None if i == axis else s for i, s in enumerate(operands[0]))
+        return _merge(node.shape, [data, operands[1]])
+    if is_accumulator(node) or op is tile.PREFIX_MAX:
         return tuple(_closed(s, node.attrs.loop) for s in operands[0])
     if not operands:
         return (None,) * len(node.shape)
@@ -102,7 +112,7 @@ def _sources(
 
 
 def _closed(source: DimSource | None, loop: str) -> DimSource | None:
-    # tiles of different iterations were added up: the dim no longer runs over one tensor dim
+    # tiles of different iterations were put together: the dim no longer runs over one tensor dim
     if source is None or all(a != loop for a, _ in source.map.axes):
         return source
     return None

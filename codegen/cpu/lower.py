@@ -21,7 +21,7 @@ from superopt.codegen.cpu.expressions import LOWER, literal
 from superopt.codegen.cpu.fused import FusedLoop, Member, combine_kind, identity
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.errors import CodegenError
-from superopt.codegen.tile_program import Compute, Item, Loop, tile_program
+from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, structural, tile
@@ -49,24 +49,24 @@ def lower(graph: Graph, config: CpuConfig, name: str) -> Source:
         CodegenError: an op or a combination of loops has no C++ form here; the caller keeps the
             library's kernel.
     """
-    for node in graph.nodes():
+    program = tile_program(graph)
+    for node in program.graph.nodes():
         if node.op in LOWER.unsupported:
             raise CodegenError(f"{node.op.name}: {LOWER.unsupported[node.op]}")
         if node.tensor.dtype.is_complex:
             raise CodegenError("complex tiles have no C++ form")
-    return _Kernel(graph, config, name).source()
+    return _Kernel(program, config, name).source()
 
 
 @final
 class _Kernel:
-    def __init__(self, graph: Graph, config: CpuConfig, name: str) -> None:
-        self.graph = graph
+    def __init__(self, program: TileProgram, config: CpuConfig, name: str) -> None:
+        self.graph = graph = program.graph
         self.name = name
-        program = tile_program(graph)
         self.context = Context(program, config)
         self.plan = Plan(program)
         self.fused = FusedLoop(self.context, self.plan)
-        self.inputs = {n: f"in_{_word(n.attrs.name)}" for n in graph.inputs}
+        self.inputs = {n: f"in{i}_{_word(n.attrs.name)}" for i, n in enumerate(graph.inputs)}
         self.outputs = [f"out{i}" for i in range(len(graph.outputs))]
         self.factors: dict[Node, dict[int, View]] = {}
         self.in_loops: list[str] = []
@@ -422,4 +422,4 @@ class _Kernel:
 
 
 def _word(name: str) -> str:
-    return re.sub(r"\W", "_", name)
+    return re.sub(r"\W", "_", name, flags=re.ASCII)

@@ -142,6 +142,10 @@ CUSTOM = declare(
 def _thread(types: tuple[Type, ...], attrs: GraphAttrs) -> Type:
     if len(types) != len(attrs.graph.inputs) or len(attrs.graph.outputs) != 1:
         raise GraphError("a thread graph takes one operand per input and gives one result")
+    for given, node in zip(types, attrs.graph.inputs, strict=True):
+        operand, wanted = tensor(given).dtype, node.tensor.dtype
+        if operand is not wanted:
+            raise GraphError(f"graph {attrs.graph.name} wants {wanted}, got {operand}; cast first")
     shape = broadcast_shapes([tensor(t).shape for t in types])
     return TensorType(shape, attrs.graph.outputs[0].tensor.dtype)
 

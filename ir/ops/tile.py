@@ -12,7 +12,7 @@ from typing import final
 
 from superopt.ir.errors import GraphError
 from superopt.ir.ops.registry import Op, OpKind, declare
-from superopt.ir.ops.shapes import broadcast_shapes, tensor
+from superopt.ir.ops.shapes import broadcast_shapes, same_dtype, tensor
 from superopt.ir.types import Dim, DType, TensorType, Type
 
 
@@ -114,6 +114,8 @@ def _rescaled(types: tuple[Type, ...], attrs: RescaleAttrs) -> Type:
     x, shift = (tensor(t) for t in types)
     if broadcast_shapes([x.shape, shift.shape]) != x.shape:
         raise GraphError(f"the shift {shift.shape} does not broadcast to {x.shape}")
+    if not same_dtype([x, shift]).is_float:
+        raise GraphError(f"needs floating-point operands, got {x.dtype}")
     return x.with_shape(x.shape)
 
 

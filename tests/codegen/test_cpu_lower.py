@@ -17,6 +17,7 @@ from superopt.ir.graph import Graph
 from superopt.ir.ops import contraction, elementwise, tile
 from superopt.ir.types import DType
 from superopt.verify.reference import run_reference
+from tests.codegen.edges import EDGES
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
@@ -354,3 +355,8 @@ def test_refusals_and_completeness():
     build.store(b.scan(build.load(x, 3, 20), -1, "sum"), (3, 20), 3, 20)
     with pytest.raises(CodegenError, match="scan"):
         lower(build.graph(), CpuConfig(), "scan")
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(name: str, folder: Path) -> None:
+    check(EDGES[name](), folder)

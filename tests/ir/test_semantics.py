@@ -1,4 +1,4 @@
-"""The meaning of block graphs against a naive oracle that really loops over blocks and iterations."""
+"""The meaning of block graphs, case by case; `test_blocks` compares random ones with an oracle."""
 
 import itertools
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from superopt.ir import build as b
+from superopt.ir.check import check_graph
 from superopt.ir.graph import Graph
 from superopt.ir.ops import contraction, tile
 from superopt.ir.types import DType
 from superopt.verify.reference import run_reference
+from tests.ir.naive import run_naive
 
 M, N, D = 11, 13, 5
 
@@ -136,3 +138,59 @@ def test_integer_masks_fit_their_type() -> None:
     g.store(b.accumulate(tile.ACCUM_MAX, b.reduce_max(t, -1), "n"), (1,), 1)
     low, high = run_reference(g.graph(), [x])
     assert (low.item(), high.item()) == (210, 250)
+
+
+def agrees(graph: Graph, *arrays: list[float] | list[list[float]]) -> list[torch.Tensor]:
+    """Check the graph, compare its meaning with the naive oracle, and return what it computes."""
+    assert check_graph(graph) == []
+    values = [torch.tensor(a, dtype=torch.float64) for a in arrays]
+    found = run_reference(graph, values, dtype_override=torch.float64)
+    for mine, oracle in zip(found, run_naive(graph, [v.numpy() for v in values]), strict=True):
+        torch.testing.assert_close(mine, torch.from_numpy(oracle))
+    return found
+
+
+def test_a_running_maximum_along_its_own_loop_leaves_padding_out() -> None:
+    g = b.BlockBuilder("g", loops={"n": 2})
+    t = g.load(b.input_("x", (5,), DType.F64), ("n", 3))
+    g.store(b.accumulate(tile.ACCUM_LAST, b.accumulate(tile.PREFIX_MAX, t, "n"), "n"), (3,), 3)
+    (got,) = agrees(g.graph(), [1, 2, 3, 4, 9])
+    assert got.tolist() == [4, 9, 3]
+
+
+def test_padding_of_one_factor_hides_infinities_of_the_other() -> None:
+    g = b.BlockBuilder("g", loops={"k": 2})
+    row = g.load(b.input_("x", (1, 5), DType.F64), 1, ("k", 3))
+    infinite = b.full((3, 2), float("inf"), DType.F64)
+    g.store(b.accum_sum(b.matmul(row, infinite), "k"), (1, 2), 1, 2)
+    (got,) = agrees(g.graph(), [[1, 1, 1, 1, 1]])
+    assert got.tolist() == [[float("inf")] * 2]
+
+
+def test_an_index_past_the_edge_selects_nothing() -> None:
+    g = b.BlockBuilder("g", grid={"n": 2})
+    table = g.load(b.input_("x", (5,), DType.F64), 5)
+    g.store(b.gather(table, g.index(5, ("n", 3)), -1), (5,), ("n", 3))
+    (got,) = agrees(g.graph(), [3, 1, 4, 1, 5])
+    assert got.tolist() == [3, 1, 4, 1, 5]
+
+
+def test_a_scalar_shift_rescales_a_row() -> None:
+    g = b.BlockBuilder("g", loops={"n": 2})
+    row = g.load(b.input_("x", (4,), DType.F64), ("n", 2))
+    top = b.accumulate(tile.PREFIX_MAX, b.reshape(b.reduce_max(row, -1), ()), "n")
+    g.store(b.accum_rescaled(row, top, "n"), (2,), 2)
+    agrees(g.graph(), [0, 1, 3, 2])
+
+
+def test_what_a_bounded_loop_gives_varies_over_the_axes_of_its_bounds() -> None:
+    def graph(*dims: object) -> Graph:
+        g = b.BlockBuilder("g", grid={"m": 2}, loops={"n": 2})
+        g.bound("n", {"m": 1, "n": -1}, 0)
+        total = b.accum_sum(g.load(b.input_("x", (2,), DType.F64), ("n", 1)), "n")
+        g.store(total, (2 if dims else 1,), dims or 1)  # type: ignore[arg-type]
+        return g.graph()
+
+    assert "varies over m" in check_graph(graph())[0].message
+    (got,) = agrees(graph("m", 1), [3, 4])
+    assert got.tolist() == [3, 7]

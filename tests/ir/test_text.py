@@ -112,3 +112,15 @@ def test_an_input_may_have_the_name_of_a_number() -> None:
     graph = b.kernel_graph("g", [x], [b.exp(x)])
     assert "%1 = exp %0" in print_graph(graph)
     assert parse_graph(print_graph(graph)) == graph
+
+
+@pytest.mark.parametrize(
+    "name", ["q-proj", "a b", 'say "x"', "", "back\\slash", "two\nlines\r", "é%@"]
+)
+def test_any_name_comes_back(name: str) -> None:
+    x, y = b.input_(name, (2,)), b.input_("y", (2,))
+    inner = b.BlockBuilder(name)
+    inner.store(b.exp(inner.load(x, 2)), (2,), 2)
+    (z,) = b.apply_graph(inner.graph(), [x])
+    graph = b.kernel_graph(name, [x, y], [b.add(z, y)])
+    assert parse_graph(print_graph(graph)) == graph
