@@ -145,7 +145,11 @@ class Driver:
         if not programs:
             return None
         times = self.measurer.programs(programs)
-        for _, program in sorted(zip(times, programs, strict=True), key=lambda pair: pair[0]):
+        for seconds, program in sorted(zip(times, programs, strict=True), key=lambda pair: pair[0]):
+            if seconds == inf:
+                self.statistics.rejected += 1
+                self._tell("rejected", "a program was rejected: it does not run")
+                continue
             try:
                 verdict = verify_field(self.original, program, seed=self.seed)
             except SuperoptError as error:  # a candidate without a meaning is a wrong candidate

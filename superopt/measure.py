@@ -17,7 +17,8 @@ import torch
 
 from superopt.backends import Backend, Entry
 from superopt.codegen.errors import CodegenError, CompileError
-from superopt.ir.errors import SuperoptError
+from superopt.ir.check import verify_graph
+from superopt.ir.errors import GraphError, SuperoptError
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, topological
 from superopt.ir.ops.registry import OpKind
@@ -84,6 +85,7 @@ class Clock:
 
     `inputs` are the caller's own tensors for programs over the original graph's inputs; other graphs
     get random ones, for which every kernel's result is compared with the reference executor.
+    A graph that the graph checker refuses is not compiled; its violations are among the failures.
     `refused` is the last kernel that the compiler did not take.
     """
 
@@ -99,7 +101,7 @@ class Clock:
 
     def kernels(self, graphs: Sequence[Graph]) -> list[float]:
         """Return seconds per block graph; inf for one that does not compile, run or agree."""
-        fresh = [g for g in graphs if g.digest() not in self.compiled]
+        fresh = [g for g in graphs if g.digest() not in self.compiled and self._legal(g)]
         ready: list[tuple[Graph, KernelSource, Entry]] = []
         wanted: list[tuple[Graph, KernelSource]] = []
         for graph in fresh:
@@ -123,6 +125,14 @@ class Clock:
                 break
         found = (self.compiled.get(g.digest()) for g in graphs)
         return [inf if c is None else c.seconds for c in found]
+
+    def _legal(self, graph: Graph) -> bool:
+        try:
+            verify_graph(graph)
+        except GraphError as error:
+            self._failed(graph, error)
+            return False
+        return True
 
     def _failed(self, graph: Graph, error: SuperoptError) -> None:
         self.failures.append(f"{graph.name} {graph.digest()[:12]}: {error}")
@@ -190,6 +200,8 @@ class Clock:
         seconds = [inf] * len(graphs)
         calls: list[tuple[int, Callable[[], object]]] = []
         for i, graph in enumerate(graphs):
+            if not self._legal(graph):
+                continue
             try:
                 call = self._program_call(graph)
                 call()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from superopt.ir import build as b
+from superopt.ir.check import check_graph
 from superopt.ir.graph import Graph
 from superopt.ir.node import topological
 from superopt.ir.ops import tile
@@ -58,6 +59,7 @@ def test_every_schedule_keeps_the_meaning(name: str, size: int) -> None:
             block = block_graph(schedule, tiles(schedule, size), "kernel")
         except NotFusible:
             continue
+        assert check_graph(block) == []
         assert parse_graph(print_graph(block)) == block
         results = place(schedule, block, region.inputs)
         candidate = substitute(graph, dict(zip(region.outputs, results, strict=True)))
