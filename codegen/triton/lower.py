@@ -3,70 +3,85 @@
 In: a block graph and a `TritonConfig`. Out: `Source`: the text of a Python module with the kernel
 and a launcher `run(*inputs) -> outputs`. Meaning: `superopt.ir.semantics`. Positions that do not
 exist (padding, ragged edges) hold anything and are masked where tiles are reduced, contracted,
-accumulated or stored.
+accumulated or stored; loads put zeros there where a product of what they load asks for it.
 """
 
-import re
 from dataclasses import dataclass
 from math import prod
-from typing import final
+from typing import Final, Literal, final
 
 from superopt.codegen.errors import CodegenError
 from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
-from superopt.codegen.triton.expressions import LOWER, TYPES, literal
+from superopt.codegen.triton.expressions import HALF, LOWER, TYPES, functions_of, literal
+from superopt.codegen.triton.moves import MOVES, block, move
+from superopt.codegen.triton.writer import Writer, along, padded, word
 from superopt.ir.graph import Axis, Graph
-from superopt.ir.node import Node
-from superopt.ir.ops import contraction, elementwise, leaf, structural, tile
+from superopt.ir.node import Node, topological
+from superopt.ir.ops import contraction, elementwise, leaf, library, structural, tile
 from superopt.ir.ops.registry import OpKind
+from superopt.ir.tiles import DimSource
 from superopt.ir.types import DType, contiguous_strides
 
-_HALF = (DType.F16, DType.BF16)
-_MOST_ELEMENTS = 1 << 20
-_SUMS = (contraction.REDUCE_SUM, tile.ACCUM_SUM, tile.ACCUM_RESCALED)
-_PRODUCTS = (contraction.REDUCE_PROD, tile.ACCUM_PROD)
-_MAXIMA = (contraction.REDUCE_MAX, tile.ACCUM_MAX, tile.PREFIX_MAX)
-_MINIMA = (contraction.REDUCE_MIN, tile.ACCUM_MIN)
-_HELPERS = """
-@triton.jit
-def _max(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+Precision = Literal["ieee", "tf32x3"]
+_Dims = list[tuple[int, int, DimSource | None]]
 
-
-@triton.jit
-def _min(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _mul(a, b):
-    return a * b
-"""
+_MOST_ELEMENTS: Final = 1 << 16
+"""A multiprocessor has this many registers of 32 bits; what exceeds them is not worth compiling."""
+_LEAST_DEPTH: Final = 16
+"""Tensor cores contract at least this many 16-bit elements."""
+_SUMS: Final = (contraction.REDUCE_SUM, tile.ACCUM_SUM, tile.ACCUM_RESCALED)
+_PRODUCTS: Final = (contraction.REDUCE_PROD, tile.ACCUM_PROD)
+_MINIMA: Final = (contraction.REDUCE_MIN, contraction.ARGMIN, tile.ACCUM_MIN)
+_SMALL: Final = (DType.I8, DType.I16, DType.U8, DType.BOOL)
+_NARROW: Final = {"tl.float16": DType.F16, "tl.bfloat16": DType.BF16}
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class TritonConfig:
-    """Launch parameters: warps per block and software pipelining depth of loops."""
+    """What can be tuned in a kernel beside its tile sizes.
+
+    `warps` per block and `stages` of the software pipeline are Triton's. `narrow` rounds a float32
+    operand of a product to 16 bits where the other operand comes from 16-bit memory, so that tensor
+    cores do it; `precision` is that of float32 products (see `tl.dot`).
+    """
 
     warps: int = 4
     stages: int = 2
+    narrow: bool = True
+    precision: Precision = "ieee"
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Text of a module that defines `symbol` (the kernel) and `run(*inputs)`."""
+    """Text of a module that defines `symbol` (the kernel) and `run(*inputs)`.
+
+    `types` are the element types of the kernel's pointers, inputs before outputs; `blocks` is the
+    size of the launch.
+    """
 
     text: str
     symbol: str
-    pointers: tuple[str, ...]
+    types: tuple[str, ...]
+    blocks: int
     config: TritonConfig
 
 
-def configs(graph: Graph, target: object = None) -> list[TritonConfig]:
-    """List launch parameters to try, the most promising first."""
-    stages = (2, 3, 4) if graph.loops else (1,)
-    return [TritonConfig(w, s) for s in stages for w in (4, 8, 2)]
+def configs(graph: Graph) -> list[TritonConfig]:
+    """List configurations to try, the most promising first."""
+    nodes = list(graph.nodes())
+    products = [n for n in nodes if n.op is contraction.MATMUL]
+    tiles = [n for n in nodes if n.op not in (leaf.INPUT, tile.STORE)]
+    largest = max((prod(block(n.shape)) for n in tiles), default=1)
+    warps = next((w for w in (2, 4, 8) if largest <= w << 11), 16)
+    others = [w for w in (4, 8, 16, 2) if w != warps]
+    stages = (3, 2, 4) if graph.loops else (1,)
+    found = [TritonConfig(warps, stages[0]), *(TritonConfig(w, stages[0]) for w in others[:2])]
+    found += [TritonConfig(warps, s) for s in stages[1:]]
+    if any(p.tensor.dtype is DType.F32 and p.inputs[0].shape[-2] > 1 for p in products):
+        found.insert(1, TritonConfig(warps, stages[0], precision="tf32x3"))
+    return found
 
 
 def lower(graph: Graph, config: TritonConfig, name: str) -> Source:
@@ -76,11 +91,7 @@ def lower(graph: Graph, config: TritonConfig, name: str) -> Source:
         CodegenError: an op or a combination of loops has no Triton form here; the caller keeps
             the library's kernel.
     """
-    return _Kernel(tile_program(graph), config, re.sub(r"\W", "_", name)).source()
-
-
-def _word(name: str) -> str:
-    return re.sub(r"\W", "_", name)
+    return _Kernel(tile_program(graph), config, word(name)).source()
 
 
 @final
@@ -90,58 +101,74 @@ class _Kernel:
         self.graph = program.graph
         self.config = config
         self.name = name
-        self.lines: list[str] = []
-        self.indent = "    "
         self.names: dict[Node, str] = {}
-        # tl.dot wants at least 16 along every dim
-        nodes = list(self.graph.nodes())
-        self.least = 16 if any(n.op is contraction.MATMUL for n in nodes) else 1
-        self.axes = {a.name: f"i_{_word(a.name)}" for a in (*self.graph.grid, *self.graph.loops)}
-        self.pointers = {n: f"{_word(n.attrs.name)}_ptr" for n in self.graph.inputs}
+        self.pointers = {n: f"{word(n.attrs.name)}_ptr" for n in self.graph.inputs}
+        if len(set(self.pointers.values())) < len(self.pointers):
+            self.pointers = {n: f"in{i}_ptr" for i, n in enumerate(self.graph.inputs)}
+        self.results = [f"out{i}_ptr" for i in range(len(self.graph.outputs))]
+        self.writer = Writer([name, *self.pointers.values(), *self.results])
+        self.filled: set[Node] = set()
+        for node in self.graph.nodes():
+            if node.op is contraction.MATMUL:
+                for operand, axis in zip(node.inputs, (-1, -2), strict=True):
+                    origin = self.origin(operand, len(operand.shape) + axis)
+                    self.filled |= {origin[0]} if origin is not None else set()
 
     # -- the frame -----------------------------------------------------------------------------
 
     def source(self) -> Source:
-        graph = self.graph
+        graph, writer = self.graph, self.writer
         divisor = 1
         for axis in reversed(graph.grid):
-            self.put(f"{self.axes[axis.name]} = tl.program_id(0) // {divisor} % {axis.count}")
+            index = f"tl.program_id(0) // {divisor} % {axis.count}"
+            writer.scopes[0].head.append(f"{writer.axis(axis.name)} = {index}")
             divisor *= axis.count
         self.items(self.program.items)
-        outputs = [f"out{i}_ptr" for i in range(len(graph.outputs))]
-        parameters = [*self.pointers.values(), *outputs]
-        header = [f"{self.name}: generated from the block graph {graph.digest()[:16]}", ""]
-        header += ["    " + line for line in str(graph).splitlines()]
-        header.append("    regenerate: superopt.codegen.triton.lower(parse_graph(text), config)")
-        text = ['r"""' + "\n".join(header), '"""', "", "import torch", "import triton"]
-        text += ["import triton.language as tl", "", _HELPERS, "", "@triton.jit"]
-        text += [f"def {self.name}({', '.join(parameters)}):", *self.lines, "", ""]
-        text += self.launcher(parameters)
+        parameters = [*self.pointers.values(), *self.results]
+        body = "\n".join("    " + line for line in writer.lines())
+        imports = ["import torch", "import triton", "import triton.language as tl"]
+        functions = functions_of(body)
+        if "libdevice." in body + functions:
+            imports.append("from triton.language.extra import libdevice")
+        kernel = f"@triton.jit\ndef {self.name}({', '.join(parameters)}):\n{body}"
+        parts = [self.header(), "\n".join(imports), functions.strip(), kernel, self.launcher()]
         types = tuple(n.tensor.dtype.value for n in (*graph.inputs, *graph.outputs))
-        return Source("\n".join(text) + "\n", self.name, types, self.config)
+        text = "\n\n\n".join(p for p in parts if p) + "\n"
+        return Source(text, self.name, types, self.blocks(), self.config)
 
-    def launcher(self, parameters: list[str]) -> list[str]:
-        inputs = [p.removesuffix("_ptr") for p in parameters[: len(self.graph.inputs)]]
+    def blocks(self) -> int:
+        return prod(a.count for a in self.graph.grid)
+
+    def header(self) -> str:
+        graph = self.graph
+        grid = " x ".join(f"{a.count} {a.name}" for a in graph.grid) or "1"
+        loops = ", ".join(f"{a.name} ({a.count} times)" for a in graph.loops)
+        lines = [
+            f"{self.name}: {', '.join(i.attrs.name for i in graph.inputs)} -> "
+            f"{', '.join(str(o.type) for o in graph.outputs)}",
+            "",
+            f"{grid} blocks{f'; each loops over {loops}' if loops else ''}. Computes:",
+            "",
+            *("    " + line for line in str(graph).splitlines()),
+            "",
+            "Generated by superopt.codegen.triton.lower from this text; block graph "
+            f"{graph.digest()[:16]}.",
+        ]
+        return 'r"""' + "\n".join(lines) + '\n"""'
+
+    def launcher(self) -> str:
+        inputs = [p.removesuffix("_ptr") for p in self.pointers.values()]
         lines = [f"def run({', '.join(inputs)}):", f'    """Launch {self.name}."""']
         device = f"{inputs[0]}.device" if inputs else '"cuda"'
-        made = []
-        for i, node in enumerate(self.graph.outputs):
-            dtype = TYPES[node.tensor.dtype].removeprefix("tl.")
-            dtype = {"int1": "bool"}.get(dtype, dtype)
-            made.append(f"out{i}")
+        made = [p.removesuffix("_ptr") for p in self.results]
+        for name, node in zip(made, self.graph.outputs, strict=True):
+            dtype = TYPES[node.tensor.dtype].removeprefix("tl.").replace("int1", "bool")
+            dtype = "int16" if node.tensor.dtype is DType.I16 else dtype
             shape = f"{node.shape!r}, dtype=torch.{dtype}, device={device}"
-            lines.append(f"    out{i} = torch.empty({shape})")
-        blocks = prod(a.count for a in self.graph.grid)
+            lines.append(f"    {name} = torch.empty({shape})")
         options = f"num_warps={self.config.warps}, num_stages={self.config.stages}"
-        lines.append(f"    {self.name}[({blocks},)]({', '.join([*inputs, *made])}, {options})")
-        return [*lines, f"    return [{', '.join(made)}]"]
-
-    def put(self, line: str) -> None:
-        self.lines.append(self.indent + line)
-
-    def define(self, node: Node, text: str, stem: str = "v") -> None:
-        self.names[node] = f"{stem}{len(self.names)}"
-        self.put(f"{self.names[node]} = {text}")
+        call = f"{self.name}[({self.blocks()},)]({', '.join([*inputs, *made])}, {options})"
+        return "\n".join([*lines, f"    {call}", f"    return [{', '.join(made)}]"])
 
     def items(self, items: tuple[Item, ...]) -> None:
         for item in items:
@@ -150,28 +177,37 @@ class _Kernel:
             else:
                 self.compute(item)
 
+    def define(self, node: Node, text: str, stem: str = "") -> None:
+        if prod(block(node.shape)) > _MOST_ELEMENTS:
+            raise CodegenError(f"a tile of {node.shape} exceeds the registers of a block")
+        self.names[node] = self.writer.let(stem or node.op.name, text)
+
     # -- loops ---------------------------------------------------------------------------------
 
     def loop(self, loop: Loop) -> None:
+        narrow = []
         for state in loop.states:
-            start = self.identity(state)
-            shape = self.shape(state.shape)
-            self.define(state, f"tl.full({shape}, {start}, {self.dtype(state)})", "acc")
+            dtype = self.dtype(state)
+            if state.tensor.dtype in HALF and state.op in (*_SUMS, *_PRODUCTS):
+                narrow.append(state)
+                dtype = "tl.float32"
+            start = f"tl.full({block(state.shape)}, {self.identity(state)}, {dtype})"
+            self.define(state, start, "running_max" if state.op is tile.PREFIX_MAX else "acc")
         low, high = self.limits(loop.axis)
-        self.put(f"for {self.axes[loop.axis.name]} in range({low}, {high}):")
-        self.indent += "    "
+        self.writer.open(loop.axis.name)
+        index = self.writer.axis(loop.axis.name)
         self.items(loop.body)
-        self.indent = self.indent[:-4]
+        self.writer.close(f"for {index} in range({low}, {high}):")
+        for state in narrow:
+            self.define(state, f"{self.names[state]}.to({self.dtype(state)})", "acc")
 
     def limits(self, axis: Axis) -> tuple[str, str]:
         low, high = "0", str(axis.count)
         for bound in axis.bounds:
             factor = sum(c for n, c in bound.terms if n == axis.name)
-            rest = [f"{self.axes[n]} * {c}" for n, c in bound.terms if n != axis.name]
-            total = " + ".join([*rest, str(bound.constant)])
-            if not rest:
-                total = f"(i_zero + {total})"
-                self.put("i_zero = tl.program_id(0) * 0")
+            rest = [f"{self.writer.axes[n]} * {c}" for n, c in bound.terms if n != axis.name]
+            # a number of Triton's, also where the bound names no other axis
+            total = " + ".join([*(rest or ["tl.program_id(0) * 0"]), str(bound.constant)])
             if factor < 0:
                 high = f"tl.minimum({high}, tl.maximum({total} + {-factor}, 0) // {-factor})"
             elif factor > 0:
@@ -182,232 +218,342 @@ class _Kernel:
 
     def identity(self, node: Node) -> str:
         op, dtype = node.op, node.tensor.dtype
+        if op in (contraction.ARGMAX, contraction.ARGMIN):
+            dtype = node.inputs[0].tensor.dtype
         if op in _SUMS or (op is tile.ACCUM_LAST and node.inputs[0].op is not tile.PREFIX_MAX):
             return "0"
         if op in _PRODUCTS:
             return "1"
         low = op not in _MINIMA
         if dtype.is_float:
-            return literal(float("-inf") if low else float("inf"))
-        if dtype is DType.BOOL:
-            return "0" if low else "1"
-        if dtype is DType.U8:
-            return "0" if low else "255"
+            return f'float("{"-" if low else ""}inf")'
+        if dtype in (DType.BOOL, DType.U8):
+            return "0" if low else "1" if dtype is DType.BOOL else "255"
         bits = dtype.size_bytes * 8 - 1
         return str(-(2**bits) if low else 2**bits - 1)
 
     def accumulate(self, node: Node) -> None:
         op, state, loop = node.op, self.names[node], node.attrs.loop
         value = self.names[node.inputs[0]]
-        if node.tensor.dtype is DType.BOOL:
-            raise CodegenError(f"{op.name} of bool tiles has no Triton form; cast first")
         if op is tile.ACCUM_LAST:
             if self.graph.axis(loop).bounds and node.inputs[0].op is not tile.PREFIX_MAX:
                 raise CodegenError("accum_last of a bounded loop: its last iteration may not run")
-            self.put(f"{state} = {value}")
+            self.writer.put(f"{state} = {value}")
             return
-        if op is not tile.PREFIX_MAX:
-            for i, source in enumerate(self.program.sources[node.inputs[0]]):
-                if source is not None and any(a == loop for a, _ in source.map.axes):
-                    value = self.masked(node.inputs[0], value, [i], self.identity(node))
+        edges: _Dims = []
+        for i, source in enumerate(self.program.sources[node.inputs[0]]):
+            if source is not None and any(a == loop for a, _ in source.map.axes):
+                edges.append((i, node.inputs[0].shape[i], source))
+        value = self.masked(node.inputs[0], value, edges, self.identity(node))
+        if node.tensor.dtype in HALF:
+            value = f"{value}.to(tl.float32)"
         if op is tile.ACCUM_RESCALED:
-            self.rescale(node, state, value)
+            before, now = self.scales(node)
+            self.writer.put(f"{state} = {state} * {before} + {value} * {now}")
         elif op is tile.PREFIX_MAX:
-            self.put(f"{state}_before = {state}")
-            self.put(f"{state} = _max({state}, {value})")
-        elif op in _MAXIMA or op in _MINIMA:
-            self.put(f"{state} = {'_max' if op in _MAXIMA else '_min'}({state}, {value})")
+            self.writer.put(f"{state}_before = {state}")
+            self.writer.put(f"{state} = {self.combined(node, state, value)}")
         else:
-            self.put(f"{state} = {state} {'*' if op in _PRODUCTS else '+'} {value}")
+            self.writer.put(f"{state} = {self.combined(node, state, value)}")
 
-    def rescale(self, node: Node, state: str, value: str) -> None:
+    def combined(self, node: Node, state: str, value: str) -> str:
+        op = node.op
+        if node.tensor.dtype is DType.BOOL:
+            return f"{state} {'&' if op in _MINIMA or op in _PRODUCTS else '|'} {value}"
+        if op in _SUMS:
+            return f"{state} + {value}"
+        if op in _PRODUCTS:
+            return f"{state} * {value}"
+        function = "_min" if op in _MINIMA else "_max"
+        if node.tensor.dtype in HALF:
+            return f"{function}({state}.to(tl.float32), {value}).to({self.dtype(node)})"
+        return f"{function}({state}, {value})"
+
+    def scales(self, node: Node) -> tuple[str, str]:
+        """Return by what the sum so far and this iteration's part are multiplied."""
         shift = node.inputs[1]
         if shift.op is not tile.PREFIX_MAX or shift.attrs.loop != node.attrs.loop:
             raise CodegenError("accum_rescaled needs the prefix_max of its own loop as shift")
-        now = self.names[shift]
-        finite = f'tl.where({now} > float("-inf"), {now}, 0.0)'
-        power = f"{float(node.attrs.power)} * "
-        # the value so far is relative to the maximum before this iteration
-        self.put(f"{state}_scale = tl.exp({power}({now}_before - {finite}))")
-        self.put(f"{state}_now = tl.exp({power}({now} - {finite}))")
-        self.put(f"{state} = {state} * {state}_scale + {value} * {state}_now")
+        top, key = self.names[shift], ("scales", shift, node.attrs.power)
+        before, now = f"{top}_decay", f"{top}_weight"
+        if node.attrs.power != 1:
+            before, now = f"{before}_{node.attrs.power}", f"{now}_{node.attrs.power}"
+        if self.writer.known(key, before) is None:
+            power = "" if node.attrs.power == 1 else f"{float(node.attrs.power)} * "
+            wide = ".to(tl.float32)" if shift.tensor.dtype in HALF else ""
+            # a maximum of nothing yet is -inf: shifts are relative to 0 then
+            finite = f'tl.where({top}{wide} > float("-inf"), {top}{wide}, 0.0)'
+            self.writer.put(f"{before} = tl.exp({power}({top}_before{wide} - {finite}))")
+            self.writer.put(f"{now} = tl.exp({power}({top}{wide} - {finite}))")
+        return before, now
 
     # -- values --------------------------------------------------------------------------------
 
     def compute(self, item: Compute) -> None:
         node, op = item.node, item.node.op
         if op is leaf.CONSTANT:
-            self.names[node] = literal(node.attrs.value)
+            self.dtype(node)
+            self.names[node] = literal(node.attrs.value, node.attrs.dtype)
         elif op is tile.LOAD:
-            pointer, mask = self.address(node.inputs[0], node.attrs.dims, node.inputs[0].shape)
-            text = f"{self.pointers[node.inputs[0]]} + {pointer}"
-            other = f", mask={mask}, other=0" if mask else ""
-            self.define(node, f"tl.load({text}{other})", f"{_word(node.inputs[0].attrs.name)}_")
+            self.load(node)
         elif op is tile.STORE:
             self.store(node)
         elif op is tile.TILE_INDEX:
             dim = node.attrs.dim
-            index = f"{self.offset(dim)} + {self.range(dim.tile, 0, 1)}"
-            self.define(node, f"({index}).to({self.dtype(node)})", "index")
+            index = self.writer.index(dim)
+            vector = index if dim.tile > 1 else f"{index} + {self.writer.local(1)}"
+            self.define(node, f"({vector}).to({self.dtype(node)})", "index")
+        elif op is leaf.IOTA:
+            axis = len(node.shape) + node.attrs.axis
+            index = along(self.writer.local(node.shape[axis]), axis, len(node.shape))
+            text = f"tl.broadcast_to({index}, {block(node.shape)}).to({self.dtype(node)})"
+            self.define(node, text)
         elif op.kind is OpKind.TILE:
             self.accumulate(node)
         elif op is contraction.MATMUL:
             self.define(node, self.matmul(node))
+        elif op in (contraction.ARGMAX, contraction.ARGMIN):
+            self.define(node, self.position(node))
+        elif op is contraction.SCAN:
+            self.define(node, self.scan(node))
         elif op.kind is OpKind.REDUCTION:
             self.define(node, self.reduction(node))
         elif op.kind is OpKind.ELEMENTWISE:
-            if all(i.op is leaf.CONSTANT for i in node.inputs):
-                raise CodegenError(f"{op.name} of constants: fold it first")
-            self.define(node, LOWER[op](node, [self.names[i] for i in node.inputs]))
+            self.define(node, self.elementwise(node, [self.names[i] for i in node.inputs]))
+        elif op is library.THREAD:
+            self.thread(node)
+        elif op in MOVES:
+            operands = [self.names[i] for i in node.inputs]
+            self.dtype(node)
+            self.define(node, move(node, operands, self.writer))
         else:
-            self.define(node, self.structural(node))
+            raise CodegenError(f"{op.name} has no Triton form inside a kernel")
 
-    def structural(self, node: Node) -> str:
-        shape = self.shape(node.shape)
-        if node.op is structural.PERMUTE:
-            return f"tl.permute({self.names[node.inputs[0]]}, {node.attrs.perm})"
-        if node.op is structural.BROADCAST:
-            return f"tl.broadcast_to({self.names[node.inputs[0]]}, {shape})"
-        if node.op is structural.RESHAPE:
-            (x,) = node.inputs
-            if not x.shape:
-                return f"tl.full({shape}, {self.names[x]}, {self.dtype(node)})"
-            squeezed = [d for d in x.shape if d != 1] == [d for d in node.shape if d != 1]
-            if not squeezed and (self.shape(x.shape) != list(x.shape) or shape != [*node.shape]):
-                raise CodegenError(f"reshape of a padded tile {x.shape} to {node.shape}")
-            return f"tl.reshape({self.names[x]}, {shape})"
-        raise CodegenError(f"{node.op.name} has no Triton form inside a kernel")
+    def elementwise(self, node: Node, operands: list[str]) -> str:
+        self.dtype(node)
+        if all(i.op is leaf.CONSTANT for i in node.inputs):
+            operands = [
+                f"tl.full([], {literal(i.attrs.value, DType.F32)}, {self.dtype(i)})"
+                for i in node.inputs
+            ]
+        rule = LOWER[node.op]
+        assert not isinstance(rule, str), node.op
+        return rule(node, operands)
+
+    def thread(self, node: Node) -> None:
+        graph: Graph = node.attrs.graph
+        inner = dict(zip(graph.inputs, (self.names[i] for i in node.inputs), strict=True))
+        for step in topological(graph.outputs):
+            if step in inner:
+                continue
+            if step.op is leaf.CONSTANT:
+                inner[step] = literal(step.attrs.value, step.attrs.dtype)
+                continue
+            text = self.elementwise(step, [inner[i] for i in step.inputs])
+            inner[step] = self.writer.let(step.op.name, text)
+        self.names[node] = inner[graph.outputs[0]]
 
     def matmul(self, node: Node) -> str:
         a, b = node.inputs
-        dtype = node.tensor.dtype
+        dtype, rank = node.tensor.dtype, len(node.shape)
         rows, depth = a.shape[-2:]
         columns = b.shape[-1]
-        left, right = self.half(a), self.half(b)
-        if left is None or right is None or left[1] is not right[1]:
-            left, right = (self.names[a], a.tensor.dtype), (self.names[b], b.tensor.dtype)
-        rank = len(node.shape)
-        x = self.masked(a, left[0], [rank - 1], "0")
-        y = self.masked(b, right[0], [rank - 2], "0")
-        single = prod(a.shape[:-2]) == prod(b.shape[:-2]) == 1
-        if dtype.is_float and dtype is not DType.F64 and single and min(rows, depth, columns) > 1:
-            m, k, n = self.shape((rows, depth, columns))
-            if rank > 2:
-                x, y = f"tl.reshape({x}, [{m}, {k}])", f"tl.reshape({y}, [{k}, {n}])"
-            text = f'tl.dot({x}, {y}, input_precision="ieee")'
-            if rank > 2:
-                text = f"tl.reshape({text}, {self.shape(node.shape)})"
-            return text if dtype is DType.F32 else f"{text}.to({self.dtype(node)})"
-        if prod(self.shape((*node.shape, depth))) > _MOST_ELEMENTS:
+        left, right = self.operands(a, b)
+        # what one operand's edge hides must vanish in both: 0 * inf is no zero
+        edges = [(depth, self.program.sources[n][i]) for n, i in ((a, rank - 1), (b, rank - 2))]
+        x = self.zeroed(a, left, [(rank - 1, *e) for e in edges])
+        y = self.zeroed(b, right, [(rank - 2, *e) for e in edges])
+        if (
+            dtype.is_float
+            and dtype is not DType.F64
+            and min(rows, columns) > 1
+            and padded(depth) >= _LEAST_DEPTH
+        ):
+            return self.dot(node, x, y)
+        if prod(block((*node.shape, depth))) > _MOST_ELEMENTS:
             raise CodegenError(f"a product of tiles {a.shape} and {b.shape} is too large")
-        wide = ".to(tl.float32)" if dtype in _HALF or left[1] in _HALF else ""
+        wide = {DType.F64: "", DType.I64: "", DType.I32: ""}.get(dtype, ".to(tl.int32)")
+        wide = ".to(tl.float32)" if dtype.is_float and dtype is not DType.F64 else wide
         text = f"tl.expand_dims({x}, {rank}){wide} * tl.expand_dims({y}, {rank - 2}){wide}"
         text = f"tl.sum({text}, axis={rank - 1})"
-        return f"{text}.to({self.dtype(node)})"
+        return f"({text} != 0)" if dtype is DType.BOOL else f"{text}.to({self.dtype(node)})"
 
-    def half(self, node: Node) -> tuple[str, DType] | None:
-        """Return the 16-bit tile that `node` is an exact float32 copy of, for tensor cores."""
-        if node.op is elementwise.CAST and node.inputs[0].tensor.dtype in _HALF:
-            return self.names[node.inputs[0]], node.inputs[0].tensor.dtype
-        if node.op is structural.PERMUTE:
-            below = self.half(node.inputs[0])
-            if below is not None:
-                return f"tl.permute({below[0]}, {node.attrs.perm})", below[1]
+    def dot(self, node: Node, x: str, y: str) -> str:
+        a, b = node.inputs
+        m, k, n = block((*a.shape[-2:], b.shape[-1]))
+        batch = block(node.shape[:-2])
+        count = prod(batch)
+        if count > 1:
+            x = f"tl.broadcast_to({x}, {[*batch, m, k]})"
+            y = f"tl.broadcast_to({y}, {[*batch, k, n]})"
+        lead = [count] if count > 1 else []
+        if len(batch) != len(lead):
+            x = f"tl.reshape({x}, {[*lead, m, k]})"
+            y = f"tl.reshape({y}, {[*lead, k, n]})"
+        text = f'tl.dot({x}, {y}, input_precision="{self.config.precision}")'
+        if len(batch) != len(lead):
+            text = f"tl.reshape({text}, {block(node.shape)})"
+        dtype = node.tensor.dtype
+        return text if dtype is DType.F32 else f"{text}.to({self.dtype(node)})"
+
+    def operands(self, a: Node, b: Node) -> tuple[str, str]:
+        """Return the operands of a product, in 16 bits where memory holds no more."""
+        left, right = self.half(a), self.half(b)
+        x, y = self.names[a], self.names[b]
+        if left is not None and right is not None and left[1] == right[1]:
+            return left[0], right[0]
+        if self.config.narrow and left is not None and right is None:
+            return left[0], f"{y}.to({left[1]})"
+        if self.config.narrow and right is not None and left is None:
+            return f"{x}.to({right[1]})", right[0]
+        return x, y
+
+    def half(self, node: Node) -> tuple[str, str] | None:
+        """Return the 16-bit tile that `node` is an exact float32 copy of, and its type."""
+        (below,) = node.inputs if len(node.inputs) == 1 else (None,)
+        if below is None:
+            return None
+        if node.op is elementwise.CAST and node.tensor.dtype is DType.F32:
+            kind = below.tensor.dtype
+            return (self.names[below], TYPES[kind]) if kind in HALF else None
+        if node.op in (structural.PERMUTE, structural.RESHAPE):
+            found = self.half(below)
+            if found is not None and self.is_view(node):
+                return move(node, [found[0]], self.writer), found[1]
         return None
 
-    def reduction(self, node: Node) -> str:
+    def is_view(self, node: Node) -> bool:
+        """Say whether moving the elements of a block needs no look-up."""
+        if node.op is structural.PERMUTE:
+            return True
+        before, after = node.inputs[0].shape, node.shape
+        return [d for d in before if d != 1] == [d for d in after if d != 1]
+
+    def zeroed(self, node: Node, text: str, edges: _Dims) -> str:
+        """Return an operand of a product with zeros where one of the operands does not exist."""
+        origin = self.origin(node, edges[0][0])
+        if origin is not None:
+            load, position = origin
+            own = (load.shape[position], self.program.sources[load][position])
+            edges = [e for e in edges if e[1:] != own and e[2] is not None]
+        return self.masked(node, text, edges, "0")
+
+    def origin(self, node: Node, position: int) -> tuple[Node, int] | None:
+        """Return the load that a tile is a view or copy of, and which of its dims one dim is."""
+        while node.op in (elementwise.CAST, structural.PERMUTE):
+            if node.op is structural.PERMUTE:
+                position = node.attrs.perm[position]
+            node = node.inputs[0]
+        return (node, position) if node.op is tile.LOAD else None
+
+    def reduced(self, node: Node, axes: list[int]) -> str:
+        """Return the operand of a reduction, neutral where it does not exist, in a wide type."""
         (x,) = node.inputs
-        if node.op in (contraction.ARGMAX, contraction.ARGMIN):
-            raise CodegenError(f"{node.op.name}: Triton's does not put NaN first as PyTorch does")
-        axes = sorted(len(x.shape) + a for a in node.attrs.axes)
-        logical = x.tensor.dtype is DType.BOOL
-        value = self.masked(x, self.names[x], axes, self.identity(node))
-        if logical:
-            value = f"({value}).to(tl.int32)"
-        elif x.tensor.dtype in _HALF:
-            value = f"({value}).to(tl.float32)"
+        sources = self.program.sources[x]
+        edges: _Dims = [(i, x.shape[i], sources[i]) for i in axes]
+        value = self.masked(x, self.names[x], edges, self.identity(node))
+        if x.tensor.dtype in _SMALL:
+            return f"({value}).to(tl.int32)"
+        return f"({value}).to(tl.float32)" if x.tensor.dtype in HALF else value
+
+    def reduction(self, node: Node) -> str:
+        axes = [len(node.shape) + a for a in node.attrs.axes]
+        value = self.reduced(node, axes)
+        function = "_mul" if node.op in _PRODUCTS else "_min" if node.op in _MINIMA else "_max"
         for axis in axes:
             if node.op in _SUMS:
                 value = f"tl.sum({value}, axis={axis}, keep_dims=True)"
             else:
-                combine = {True: "_max", False: "_min"}[node.op not in _MINIMA]
-                combine = "_mul" if node.op in _PRODUCTS else combine
-                value = f"tl.reduce({value}, {axis}, {combine}, keep_dims=True)"
-        if logical:
+                value = f"tl.reduce({value}, {axis}, {function}, keep_dims=True)"
+        if node.tensor.dtype is DType.BOOL:
             return f"({value} != 0)"
-        return f"{value}.to({self.dtype(node)})"
+        return value if node.tensor.dtype in (DType.F32, DType.F64) else self.cast(value, node)
+
+    def cast(self, text: str, node: Node) -> str:
+        return f"({text}).to({self.dtype(node)})"
+
+    def position(self, node: Node) -> str:
+        """Return where the extreme stands; PyTorch's finds NaN first, Triton's does not."""
+        (x,) = node.inputs
+        axis, rank = len(x.shape) + node.attrs.axis, len(x.shape)
+        value = self.writer.let("values", self.reduced(node, [axis]))
+        index = along(self.writer.local(x.shape[axis]), axis, rank)
+        pair = f"({value}, tl.broadcast_to({index}, {block(x.shape)}))"
+        function = "_argmin" if node.op is contraction.ARGMIN else "_argmax"
+        best, at = self.writer.name("best"), self.writer.name("at")
+        reduced = f"tl.reduce({pair}, {axis}, {function}, keep_dims=True)"
+        self.writer.put(f"{best}, {at} = {reduced}")
+        return f"{at}.to({self.dtype(node)})"
+
+    def scan(self, node: Node) -> str:
+        (x,) = node.inputs
+        axis, kind = len(x.shape) + node.attrs.axis, node.attrs.kind
+        value = self.names[x]
+        if x.tensor.dtype in (*_SMALL, *HALF):
+            value = f"{value}.to({'tl.float32' if x.tensor.dtype in HALF else 'tl.int32'})"
+        if kind in ("sum", "prod"):
+            text = f"tl.cum{kind}({value}, {axis})"
+        else:
+            text = f"tl.associative_scan({value}, {axis}, _{kind})"
+        return f"({text} != 0)" if node.tensor.dtype is DType.BOOL else self.cast(text, node)
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def load(self, node: Node) -> None:
+        (x,) = node.inputs
+        self.dtype(node)
+        strides = x.tensor.element_strides
+        pointer, mask = self.address(node.attrs.dims, x.shape, strides)
+        other = f", mask={mask}{', other=0' if node in self.filled else ''}" if mask else ""
+        self.define(node, f"tl.load({self.pointers[x]} + {pointer}{other})", x.attrs.name)
 
     def store(self, node: Node) -> None:
-        attrs = node.attrs
-        pointer, mask = self.address(node, attrs.dims, attrs.shape)
-        value = self.names[node.inputs[0]]
+        attrs, (x,) = node.attrs, node.inputs
+        pointer, mask = self.address(attrs.dims, attrs.shape, contiguous_strides(attrs.shape))
+        value = self.names[x]
+        if x.op is leaf.CONSTANT:
+            value = f"tl.full({block(node.inputs[0].shape)}, {value}, {self.dtype(x)})"
         for i, output in enumerate(self.graph.outputs):
             if output is node:
                 tail = f", mask={mask}" if mask else ""
-                self.put(f"tl.store(out{i}_ptr + {pointer}, {value}{tail})")
+                self.writer.put(f"tl.store({self.results[i]} + {pointer}, {value}{tail})")
 
-    # -- indices and masks ---------------------------------------------------------------------
+    def address(
+        self, dims: tuple[tile.DimMap, ...], shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> tuple[str, str]:
+        """Return offsets of a tile's elements, and which of them exist."""
+        rank = len(dims)
+        far = sum(max(d.padded - 1, 0) * s for d, s in zip(dims, strides, strict=True)) >= 1 << 31
+        terms = []
+        for i, (dim, stride) in enumerate(zip(dims, strides, strict=True)):
+            index = self.writer.index(dim)
+            if dim.tile > 1:
+                index = along(index, i, rank)
+            elif index == "0":
+                continue
+            wide = f"tl.cast({index}, tl.int64)" if far else index
+            terms.append(wide if stride == 1 else f"{wide} * {stride}")
+        if rank and all(d.tile == 1 for d in dims):
+            terms.append(along(self.writer.local(1), 0, rank))
+        edges: _Dims = [
+            (i, dim.tile, DimSource(dim, extent))
+            for i, (dim, extent) in enumerate(zip(dims, shape, strict=True))
+        ]
+        return " + ".join(terms) or "0", self.writer.mask(edges, rank)
+
+    def masked(self, node: Node, value: str, edges: _Dims, otherwise: str) -> str:
+        """Return a tile with `otherwise` at positions that do not exist along some dims."""
+        rank = len(node.shape)
+        mask = self.writer.mask(edges, rank)
+        if not mask:
+            return value
+        if not value.isidentifier():
+            value = self.writer.let("value", value)
+        # a full block keeps the tile's type: a literal 0 would be widened otherwise
+        fill = f"tl.full({[1] * rank}, {otherwise}, {value}.dtype)"
+        return f"tl.where({mask}, {value}, {fill})"
 
     def dtype(self, node: Node) -> str:
         if node.tensor.dtype not in TYPES:
             raise CodegenError(f"{node.tensor.dtype} tiles have no Triton form")
         return TYPES[node.tensor.dtype]
-
-    def padded(self, size: int) -> int:
-        return 1 if size == 1 else max(self.least, 1 << (size - 1).bit_length())
-
-    def shape(self, shape: tuple[int, ...]) -> list[int]:
-        return [self.padded(d) for d in shape]
-
-    def range(self, size: int, position: int, rank: int) -> str:
-        text = f"tl.arange(0, {self.padded(size)})"
-        if rank == 1:
-            return text
-        return f"{text}[{', '.join(':' if i == position else 'None' for i in range(rank))}]"
-
-    def offset(self, dim: tile.DimMap) -> str:
-        terms, stride = [], dim.tile
-        for name, count in reversed(dim.axes):
-            terms.append(f"{self.axes[name]} * {stride}")
-            stride *= count
-        return " + ".join(reversed(terms)) or "0"
-
-    def address(
-        self, node: Node, dims: tuple[tile.DimMap, ...], shape: tuple[int, ...]
-    ) -> tuple[str, str]:
-        type_ = node.tensor
-        strides = contiguous_strides(shape) if node.op is tile.STORE else type_.element_strides
-        wide = sum(max(d - 1, 0) * s for d, s in zip(shape, strides, strict=True)) >= 1 << 31
-        terms, masks = [], []
-        for i, (dim, extent) in enumerate(zip(dims, shape, strict=True)):
-            local = self.range(dim.tile, i, len(dims))
-            index = f"({self.offset(dim)} + {local})"
-            terms.append(f"{index}{'.to(tl.int64)' if wide else ''} * {strides[i]}")
-            masks += self.conditions(dim.tile, local, index, extent, dim.padded > extent)
-        return " + ".join(terms) or "0", " & ".join(masks)
-
-    def conditions(self, size: int, local: str, index: str, extent: int, ragged: bool) -> list[str]:
-        found = [f"({local} < {size})"] if self.padded(size) != size else []
-        return [*found, f"({index} < {extent})"] if ragged else found
-
-    def masked(self, node: Node, value: str, dims: list[int], otherwise: str) -> str:
-        masks: list[str] = []
-        rank = len(node.shape)
-        for i in dims:
-            source = self.program.sources[node][i]
-            local = self.range(node.shape[i], i, rank)
-            index, extent, ragged = local, 0, False
-            if source is not None and source.ragged:
-                index, extent, ragged = (
-                    f"({self.offset(source.map)} + {local})",
-                    source.extent,
-                    True,
-                )
-            masks += self.conditions(node.shape[i], local, index, extent, ragged)
-        if not masks:
-            return value
-        # a full mask keeps the tile's type: a literal 0 would be widened otherwise
-        return (
-            f"tl.where({' & '.join(masks)}, {value}, tl.full([1] * {rank}, {otherwise}, "
-            f"{value}.dtype))"
-        )
