@@ -9,17 +9,19 @@
 - `gather-to-select`: gather(x, i) of one element per row => reduce_sum(where(iota == i, x, 0)),
   which lets a loss read its logits once.
 
-Only factors that come out of a reduction are moved: those are what would force a second pass over
-the loop. Rules are a convenience: every candidate is verified as a whole.
+Only factors that come out of a reduction of as many elements are moved: those are what would force
+a second pass over the loop. (Moving others would square magnitudes for nothing: a norm's divisor out of a
+gated product and the projection after it.) Rules are a convenience: every candidate is verified as a whole.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Final, final
 
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
-from superopt.ir.node import Node, rebuild, rewrite, topological
+from superopt.ir.node import Node, rebuild, rewrite
 from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.search.region import is_leaf
@@ -60,9 +62,26 @@ class _Product:
     below: list[Node]
 
 
-def _after_reduction(node: Node) -> bool:
-    kinds = (OpKind.REDUCTION, OpKind.CONTRACTION)
-    return any(n.op.kind in kinds for n in topological([node]))
+def _after_reduction(node: Node, count: int) -> bool:
+    """Say whether the last reductions and contractions before a value include one of `count` elements."""
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op is contraction.MATMUL:
+            reduced = current.inputs[0].shape[-1]
+        elif current.op.kind is OpKind.REDUCTION:
+            axes = getattr(current.attrs, "axes", None) or (current.attrs.axis,)
+            reduced = prod(current.inputs[0].shape[a] for a in axes)
+        else:
+            if current.op.kind in (OpKind.ELEMENTWISE, OpKind.STRUCTURAL):
+                stack += current.inputs
+            continue
+        if reduced == count:
+            return True
+    return False
 
 
 def _factors(node: Node) -> _Product:
@@ -118,10 +137,11 @@ def _through_view(view: Node, factor: Node) -> Node | None:
 def _split(node: Node, axes: tuple[int, ...]) -> tuple[Node, _Product] | None:
     """Split a product into the part that varies along `axes` and factors that do not."""
     product = _factors(node)
+    count = prod(node.shape[a] for a in axes)
 
     def invariant(n: Node) -> bool:
         flat = not n.shape or all(n.shape[a] == 1 for a in axes)
-        return flat and _after_reduction(n)
+        return flat and _after_reduction(n, count)
 
     out = _Product(
         [n for n in product.above if invariant(n)], [n for n in product.below if invariant(n)]

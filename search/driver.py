@@ -3,7 +3,8 @@
 It proposes algebraic variants, partitions each into kernels, tries schedules and tile sizes of every
 kernel on the clock (cheapest prediction first, then a hill climb over tile sizes), compares each
 with its library alternative, and proves the assembled program equal to the original as a whole.
-What is not proven is dropped, kernel by kernel, until the rest is.
+The fastest program that is proven, and accepted by whoever asked, is the result; where algebra has
+left none, the program is tried once more as it is written.
 
 In: the lifted kernel graph, machine rates, a `Measurer`. Out: a `SearchResult`; it always holds a
 program (the original when nothing better was proven).
@@ -107,6 +108,7 @@ class Driver:
     budget_s: float
     seed: int
     on_event: Callable[[Event], None] = lambda event: None
+    accept: Callable[[Graph], str] = lambda graph: ""
     statistics: Statistics = field(default_factory=Statistics)
     started: float = field(default_factory=time.monotonic)
     timed: dict[str, float] = field(default_factory=dict)
@@ -142,27 +144,38 @@ class Driver:
             program = self._assemble(variant, time.monotonic() + share)
             if program is not None:
                 programs.append(program)
-        if not programs:
-            return None
-        times = self.measurer.programs(programs)
+        found = self._first_proven(programs)
+        plain = expand(self.original)
+        if found is None and programs and plain.digest() not in {v.digest() for v in variants}:
+            # what the rules move may overflow: try the program as it is written
+            share = max(self._left(), 0.2 * self.budget_s)
+            program = self._assemble(plain, time.monotonic() + share)
+            found = None if program is None else self._first_proven([program])
+        return found
+
+    def _first_proven(self, programs: Sequence[Graph]) -> tuple[Graph, Verdict] | None:
+        """Return the fastest program that is proven and accepted, with its verdict."""
+        times = self.measurer.programs(programs) if programs else []
         for seconds, program in sorted(zip(times, programs, strict=True), key=lambda pair: pair[0]):
             if seconds == inf:
-                self.statistics.rejected += 1
-                self._tell("rejected", "a program was rejected: it does not run")
+                self._reject("it does not run")
                 continue
             try:
                 verdict = verify_field(self.original, program, seed=self.seed)
+                refusal = self.accept(program) if verdict.equivalent else str(verdict)
             except SuperoptError as error:  # a candidate without a meaning is a wrong candidate
-                self.statistics.rejected += 1
-                self._tell("rejected", f"a program was rejected: {error}")
+                self._reject(str(error))
                 continue
-            if verdict.equivalent:
+            if not refusal:
                 self.statistics.proven += 1
                 self._tell("proven", "the program is proven equal to the original")
                 return program, verdict
-            self.statistics.rejected += 1
-            self._tell("rejected", f"a program was rejected: {verdict}")
+            self._reject(refusal)
         return None
+
+    def _reject(self, why: str) -> None:
+        self.statistics.rejected += 1
+        self._tell("rejected", f"a program was rejected: {why}")
 
     def _variants(self) -> list[Graph]:
         """Algebraic variants, most promising first; duplicates dropped."""
@@ -288,11 +301,14 @@ def search(
     *,
     budget_s: float = 120.0,
     seed: int = 0,
-    on_event: Callable[[Event], None] | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+    accept: Callable[[Graph], str] = lambda graph: "",
 ) -> SearchResult:
-    """Search for a faster program equal to `graph` for at most about `budget_s` seconds."""
-    driver = Driver(graph, machine, measurer, budget_s, seed, on_event or (lambda event: None))
-    return driver.run()
+    """Search for a faster program equal to `graph` for at most about `budget_s` seconds.
+
+    `accept` is asked about a program that is proven: it says why not to use it, or nothing.
+    """
+    return Driver(graph, machine, measurer, budget_s, seed, on_event, accept).run()
 
 
 def _expand_but(graph: Graph) -> Graph:

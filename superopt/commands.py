@@ -31,7 +31,7 @@ from superopt.measure import interleaved
 from superopt.pipeline import Options, make_options, make_plan, restore, versions
 from superopt.plan import Plan
 from superopt.progress import Progress, emit
-from superopt.report import plan_report
+from superopt.report import equality_text, plan_report
 from superopt.runtime import Program, build_program, load_tensor
 from superopt.subject import make_request
 from superopt.verify.certificate import CertificateError, read_certificate
@@ -284,14 +284,17 @@ def run_verify(options: argparse.Namespace) -> int:
     )
     if not floating.accurate:
         return _failed(options, f"the kernels fail in floating point: {floating.reason}")
-    fields = sum(len(p.seeds) for p in verdict.pieces) or verdict.tests
-    pieces = f", in {len(verdict.pieces)} pieces" if verdict.pieces else ""
+    equality = equality_text(verdict.tests, len(verdict.pieces))
     text = (
-        f"verified: equal in {fields} random prime fields{pieces}, wrong with probability at most "
+        f"verified: {equality}, wrong with probability at most "
         f"{verdict.bound:.1e}; kernels as accurate as the original in floating point"
     )
-    record = {"verified": True, "tests": verdict.tests, "bound": verdict.bound}
-    record["pieces"] = len(verdict.pieces)
+    record = {
+        "verified": True,
+        "tests": verdict.tests,
+        "pieces": len(verdict.pieces),
+        "bound": verdict.bound,
+    }
     emit(record, as_json=options.json, text=text)
     return DONE
 

@@ -35,8 +35,8 @@ from superopt.plan import KernelSource, OutputSpec, Plan
 from superopt.runtime import Program, build_program, store_tensor, with_layouts
 from superopt.search.driver import Event, SearchResult, search
 from superopt.verify.certificate import certify
-from superopt.verify.equivalence import verify_field
-from superopt.verify.floating import verify_float
+from superopt.verify.equivalence import Verdict, verify_field
+from superopt.verify.floating import FloatVerdict, verify_float
 from superopt.verify.opaque import operator
 
 logger = logging.getLogger("superopt")
@@ -232,6 +232,19 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
     graph = request.graph
     clock = Clock(backend, dict(zip(graph.inputs, request.tensors, strict=True)), options.seed)
     on_event(Event("start", f"searching for {options.budget_s:.0f} s at most", {}))
+    floating: dict[Graph, FloatVerdict] = {}
+
+    def accept(program: Graph) -> str:
+        """Tune the kernels and test them as they will run."""
+        _tune(program, clock, started + options.budget_s, on_event)
+        clock.ensure(program)
+        plain = clock.program(program)
+        floating[program] = verify_float(
+            graph, lambda tensors: list(plain.run(*tensors)), seed=options.seed
+        )
+        reason = floating[program].reason
+        return f"rejected by the floating-point test: {reason}" if reason else ""
+
     with torch.no_grad():
         found = search(
             graph,
@@ -240,6 +253,7 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
             budget_s=options.budget_s * _SEARCH_SHARE,
             seed=options.seed,
             on_event=on_event,
+            accept=accept,
         )
         report = _facts(found, clock)
         if clock.refused and not clock.compiled:
@@ -250,9 +264,11 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
             report["stopped"] = _NO_COMPILER
             return _unchanged(request, report, "the C++ compiler fails on every kernel")
         if found.verdict is None:
-            return _unchanged(request, report, "nothing faster was found and proven")
-        _tune(found.graph, clock, started + options.budget_s, on_event)
-        planned = _finish(request, options, found, clock, report, on_event)
+            why = [v.reason for v in floating.values()]
+            failed = f"; in floating point, {why[-1]}" if why else ""
+            return _unchanged(request, report, f"nothing faster was found and proven{failed}")
+        evidence = (found.verdict, floating[found.graph])
+        planned = _finish(request, options, found.graph, evidence, clock, report, on_event)
     planned.plan.report["search_s"] = time.monotonic() - started
     return planned
 
@@ -270,31 +286,22 @@ def _tune(graph: Graph, clock: Clock, deadline: float, on_event: OnEvent) -> Non
 def _finish(
     request: Request,
     options: Options,
-    found: SearchResult,
+    found: Graph,
+    evidence: tuple[Verdict, FloatVerdict],
     clock: Clock,
     report: dict[str, Any],
     on_event: OnEvent,
 ) -> Planned:
-    """Check the compiled program as a whole, compare it with the original, and make the plan."""
+    """Compare the compiled program with the original, and make the plan."""
     graph = request.graph
-    clock.ensure(found.graph)
-    plain = clock.program(found.graph)
-    floating = verify_float(graph, lambda tensors: list(plain.run(*tensors)), seed=options.seed)
-    if not floating.accurate:
-        on_event(Event("rejected", f"rejected in floating point: {floating.reason}", {}))
-        report["rejected"] += 1
-        return _unchanged(
-            request, report, f"rejected by the floating-point test: {floating.reason}"
-        )
-    verdict = found.verdict
-    assert verdict is not None, "only a proven program is finished"
+    verdict, floating = evidence
     if options.verify == "strict":
-        verdict = verify_field(graph, found.graph, seed=options.seed + 1, error_bound=_STRICT_BOUND)
+        verdict = verify_field(graph, found, seed=options.seed + 1, error_bound=_STRICT_BOUND)
         if not verdict.equivalent:
             return _unchanged(request, report, f"rejected by the strict test: {verdict}")
     entries = {d: c.entry for d, c in clock.compiled.items()}
     program = build_program(
-        found.graph,
+        found,
         entries,
         strides=[tuple(t.stride()) for t in request.tensors],
         outputs=request.outputs,
@@ -305,13 +312,13 @@ def _finish(
     on_event(Event("compared", f"{original_s * 1e3:.3f} ms -> {planned_s * 1e3:.3f} ms", {}))
     if planned_s > original_s * _GAIN:
         return _unchanged(request, report, "the original is as fast")
-    evidence = json.loads(certify(graph, found.graph, verdict, floating).to_json())
+    certificate = json.loads(certify(graph, found, verdict, floating).to_json())
     report["improved"] = True
     plan = replace(
         _plan(request, report),
-        program=found.graph,
-        kernels=_sources(found.graph, clock),
-        certificate=evidence,
+        program=found,
+        kernels=_sources(found, clock),
+        certificate=certificate,
     )
     return Planned(plan, program)
 

@@ -114,6 +114,13 @@ def proof_text(certificate: dict[str, Any] | None) -> str:
     worst = max((e["candidate"] for e in certificate["float_errors"]), default=None)
     floating = "" if worst is None else f"; float error at most {worst:.1e}"
     return (
-        f"equal in {certificate['tests']} random prime fields, "
+        f"{equality_text(certificate['tests'], len(certificate['pieces']))}, "
         f"wrong with probability at most {certificate['bound']:.1e}{floating}"
     )
+
+
+def equality_text(tests: int, pieces: int) -> str:
+    """Say how equality was shown: by tests of the whole, or piece by piece."""
+    if pieces:
+        return f"equal in {pieces} pieces, each in several random prime fields"
+    return f"equal in {tests} random prime fields"

@@ -14,7 +14,9 @@ from superopt.search import driver
 from superopt.search.algebra import Rule
 from superopt.search.cost import Machine
 from superopt.search.driver import Event, search
+from superopt.verify.equivalence import verify_field
 from tests.search.programs import PROGRAMS
+from tests.verify.llama import llama
 
 
 class Predicted:
@@ -66,8 +68,10 @@ def test_a_wrong_rule_ends_as_a_rejected_program(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(driver, "FUSION_RULES", (Rule("wrong", forget_a_factor),))
     result = run(PROGRAMS["gqa"], Predicted())
-    assert result.verdict is None
     assert result.statistics.rejected > 0
+    # the program without rules is proven instead
+    assert result.verdict is not None
+    assert verify_field(PROGRAMS["gqa"], result.graph, seed=1)
 
 
 def test_a_candidate_without_a_meaning_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +80,8 @@ def test_a_candidate_without_a_meaning_is_rejected(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(driver, "verify_field", meaningless)
     result = run(PROGRAMS["norm_linear"], Predicted())
-    assert result.verdict is None
     assert result.statistics.rejected > 0
+    assert result.verdict is None
 
 
 def test_events_tell_what_happens() -> None:
@@ -94,3 +98,34 @@ def test_an_interrupt_keeps_the_original() -> None:
     result = run(PROGRAMS["gqa"], Interrupted())
     assert result.statistics.stopped == "interrupted"
     assert result.graph == PROGRAMS["gqa"]
+
+
+def test_what_the_rules_made_unstable_is_tried_as_it_is_written() -> None:
+    refused: list[Graph] = []
+
+    def accept(program: Graph) -> str:
+        refused.append(program)
+        return "" if len(refused) > 1 else "overflows"
+
+    result = search(
+        PROGRAMS["norm_linear"], Machine(), Predicted(), budget_s=10.0, seed=0, accept=accept
+    )
+    assert len(refused) == 2
+    assert result.graph == refused[1] != refused[0]
+    assert result.statistics.rejected >= 1
+    none = search(
+        PROGRAMS["norm_linear"],
+        Machine(),
+        Predicted(),
+        budget_s=10.0,
+        seed=0,
+        accept=lambda g: "no",
+    )
+    assert none.verdict is None
+
+
+def test_a_decoder_block_is_proven_in_pieces() -> None:
+    result = run(llama(size=32, heads=2, length=8, hidden=48), Predicted(), budget_s=5.0)
+    assert result.verdict is not None
+    assert result.verdict.pieces
+    assert sum(n.op is library.CUSTOM for n in result.graph.nodes()) > 1
