@@ -68,8 +68,10 @@ def intern(op: "Op", inputs: tuple[Node, ...], attrs: Any, type_: Type) -> Node:
 
 def _hashable(attrs: Any) -> Any:
     # 0.0 == -0.0 and nan != nan would merge or split constants: key floats by their text
-    value = getattr(attrs, "value", None)
-    return (attrs.__class__, repr(value), attrs) if isinstance(value, float) else attrs
+    if not isinstance(getattr(attrs, "value", None), float):
+        return attrs
+    values = (getattr(attrs, name) for name in attrs.__slots__)
+    return attrs.__class__, *(repr(v) if isinstance(v, float) else v for v in values)
 
 
 def make(op: "Op", inputs: Sequence[Node], attrs: Any = None) -> Node:

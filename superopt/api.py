@@ -44,6 +44,7 @@ logger = logging.getLogger("superopt")
 
 Function = Callable[..., Any]
 F = TypeVar("F", bound=Function)
+_Run = Callable[[Sequence[Any], Mapping[str, Any]], Any]
 _REPLANS: Final = 8
 _DIRECT: Final = 4
 
@@ -86,7 +87,7 @@ def optimize(function: Any = None, **options: Any) -> Any:
 class _Entry:
     """What is known for one signature: how to run it, or why the original runs."""
 
-    run: Callable[[Sequence[Any], Mapping[str, Any]], Any] | None
+    run: _Run | None
     plan: Plan | None
     why: str = ""
 
@@ -98,7 +99,7 @@ class _Direct:
 
     check: Callable[..., bool]
     count: int
-    run: Callable[[Sequence[Any], Mapping[str, Any]], Any]
+    run: _Run
 
 
 @final
@@ -164,13 +165,17 @@ class _Dispatcher:
                 else:
                     entry = self._plan(key, args, kwargs)
                 self.entries[key] = entry
-                check = None if entry.run is None or kwargs else tensor_check(args)
-                if check is not None and entry.run is not None:
-                    direct = _Direct(check, len(args), entry.run)
-                    self.direct = (direct, *self.direct[: _DIRECT - 1])
+                if entry.run is not None and not kwargs:
+                    self._add_direct(args, entry.run)
             return entry
         finally:
             self.lock.release()
+
+    def _add_direct(self, args: tuple[Any, ...], run: _Run) -> None:
+        """Let calls like this one be found by one check; it does not see the gradient mode."""
+        check = tensor_check(args)
+        if check is not None and not any(a.requires_grad for a in args):
+            self.direct = (_Direct(check, len(args), run), *self.direct[: _DIRECT - 1])
 
     # -- making a plan -------------------------------------------------------------------------
 
@@ -235,38 +240,32 @@ def _gather(binding: Binding, leaves: Sequence[Any]) -> list[torch.Tensor]:
     return [*(leaves[i] for i in binding.leaves), *rest]
 
 
-def _runner(
-    original: Function, planned: Planned, binding: Binding, *, flat: bool
-) -> Callable[[Sequence[Any], Mapping[str, Any]], Any]:
+def _runner(original: Function, planned: Planned, binding: Binding, *, flat: bool) -> _Run:
     """Return what runs a plan on a call's arguments; it is on the path of every call."""
     assert planned.program is not None
     program = planned.program.run
     single = '"spec": null' in binding.structure
     build = builder(binding.structure)
     positions = binding.leaves
-    rest = binding.rest
-    if (
-        flat
-        and single
-        and not rest
-        and not binding.writes
-        and positions == tuple(range(len(positions)))
-    ):
-        count = len(positions)
+    count = len(positions)
+    leading = flat and positions == tuple(range(count))
+    if leading and single and not binding.rest and not binding.writes:
 
         def run_plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             return program(*args[:count])[0]
 
         return run_plain
+    fetch = binding.fetcher()
 
     def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         leaves = args if flat else flatten(args, kwargs)
-        parameters = binding.parameters()
+        parameters = fetch()
         if parameters is None or (torch.is_grad_enabled() and binding.needs_grad()):
             return original(*args, **kwargs)
         if binding.writes and _share_memory(leaves):
             return original(*args, **kwargs)
-        results = program(*(leaves[i] for i in positions), *parameters)
+        inputs = leaves[:count] if leading else [leaves[i] for i in positions]
+        results = program(*inputs, *parameters)
         return results[0] if single else build(results)
 
     return run

@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -140,7 +141,10 @@ def _program(
 
 def _exported(path: Path) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
     try:
-        exported = torch.export.load(path)
+        with warnings.catch_warnings():
+            # some versions of torch warn about buffers of their own
+            warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+            exported = torch.export.load(path)
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
     except Exception as error:  # torch raises whatever its readers meet in a foreign file

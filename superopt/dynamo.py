@@ -92,11 +92,12 @@ def _serve(
     positions = binding.leaves
     original = graph_module.forward
     build = builder(binding.structure)
+    fetch = binding.fetcher()
 
     def call(*args: Any) -> Any:
         if signature(args) != key:
             return original(*args)
-        rest = binding.parameters()
+        rest = fetch()
         if rest is None or (torch.is_grad_enabled() and binding.needs_grad()):
             return original(*args)
         return build(program(*(args[i] for i in positions), *rest))

@@ -21,7 +21,7 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make, rebuild, topological
 from superopt.ir.ops import leaf, library, structural
 from superopt.ir.ops.registry import OpKind
-from superopt.ir.types import DType, TensorType
+from superopt.ir.types import DType, TensorType, contiguous_strides
 from superopt.memory import LARGE_BYTES, allocator
 from superopt.plan import OutputSpec, StoredTensor
 from superopt.verify.reference import DTYPES, IR_DTYPES, TORCH, TorchDomain
@@ -29,6 +29,16 @@ from superopt.verify.reference import DTYPES, IR_DTYPES, TORCH, TorchDomain
 VIEWS: Final = (structural.RESHAPE, structural.PERMUTE, structural.SLICE, structural.BROADCAST)
 _ALIGNMENT: Final = 64
 _FOLD_LIMIT_BYTES: Final = 64 << 20
+_Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]
+
+
+def _allocator() -> _Empty:
+    """Return torch's short way to fresh memory (0.8 us, 2.0 by `empty_strided`), where it has one."""
+    found: _Empty | None = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
+    return found or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
+
+
+_empty: Final = _allocator()
 _PLAIN_CALLS: Final = {"matmul": "torch.matmul"}
 
 
@@ -91,7 +101,7 @@ class _Writer:
         self.outputs = outputs
         self.writes = writes
         self.lines: list[str] = []
-        self.values: dict[str, Any] = {"torch": torch, "empty": torch.empty}
+        self.values: dict[str, Any] = {"torch": torch, "empty": _empty}
         self.names: dict[Node, str] = {}
         self.places: dict[Node, _Place] = {}
         self.addresses: dict[Node, str] = {}
@@ -259,7 +269,8 @@ class _Writer:
             return
         dtype = f"dtype_{node.tensor.dtype.value}"
         self.values[dtype] = DTYPES[node.tensor.dtype]
-        self._result(node, f"empty({node.shape}, dtype={dtype})", dense=True)
+        shape, strides = node.shape, contiguous_strides(node.shape)
+        self._result(node, f"empty({shape}, {strides}, {dtype})", dense=True)
 
     def _scratch(self, size_bytes: int) -> str:
         offset = self.workspace

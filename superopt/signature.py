@@ -40,10 +40,11 @@ def altered() -> bool:
 def tensor_check(args: Sequence[Any]) -> Callable[..., bool] | None:
     """Return a fast check that tensors are as `args` are: type, shape, strides, dispatch keys, state.
 
-    It sees everything that `signature` looks at but function modes and tracing, in one call.
+    It sees everything that `signature` looks at but function modes, tracing and, of tensors that require
+    gradients, whether these are on: all in one call.
     None where this version of PyTorch has no such check, or an argument is no tensor.
     """
-    if not args or any(type(a) is not _Tensor for a in args):
+    if not args or any(type(a) not in (_Tensor, _Parameter) for a in args):
         return None
     try:
         from torch._C._dynamo.guards import TensorGuards

@@ -18,6 +18,7 @@ from superopt.frontend import Lifted
 from superopt.pipeline import Request
 from superopt.plan import OutputSpec, Plan
 from superopt.runtime import load_tensor
+from superopt.signature import tensor_check
 
 Function = Callable[..., Any]
 Modules = Sequence[torch.nn.Module]
@@ -69,6 +70,22 @@ class Binding:
                 return None
             found.append(tensor)
         return found
+
+    def fetcher(self) -> Callable[[], list[torch.Tensor] | None]:
+        """Return what does as `parameters` on every call, checking all types at once."""
+        found = self.parameters()
+        check = None if found is None else tensor_check(found)
+        if check is None:
+            return self.parameters
+        sources = [
+            (s.table.get, s.name) if isinstance(s, Fetch) else ({"": s}.get, "") for s in self.rest
+        ]
+
+        def fetch() -> list[torch.Tensor] | None:
+            now: list[Any] = [get(name) for get, name in sources]
+            return now if check(*now) else self.parameters()
+
+        return fetch
 
     def needs_grad(self) -> bool:
         """Say whether a parameter takes part in autograd."""

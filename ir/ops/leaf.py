@@ -1,6 +1,5 @@
 """Leaves: graph inputs, constants and index sequences; and projection of tuple results."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -28,9 +27,7 @@ class ConstantAttrs:
 
     def __post_init__(self) -> None:
         if self.dtype.is_float:
-            # one NaN object: NaN equals only itself, and equal constants are one node
-            value = float(self.value)
-            object.__setattr__(self, "value", math.nan if math.isnan(value) else value)
+            object.__setattr__(self, "value", float(self.value))
         elif self.dtype is DType.BOOL:
             object.__setattr__(self, "value", bool(self.value))
         else:

@@ -1,6 +1,9 @@
 import copy
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +32,19 @@ def scaled_norm(x, w):
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w * FACTOR
 
 
+SECOND_PROCESS = """
+import sys
+import torch
+from superopt import optimize
+from tests.superopt.test_api import scaled_norm
+fast = optimize(scaled_norm, budget_s=3, cache=sys.argv[1])
+with torch.no_grad():
+    fast(torch.randn(16, 256), torch.randn(256))
+loaded = [name in sys.modules for name in ("torch._dynamo", "sympy")]
+print(fast.plans[0].program is not None, *loaded)
+"""
+
+
 def record(optimized) -> list[Event]:
     events: list[Event] = []
     optimized._superopt.on_event = events.append
@@ -48,12 +64,17 @@ def test_a_function_comes_back_faster_proven_and_reported(folder, tmp_path):
     assert report.proposed >= report.plans[0].proven == 1
     assert "random prime fields" in str(report)
     assert fast.plans[0].certificate["bound"] <= 2**-60
-    # another process, or another copy of the function, finds the plan without a search
+    # another copy of the function finds the plan without a search
     again = superopt.optimize(scaled_norm, budget_s=3, cache=tmp_path)
     events = record(again)
     torch.testing.assert_close(again(x, w), scaled_norm(x, w))
     assert planned(again) == [True]
     assert not [e for e in events if e.kind == "start"]
+    # and so does another process, without loading what only lifting needs
+    command = [sys.executable, "-c", SECOND_PROCESS, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout == "True False False\n", done.stderr
 
 
 def test_a_plan_per_signature_and_layout(folder):
@@ -78,6 +99,16 @@ def test_what_plans_do_not_serve_runs_as_it_was(folder):
     batched = torch.vmap(fast, in_dims=(0, None))(x, w)
     torch.testing.assert_close(batched, torch.vmap(scaled_norm, in_dims=(0, None))(x, w))
     assert len(fast.plans) == 1
+
+
+def test_a_plan_made_without_gradients_does_not_serve_a_call_that_needs_them(folder):
+    fast = superopt.optimize(scaled_norm, budget_s=1, cache=folder)
+    x, w = torch.randn(4, 64, requires_grad=True), torch.randn(64)
+    with torch.no_grad():
+        fast(x, w)
+    assert planned(fast) == [True]
+    fast(x, w).sum().backward()
+    assert x.grad is not None
 
 
 def test_a_changed_global_is_seen(folder, monkeypatch):

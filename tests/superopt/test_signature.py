@@ -113,3 +113,18 @@ def test_the_fast_check_agrees_with_the_key():
         assert not check(x, y)
     assert tensor_check((x, 3)) is None
     assert tensor_check(()) is None
+
+
+def test_the_fast_check_takes_parameters_and_does_not_see_the_gradient_mode():
+    weight = torch.nn.Parameter(torch.randn(3))
+    check = tensor_check((weight,))
+    if check is None:
+        pytest.skip("this version of PyTorch has no such check")
+    assert check(torch.nn.Parameter(torch.randn(3)))
+    with torch.no_grad():
+        assert check(weight)
+    assert not check(None)
+    assert not check(torch.randn(3))
+    assert not check(torch.nn.Parameter(torch.randn(3), requires_grad=False))
+    weight.data = torch.randn(4)
+    assert not check(weight)
