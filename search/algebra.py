@@ -30,10 +30,14 @@ from superopt.search.region import is_leaf
 @final
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A named rewrite of one node; `apply` returns the replacement or None where it does not fit."""
+    """A named rewrite of one node; `apply` returns the replacement or None where it does not fit.
+
+    An `exact` one gives the same floating-point numbers; the others round elsewhere.
+    """
 
     name: str
     apply: Callable[[Node], Node | None]
+    exact: bool = True
 
 
 def apply_rules(graph: Graph, rules: tuple[Rule, ...]) -> Graph:
@@ -43,6 +47,43 @@ def apply_rules(graph: Graph, rules: tuple[Rule, ...]) -> Graph:
         if outputs == graph.outputs:
             return graph
         graph = graph.with_outputs(outputs)
+
+
+def apply_accepted(graph: Graph, rules: tuple[Rule, ...], accept: Callable[[Graph], bool]) -> Graph:
+    """Rewrite bottom-up one node at a time, without the steps whose result `accept` refuses.
+
+    It is asked after steps that are not exact.
+    """
+    refused: set[tuple[Node, str]] = set()
+    while True:
+        step = _next_step(graph, rules, refused)
+        if step is None:
+            return graph
+        node, rule, replaced = step
+        changed = _with_node(graph, node, replaced)
+        if rule.exact or accept(changed):
+            graph = changed
+        else:
+            refused.add((node, rule.name))
+
+
+def _with_node(graph: Graph, old: Node, new: Node) -> Graph:
+    outputs = rewrite(
+        graph.outputs, lambda node, inputs: new if node is old else rebuild(node, inputs)
+    )
+    return graph.with_outputs(outputs)
+
+
+def _next_step(
+    graph: Graph, rules: tuple[Rule, ...], refused: set[tuple[Node, str]]
+) -> tuple[Node, Rule, Node] | None:
+    for node in graph.nodes():
+        for rule in rules:
+            if (node, rule.name) not in refused:
+                replaced = rule.apply(node)
+                if replaced is not None:
+                    return node, rule, replaced
+    return None
 
 
 def _step(node: Node, rules: tuple[Rule, ...]) -> Node:
@@ -271,8 +312,10 @@ def _kept_dims(view: Node) -> list[int | None] | None:
     return [None if d == 1 else next(queue) for d in after]
 
 
-SCALE_OUT_OF_CONTRACTION: Final = Rule("scale-out-of-contraction", _scale_out_of_contraction)
-SCALE_OUT_OF_SUM: Final = Rule("scale-out-of-sum", _scale_out_of_sum)
+SCALE_OUT_OF_CONTRACTION: Final = Rule(
+    "scale-out-of-contraction", _scale_out_of_contraction, exact=False
+)
+SCALE_OUT_OF_SUM: Final = Rule("scale-out-of-sum", _scale_out_of_sum, exact=False)
 GATHER_TO_SELECT: Final = Rule("gather-to-select", _gather_to_select)
 GATHER_BELOW_ELEMENTWISE: Final = Rule("gather-below-elementwise", _gather_below_elementwise)
 VIEW_BELOW_LEAF: Final = Rule("view-below-leaf", _view_below_leaf)

@@ -23,7 +23,7 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import Node, rebuild, rewrite
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
-from superopt.search.algebra import FUSION_RULES, apply_rules
+from superopt.search.algebra import FUSION_RULES, apply_accepted, apply_rules
 from superopt.search.cost import Machine, library_cost
 from superopt.search.emit import block_graph, place
 from superopt.search.errors import NotFusible
@@ -33,6 +33,8 @@ from superopt.search.region import Region, extract, make_region, substitute
 from superopt.search.schedule import Schedule, derive
 from superopt.search.tiling import best_tiles, choices
 from superopt.verify.equivalence import Verdict, verify_field
+from superopt.verify.floating import FloatTest
+from superopt.verify.reference import run_reference
 
 _CLEAR: Final = 0.7
 """A kernel this much faster than its products alone would be in a library needs no comparison."""
@@ -107,6 +109,7 @@ class Driver:
     measurer: Measurer
     budget_s: float
     seed: int
+    floats: FloatTest
     on_event: Callable[[Event], None] = lambda event: None
     accept: Callable[[Graph], str] = lambda graph: ""
     statistics: Statistics = field(default_factory=Statistics)
@@ -179,11 +182,27 @@ class Driver:
 
     def _variants(self) -> list[Graph]:
         """Algebraic variants, most promising first; duplicates dropped."""
-        plain = apply_rules(expand(self.original), FUSION_RULES)
-        found = [plain]
+        found = [self._moved(expand(self.original))]
         if any(n.op is ATTENTION for n in self.original.nodes()):
-            found.append(apply_rules(_expand_but(self.original), FUSION_RULES))
+            found.append(self._moved(_expand_but(self.original)))
         return list({g.digest(): g for g in found}.values())
+
+    def _moved(self, plain: Graph) -> Graph:
+        """Apply the algebraic moves, all of them or those that cost no accuracy.
+
+        A scale that leaves two products in turn may leave a square of large numbers behind: equal,
+        and beyond the range of floats.
+        """
+        moved = apply_rules(plain, FUSION_RULES)
+        if moved.digest() == plain.digest() or self._accurate(moved):
+            return moved
+        return apply_accepted(plain, FUSION_RULES, self._accurate)
+
+    def _accurate(self, variant: Graph) -> bool:
+        verdict = self.floats.check(lambda tensors: run_reference(variant, tensors))
+        if not verdict.accurate:
+            self._tell("inaccurate", f"a variant would be inaccurate: {verdict.reason}")
+        return verdict.accurate
 
     def _assemble(self, variant: Graph, deadline: float) -> Graph | None:
         """Choose a kernel or the library for every part of a variant."""
@@ -303,12 +322,15 @@ def search(
     seed: int = 0,
     on_event: Callable[[Event], None] = lambda event: None,
     accept: Callable[[Graph], str] = lambda graph: "",
+    floats: FloatTest | None = None,
 ) -> SearchResult:
     """Search for a faster program equal to `graph` for at most about `budget_s` seconds.
 
-    `accept` is asked about a program that is proven: it says why not to use it, or nothing.
+    `accept` is asked about a program that is proven: it says why not to use it, or nothing. `floats`
+    is the original's floating-point test, where the caller has one.
     """
-    return Driver(graph, machine, measurer, budget_s, seed, on_event, accept).run()
+    floats = floats or FloatTest(graph, seed=seed)
+    return Driver(graph, machine, measurer, budget_s, seed, floats, on_event, accept).run()
 
 
 def _expand_but(graph: Graph) -> Graph:

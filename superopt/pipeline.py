@@ -36,7 +36,7 @@ from superopt.runtime import Program, build_program, store_tensor, with_layouts
 from superopt.search.driver import Event, SearchResult, search
 from superopt.verify.certificate import certify
 from superopt.verify.equivalence import Verdict, verify_field
-from superopt.verify.floating import FloatVerdict, verify_float
+from superopt.verify.floating import FloatTest, FloatVerdict
 from superopt.verify.opaque import operator
 
 logger = logging.getLogger("superopt")
@@ -231,6 +231,7 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
     started = time.monotonic()
     graph = request.graph
     clock = Clock(backend, dict(zip(graph.inputs, request.tensors, strict=True)), options.seed)
+    floats = FloatTest(graph, seed=options.seed)
     on_event(Event("start", f"searching for {options.budget_s:.0f} s at most", {}))
     floating: dict[Graph, FloatVerdict] = {}
 
@@ -239,9 +240,7 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
         _tune(program, clock, started + options.budget_s, on_event)
         clock.ensure(program)
         plain = clock.program(program)
-        floating[program] = verify_float(
-            graph, lambda tensors: list(plain.run(*tensors)), seed=options.seed
-        )
+        floating[program] = floats.check(lambda tensors: list(plain.run(*tensors)))
         reason = floating[program].reason
         return f"rejected by the floating-point test: {reason}" if reason else ""
 
@@ -254,6 +253,7 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
             seed=options.seed,
             on_event=on_event,
             accept=accept,
+            floats=floats,
         )
         report = _facts(found, clock)
         if clock.refused and not clock.compiled:
@@ -289,6 +289,7 @@ def _finish(
     found: Graph,
     evidence: tuple[Verdict, FloatVerdict],
     clock: Clock,
+    floats: FloatTest,
     report: dict[str, Any],
     on_event: OnEvent,
 ) -> Planned:

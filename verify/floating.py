@@ -134,26 +134,62 @@ def _floats(
     return x
 
 
-def verify_float(original: Graph, run_candidate: RunCandidate, *, seed: int) -> FloatVerdict:
-    """Compare the candidate's error with the original's own on every distribution."""
-    started = time.perf_counter()
-    errors: list[FloatError] = []
-    for distribution in DISTRIBUTIONS:
-        inputs = draw_inputs(original, distribution, seed)
-        exact = run_reference(original, inputs, dtype_override=torch.float64)
-        moved = _run_rounded(original, inputs, seed)
-        own = run_reference(original, inputs)
-        found = list(run_candidate([_copy(i) for i in inputs]))
-        reason = _shape_mismatch(own, found)
-        if not reason:
-            pair, reason = _worst(exact, moved, own, found)
-            errors.append(FloatError(distribution, *pair))
-        if reason:
-            seconds = time.perf_counter() - started
-            return FloatVerdict(
-                False, f"{distribution} inputs: {reason}", seed, tuple(errors), seconds
+@final
+class FloatTest:
+    """The test of one original for several candidates: what does not depend on these is kept."""
+
+    def __init__(self, original: Graph, *, seed: int) -> None:
+        self.original = original
+        self.seed = seed
+        self._references: dict[str, _Reference] = {}
+        self._order = list(DISTRIBUTIONS)
+
+    def check(self, run_candidate: RunCandidate) -> FloatVerdict:
+        """Compare the candidate's error with the original's own on every distribution."""
+        started = time.perf_counter()
+        errors: dict[str, FloatError] = {}
+        reason = ""
+        for distribution in list(self._order):
+            inputs = draw_inputs(self.original, distribution, self.seed)
+            reference = self._reference(distribution, inputs)
+            found = list(run_candidate([_copy(i) for i in inputs]))
+            reason = _shape_mismatch(reference.own, found)
+            if not reason:
+                pair, reason = _worst(reference, found)
+                errors[distribution] = FloatError(distribution, *pair)
+            if reason:
+                # the next candidate is likely to fail in the same way: see that first
+                self._order.remove(distribution)
+                self._order.insert(0, distribution)
+                reason = f"{distribution} inputs: {reason}"
+                break
+        found_errors = tuple(errors[d] for d in DISTRIBUTIONS if d in errors)
+        seconds = time.perf_counter() - started
+        return FloatVerdict(not reason, reason, self.seed, found_errors, seconds)
+
+    def _reference(self, distribution: str, inputs: list[torch.Tensor]) -> "_Reference":
+        if distribution not in self._references:
+            self._references[distribution] = _Reference(
+                run_reference(self.original, inputs, dtype_override=torch.float64),
+                _run_rounded(self.original, inputs, self.seed),
+                run_reference(self.original, inputs),
             )
-    return FloatVerdict(True, "", seed, tuple(errors), time.perf_counter() - started)
+        return self._references[distribution]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What the original gives: in float64, there with rounding errors, and at its own precision."""
+
+    exact: list[torch.Tensor]
+    moved: list[torch.Tensor]
+    own: list[torch.Tensor]
+
+
+def verify_float(original: Graph, run_candidate: RunCandidate, *, seed: int) -> FloatVerdict:
+    """Compare one candidate's error with the original's own on every distribution."""
+    return FloatTest(original, seed=seed).check(run_candidate)
 
 
 @final
@@ -222,14 +258,10 @@ def _shape_mismatch(own: list[torch.Tensor], found: list[torch.Tensor]) -> str:
     return ""
 
 
-def _worst(
-    exact: list[torch.Tensor],
-    moved: list[torch.Tensor],
-    own: list[torch.Tensor],
-    found: list[torch.Tensor],
-) -> tuple[tuple[float, float], str]:
+def _worst(reference: _Reference, found: list[torch.Tensor]) -> tuple[tuple[float, float], str]:
     worst_own = worst_found = 0.0
-    for index, (e, m, o, f) in enumerate(zip(exact, moved, own, found, strict=True)):
+    rows = zip(reference.exact, reference.moved, reference.own, found, strict=True)
+    for index, (e, m, o, f) in enumerate(rows):
         if not o.is_floating_point():
             if not torch.equal(o, f):
                 return (worst_own, float("inf")), f"output {index} differs"
@@ -242,10 +274,7 @@ def _worst(
 
 
 def _output_errors(
-    exact: torch.Tensor,
-    moved: torch.Tensor,
-    own: torch.Tensor,
-    found: torch.Tensor,
+    exact: torch.Tensor, moved: torch.Tensor, own: torch.Tensor, found: torch.Tensor
 ) -> tuple[float, float, str]:
     """Return the errors relative to the output's scale, and what is wrong, row by row."""
     if exact.numel() == 0:
@@ -259,26 +288,43 @@ def _output_errors(
     if bool(wrong.any()):
         return 0.0, float("inf"), "is infinite where it should be a number"
     zero = torch.zeros((), dtype=torch.float64)
+    scale = torch.where(finite, e.abs(), zero).amax(-1)
+    unit = torch.finfo(own.dtype).eps
+    smallest = torch.finfo(own.dtype).tiny
     own_row = torch.where(finite, (o - e).abs(), zero).amax(-1)
     found_row = torch.where(finite, (f - e).abs(), zero).amax(-1)
-    scale_row = torch.where(finite, e.abs(), zero).amax(-1)
-    scale = float(scale_row.max())
-    if scale == 0.0:
-        scale = 1.0
-    own_worst, found_worst = float(own_row.max()), float(found_row.max())
-    # a row may borrow from the typical error of all rows, in proportion to its scale
-    borrowed = own_worst * (scale_row / scale)
-    unit = torch.finfo(own.dtype).eps
-    steady = finite & torch.isfinite(m)
-    sensitive = torch.where(steady, (m - e).abs(), zero).amax(-1)
-    allowed = ERROR_MULTIPLE * (own_row + borrowed + sensitive) + SLACK_ULPS * unit * scale_row
-    smallest = torch.finfo(own.dtype).tiny
-    excess = found_row > allowed + smallest
+    moved_row = torch.where(finite & torch.isfinite(m), (m - e).abs(), zero).amax(-1)
+    slack = SLACK_ULPS * unit * scale + smallest
+    expected = own_row + moved_row
     reason = ""
-    if bool(excess.any()):
+    excess = found_row > ERROR_MULTIPLE * expected + slack
+    if bool(excess.any()) and not _dominated(found_row, expected, scale, slack, excess):
         row = int(torch.nonzero(excess)[0])
         reason = (
-            f"errs by {float(found_row[row]):.3g} in row {row}, "
+            f"errs by {float(found_row[row]):.3g} in row {row} of scale {float(scale[row]):.3g}, "
             f"the original by {float(own_row[row]):.3g}"
         )
-    return own_worst / scale, found_worst / scale, reason
+    whole = float(scale.max()) or 1.0
+    return float(own_row.max()) / whole, float(found_row.max()) / whole, reason
+
+
+def _dominated(
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    scale: torch.Tensor,
+    slack: torch.Tensor,
+    excess: torch.Tensor,
+) -> bool:
+    """Say whether no more rows err much than the original has, though it may be other ones.
+
+    Where a program is ill-conditioned in a few rows (a softmax between two nearly equal large
+    scores), chance decides in which of them an error shows. The errors relative to the rows' scales are
+    ranked: the candidate's k-th largest may be a multiple of the (k/2)-th largest expected one.
+    """
+    size = torch.where(scale > 0, scale, torch.ones_like(scale))
+    expected_sizes = (expected / size).sort(descending=True).values
+    order = (found / size).argsort(descending=True)
+    half = expected_sizes[torch.arange(len(found)) // 2]
+    allowed = torch.empty_like(found)
+    allowed[order] = ERROR_MULTIPLE * half * size[order]
+    return not bool((found > allowed + slack)[excess].any())

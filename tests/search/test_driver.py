@@ -9,12 +9,13 @@ from superopt.ir import build as b
 from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node
-from superopt.ir.ops import contraction, library
+from superopt.ir.ops import contraction, elementwise, library
 from superopt.search import driver
 from superopt.search.algebra import Rule
 from superopt.search.cost import Machine
-from superopt.search.driver import Event, search
+from superopt.search.driver import Driver, Event, search
 from superopt.verify.equivalence import verify_field
+from superopt.verify.floating import FloatTest
 from tests.search.programs import PROGRAMS
 from tests.verify.llama import llama
 
@@ -82,6 +83,17 @@ def test_a_candidate_without_a_meaning_is_rejected(monkeypatch: pytest.MonkeyPat
     result = run(PROGRAMS["norm_linear"], Predicted())
     assert result.statistics.rejected > 0
     assert result.verdict is None
+
+
+def test_moves_that_cost_accuracy_are_left_out() -> None:
+    # (x / r) (x / r)^T => x x^T / r r^T overflows where x / r does not; x / r @ w => (x @ w) / r is fine
+    x, w = b.input_("x", (8, 1024)), b.input_("w", (1024, 4))
+    unit = b.div(x, b.sqrt(b.mean(b.mul(x, x), -1)))
+    graph = b.kernel_graph("g", [x, w], [b.matmul(unit, b.transpose(unit)), b.matmul(unit, w)])
+    found = Driver(graph, Machine(), Predicted(), 1.0, 0, FloatTest(graph, seed=0))._variants()
+    square, projected = found[0].outputs
+    assert square.op is contraction.MATMUL
+    assert projected.op is elementwise.DIV
 
 
 def test_events_tell_what_happens() -> None:
