@@ -289,7 +289,6 @@ def _finish(
     found: Graph,
     evidence: tuple[Verdict, FloatVerdict],
     clock: Clock,
-    floats: FloatTest,
     report: dict[str, Any],
     on_event: OnEvent,
 ) -> Planned:
