@@ -165,9 +165,9 @@ class _Emitter:
                 if self.schedule.passes.number[current] == number:
                     return True
                 continue
-            if self.schedule.loop in self.schedule.space.reduced_by(current):
+            if current in self.inputs or current in self.schedule.passes.varies:
                 continue
-            if current not in self.inputs and current not in self.schedule.passes.varies:
+            if self.schedule.loop not in self.schedule.space.reduced_by(current):
                 stack += current.inputs
         return False
 

@@ -158,3 +158,17 @@ def test_every_output_index_may_be_split() -> None:
     schedule = derive(region)[0]
     assert [schedule.space.extent(a) for a in schedule.grid] == [9, 30]
     assert set(schedule.roles.values()) <= set(Role)
+
+
+def test_a_reduction_of_another_kernel_is_an_input_like_any_other() -> None:
+    x = b.input_("x", (8, 64))
+    shift = b.reduce_max(b.mul(x, 2.0), -1)
+    weight = b.exp(b.sub(x, shift))
+    graph = b.kernel_graph("g", [x], [b.div(weight, b.reduce_sum(weight, -1))])
+    rest = [n for n in graph.nodes() if is_compute(n) and n not in topological([shift])]
+    region = make_region(graph, rest)
+    assert shift in region.inputs
+    looped = [s for s in derive(region) if s.loop is not None]
+    assert looped
+    for schedule in looped:
+        assert block_graph(schedule, dict.fromkeys(schedule.roles, 4), "g").loops
