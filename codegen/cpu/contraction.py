@@ -22,6 +22,8 @@ _STREAM_ROWS = 32
 _LONG_DOT = 512
 _SHORT_DOT = 64
 _FEW_ROWS = 4
+_PANEL_DEPTH = 512
+_MOST_LANES = 16
 
 
 @final
@@ -135,7 +137,7 @@ class Product:
         elif b.row == 1 and self._runs_along(a, m, k):
             self._dot(a, b, c, m, n, k)
         else:
-            self._broadcast(a, self._pack(b, k, n), c, m, n, k)
+            self._packed(a, b, c, m, n, k)
 
     def _runs_along(self, a: _Matrix, m: Extent, k: Extent) -> bool:
         if a.column != 1 and k.full != 1:
@@ -145,7 +147,7 @@ class Product:
             return wanted == "dot"
         if m.full <= _FEW_ROWS:
             return k.full >= _SHORT_DOT
-        return k.full >= _LONG_DOT
+        return m.full <= _STREAM_ROWS and k.full >= _LONG_DOT
 
     def _plain(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent) -> None:
         flag = "true" if self.accumulate else "false"
@@ -174,14 +176,32 @@ class Product:
         shared = m.full > _FEW_ROWS and abs(a.row) * 4 % _SHARED_SETS_BYTES == 0 and a.row != 0
         return a.element != "float" or (shared and not a.in_scratch)
 
+    def _packed(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent) -> None:
+        config = self.context.config
+        a = self._prepared(a, m, n, k)
+        rows, vectors = self._register_tile(m, n)
+        depth = min(k.full, _PANEL_DEPTH)
+        panel = self.context.allocate(
+            (depth, config.vectors * _MOST_LANES), DType.F32, "panel", dense=True
+        )
+        self.context.write(
+            f"gemm_packed<{rows}, {vectors}, {_flag(self.accumulate)}, {m.static}, {depth}>"
+            f"({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {a.column}L, {b.text}, "
+            f"{b.column}L, {b.row}L, {panel.pointer}, {c.text}, {c.row}L);"
+        )
+
+    def _register_tile(self, m: Extent, n: Extent) -> tuple[int, str]:
+        """Return rows and vectors: as even a division of the rows as the configuration allows."""
+        config = self.context.config
+        parts = -(-m.full // config.rows)
+        return -(-m.full // parts), f"(int)min_of({config.vectors}, ({n.full} + VL - 1) / VL)"
+
     def _broadcast(
         self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent
     ) -> None:
         config = self.context.config
         a = self._prepared(a, m, n, k)
-        parts = -(-m.full // config.rows)
-        rows = -(-m.full // parts)
-        vectors = f"(int)min_of({config.vectors}, ({n.full} + VL - 1) / VL)"
+        rows, vectors = self._register_tile(m, n)
         head = f"{rows}, {vectors}, {_flag(self.accumulate)}, {m.static}, {n.static}"
         tail = (
             f"({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {a.column}L, {b.text}, "

@@ -111,6 +111,31 @@ def test_dot_any_extent(folder, width, element):
         assert (c[:, n:] == CANARY).all()
 
 
+@pytest.mark.parametrize("width", [64, 16])
+@pytest.mark.parametrize("element", TYPES)
+def test_packed_any_extent(folder, width, element):
+    kernel = build(
+        f"auto a = (const {element}*)va; auto b = (const {element}*)vb;\n"
+        "static float panel[48 * 2 * VL];\n"
+        "if (e[3]) gemm_packed<4, 2, true, -1, 48>(m, n, k, a, k, 1, b, k, 1, panel, c, e[4]);\n"
+        "else gemm_packed<4, 2, false, -1, 48>(m, n, k, a, k, 1, b, k, 1, panel, c, e[4]);",
+        folder,
+        width,
+    )
+    rng = np.random.default_rng(11)
+    for m, n, k in [*EXTENTS, (37, 70, 131)]:
+        a = rng.standard_normal((m, k)).astype(TYPES[element])
+        b = rng.standard_normal((n, k)).astype(TYPES[element])
+        c = np.full((m + 1, n + 3), CANARY)
+        call(kernel, a, b, c, [m, n, k, 0, n + 3])
+        close(c[:m, :n], a, b.T)
+        before = c[:m, :n].copy()
+        call(kernel, a, b, c, [m, n, k, 1, n + 3])
+        np.testing.assert_allclose(c[:m, :n], 2 * before, rtol=1e-5, atol=1e-5)
+        assert (c[m:] == CANARY).all()
+        assert (c[:, n:] == CANARY).all()
+
+
 @pytest.mark.parametrize("width", [64, 32, 16])
 @pytest.mark.parametrize("element", TYPES)
 def test_pack_any_strides(folder, width, element):
