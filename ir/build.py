@@ -11,7 +11,7 @@ broadcasting does; element types must agree already (`cast`).
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 from superopt.ir.errors import GraphError
 from superopt.ir.graph import Axis, Bound, Graph, Level
@@ -169,7 +169,7 @@ def arg_reduce(op: Op, x: Node, axis: int) -> Node:
     return make(op, (x,), contraction.AxisAttrs(_axes(x, axis)[0]))
 
 
-def scan(x: Node, axis: int, kind: Literal["sum", "prod", "max", "min"]) -> Node:
+def scan(x: Node, axis: int, kind: contraction.ScanKind) -> Node:
     """Inclusive scan along `axis`."""
     return make(contraction.SCAN, (x,), contraction.ScanAttrs(_axes(x, axis)[0], kind))
 

@@ -13,6 +13,7 @@ checked too. What is legal at block level:
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import final
@@ -300,6 +301,7 @@ def _ragged_use(node: Node, sources: dict[Node, tuple[DimSource | None, ...]]) -
     else:
         cut = {node.attrs.axis} if op is contraction.SCAN else set()
     closes = is_accumulator(node) or op is tile.PREFIX_MAX
+    moved = Counter(sources[node]) if op in (structural.RESHAPE, structural.PERMUTE) else None
     for number, operand in enumerate(node.inputs):
         for i, s in enumerate(sources[operand]):
             axis = i - len(operand.shape)
@@ -314,5 +316,9 @@ def _ragged_use(node: Node, sources: dict[Node, tuple[DimSource | None, ...]]) -
             elif closes and any(a == node.attrs.loop for a, _ in s.map.axes):
                 if op is tile.ACCUM_LAST:
                     yield node, f"axis {axis} is ragged over the loop: its last value is outside"
-            elif axis not in cut and s not in sources[node]:
+            elif moved is not None:
+                moved[s] -= 1
+                if moved[s] < 0:
+                    yield node, f"{op.name} loses the ragged dim at axis {axis}"
+            elif axis not in cut and sources[node][axis] != s:
                 yield node, f"{op.name} loses the ragged dim at axis {axis} of operand {number}"

@@ -6,15 +6,17 @@ search and verification expand them. Definitions follow torch.nn.functional.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 from superopt.ir import build as b
 from superopt.ir.errors import GraphError
 from superopt.ir.node import Node
 from superopt.ir.ops.contraction import AxisAttrs
-from superopt.ir.ops.registry import Op, OpKind, declare
+from superopt.ir.ops.registry import Op, OpKind, TypeRule, declare
 from superopt.ir.ops.shapes import broadcast_shapes, check_axis, same_dtype, tensor
 from superopt.ir.types import DType, TensorType, Type
+
+Approximation = Literal["none", "tanh"]
 
 
 @final
@@ -22,7 +24,7 @@ from superopt.ir.types import DType, TensorType, Type
 class GeluAttrs:
     """Which approximation of GELU (torch.nn.functional.gelu)."""
 
-    approximate: Literal["none", "tanh"]
+    approximate: Approximation
 
 
 @final
@@ -56,14 +58,33 @@ def _along_axis(types: tuple[Type, ...], attrs: AxisAttrs) -> Type:
     return result
 
 
-def _norm(types: tuple[Type, ...], attrs: NormAttrs) -> Type:
-    result = tensor(_same(types, attrs))
-    for axis in attrs.axes:
-        check_axis(axis, result.rank)
-    return result
+def _gelu_type(types: tuple[Type, ...], attrs: GeluAttrs) -> Type:
+    if attrs.approximate not in get_args(Approximation):
+        raise GraphError(f"approximate is one of {get_args(Approximation)}")
+    return _same(types, attrs)
+
+
+def _norm(most: int) -> TypeRule:
+    """Return the rule of a norm of x with at most `most - 1` factors that broadcast to x."""
+
+    def rule(types: tuple[Type, ...], attrs: NormAttrs) -> Type:
+        if not 1 <= len(types) <= most:
+            raise GraphError(f"takes 1 to {most} operands, got {len(types)}")
+        result = tensor(_same(types, attrs))
+        for axis in attrs.axes:
+            check_axis(axis, result.rank)
+        for part in (tensor(t) for t in types[1:]):
+            shape = (1,) * (result.rank - part.rank) + part.shape
+            if broadcast_shapes([result.shape, shape]) != result.shape:
+                raise GraphError(f"{part} does not broadcast to {result}")
+        return result
+
+    return rule
 
 
 def _attention(types: tuple[Type, ...], attrs: AttentionAttrs) -> Type:
+    if not 3 <= len(types) <= 4:
+        raise GraphError(f"takes q, k, v and perhaps a mask, got {len(types)} operands")
     q, k, v, *mask = (tensor(t) for t in types)
     if not q.rank == k.rank == v.rank or q.rank < 3:
         raise GraphError("q, k and v need equal rank of at least 3")
@@ -194,12 +215,12 @@ LOGSUMEXP = _declare(
     "logsumexp", 1, AxisAttrs, _kept, "torch.logsumexp(axis, keepdim=True)", _logsumexp
 )
 SILU = _declare("silu", 1, None, _same, "torch.nn.functional.silu", _silu)
-GELU = _declare("gelu", 1, GeluAttrs, _same, "torch.nn.functional.gelu", _gelu)
+GELU = _declare("gelu", 1, GeluAttrs, _gelu_type, "torch.nn.functional.gelu", _gelu)
 LAYER_NORM = _declare(
     "layer_norm",
     None,
     NormAttrs,
-    _norm,
+    _norm(3),
     "layer_norm(x[, weight[, bias]]) over the axes",
     _in_float32(_layer_norm),
 )
@@ -207,7 +228,7 @@ RMS_NORM = _declare(
     "rms_norm",
     None,
     NormAttrs,
-    _norm,
+    _norm(2),
     "rms_norm(x[, weight]) over the axes",
     _in_float32(_rms_norm),
 )

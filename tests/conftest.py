@@ -1,6 +1,7 @@
-"""What every test shares: the derandomized Hypothesis profile, and skipping of GPU tests."""
+"""What every test shares: the Hypothesis profile, skipping of GPU tests, golden files."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,6 +15,27 @@ settings.register_profile(
 )
 # Local runs explore new examples; HYPOTHESIS_PROFILE=default asks for that. Anything else repeats.
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "write the golden files anew; read the diff before you commit it"
+    parser.addoption("--update-golden", action="store_true", help=what)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with the file of that name in `golden/` beside the test."""
+    folder = request.path.parent / "golden"
+
+    def compare(name: str, text: str) -> None:
+        path = folder / name
+        if request.config.getoption("--update-golden"):
+            folder.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file(), f"no {path}: pytest --update-golden writes it"
+        assert text == path.read_text(encoding="utf-8")
+
+    return compare
 
 
 def _missing_gpu() -> str | None:

@@ -1,6 +1,7 @@
 """Hypothesis strategies for random graphs: legal block graphs, and kernel graphs over every op.
 
-A graph grows by one value at a time. A step proposes an op on what is there; a block graph keeps
+Hypothesis draws a seed and a number of steps, and so shrinks a failure to few steps; the rest comes
+from that seed, for graphs richer than its own choices give. A graph grows by one value at a time. A step proposes an op on what is there; a block graph keeps
 the value when the graph that stores it passes the graph checker, so what is drawn is what the
 checker calls legal. Sizes are a few elements, values small whole numbers: sums and products of
 them are exact, and a wrong mask changes the result by a lot.
@@ -8,6 +9,7 @@ them are exact, and a wrong mask changes the result by a lot.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,14 @@ from hypothesis import assume, note
 from hypothesis import strategies as st
 
 from superopt.ir import build as b
+from superopt.ir import composite
 from superopt.ir.check import check_graph
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make, topological
-from superopt.ir.ops import contraction, elementwise, leaf, tile
+from superopt.ir.ops import contraction, elementwise, leaf, library, tile
+from superopt.ir.ops.registry import OpKind, all_ops
 from superopt.ir.tiles import dim_sources, varying_axes
-from superopt.ir.types import DType
+from superopt.ir.types import DType, TensorType, TupleType
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -74,16 +78,17 @@ def arrays_for(graph: Graph, seed: int, *, infinite: bool = False) -> list[Any]:
 
 def is_exact(node: Node) -> bool:
     """Say whether a value is free of rounding, so that comparisons of it do not hang by a hair."""
-    return not any(n.op in _ROUNDED for n in topological([node]))
+    found = list(topological([node]))
+    return not any(n.op in _ROUNDED or n.op.kind is OpKind.COMPOSITE for n in found)
 
 
-def thread_body(draw: Draw, dtypes: Sequence[DType]) -> Graph:
+def thread_body(random: Random, dtypes: Sequence[DType]) -> Graph:
     """Return a thread graph that uses all of its scalar inputs."""
     scalars = [b.input_(f"s{i}", (), d) for i, d in enumerate(dtypes)]
     value = b.cast(scalars[0], DType.F64)
     for scalar in scalars[1:]:
-        value = b.elementwise_op(draw(st.sampled_from(BINARY)), value, b.cast(scalar, DType.F64))
-    if draw(st.booleans()):
+        value = b.elementwise_op(random.choice(BINARY), value, b.cast(scalar, DType.F64))
+    if random.choice((False, True)):
         value = b.where(b.gt(value, 1.0), b.neg(value), b.add(value, 2.0))
     return b.thread_graph("body", scalars, [value])
 
@@ -104,18 +109,18 @@ class Grower:
     A proposal that does not apply raises `DoesNotApply`.
     """
 
-    draw: Draw
+    random: Random
     pool: list[Node] = field(default_factory=list)
 
     def pick(self, wanted: Callable[[Node], bool] = lambda n: True) -> Node:
-        """Draw a value, the newest ones first."""
+        """Return a value, one of the newest more often than not."""
         found = [n for n in self.pool if wanted(n)]
         need(found)
-        return self.draw(st.sampled_from(found[::-1]))
+        return self.random.choice(self.random.choice((found, found[-3:])))
 
     def axis(self, x: Node) -> int:
         need(x.shape)
-        return self.draw(st.integers(-len(x.shape), -1))
+        return self.random.randint(-len(x.shape), -1)
 
     def fitting(self, x: Node) -> Node:
         """Draw a value of the same type that broadcasts with `x`."""
@@ -132,44 +137,46 @@ class Grower:
 
     def unary(self) -> Node:
         x = self.pick(lambda n: n.tensor.dtype is not DType.BOOL)
-        if x.tensor.dtype.is_float and self.draw(st.booleans()):
-            op = self.draw(st.sampled_from(FLOAT_UNARY))
+        if x.tensor.dtype.is_float and self.random.choice((False, True)):
+            op = self.random.choice(FLOAT_UNARY)
             return make(op, [b.minimum(x, 4.0) if op is elementwise.EXP else x])
-        op = self.draw(st.sampled_from(EXACT_UNARY))
+        op = self.random.choice(EXACT_UNARY)
         return make(op, [x if op is not elementwise.SIGN or is_exact(x) else b.neg(x)])
 
     def binary(self) -> Node:
         x = self.pick(lambda n: n.tensor.dtype is not DType.BOOL)
-        if self.draw(st.integers(0, 3)) == 0:
+        if self.random.randint(0, 3) == 0:
             return b.div(b.cast(x, DType.F64), 3.0)
-        return make(self.draw(st.sampled_from(BINARY)), [x, self.fitting(x)])
+        return make(self.random.choice(BINARY), [x, self.fitting(x)])
 
     def compare(self) -> Node:
         x = self.pick(is_exact)
         y = self.fitting(x)
         need(is_exact(y))
-        return make(self.draw(st.sampled_from(COMPARISONS)), [x, y])
+        return make(self.random.choice(COMPARISONS), [x, y])
 
     def logic(self) -> Node:
         x = self.pick(lambda n: n.tensor.dtype is DType.BOOL)
-        op = self.draw(st.sampled_from((elementwise.AND, elementwise.OR, elementwise.NOT)))
+        op = self.random.choice((elementwise.AND, elementwise.OR, elementwise.NOT))
         return make(op, [x] if op is elementwise.NOT else [x, self.fitting(x)])
 
     def select(self) -> Node:
         condition = self.pick(lambda n: n.tensor.dtype is DType.BOOL)
         yes = self.pick(lambda n: n.shape == condition.shape or () in (n.shape, condition.shape))
-        return b.where(condition, yes, self.fitting(yes))
+        shapes = (condition.shape, yes.shape, ())
+        no = self.pick(lambda n: n.tensor.dtype is yes.tensor.dtype and n.shape in shapes)
+        return b.where(condition, yes, no)
 
     def cast(self) -> Node:
         x = self.pick(is_exact)
-        to = self.draw(st.sampled_from((DType.F64, DType.I64, DType.BOOL)))
+        to = self.random.choice((DType.F64, DType.I64, DType.BOOL))
         if to is DType.I64 and x.tensor.dtype.is_float:
             x = b.minimum(b.maximum(x, -9.0), 9.0)  # infinities have no integer
         return b.cast(x, to)
 
     def matmul(self) -> Node:
         x = self.pick(lambda n: n.tensor.dtype is DType.F64 and len(n.shape) >= 2)
-        if self.draw(st.booleans()):
+        if self.random.choice((False, True)):
             x = b.transpose(x)
 
         def fits(y: Node) -> bool:
@@ -179,38 +186,40 @@ class Grower:
             return x.shape[-1] in y.shape[-2:] and all(m == n or 1 in (m, n) for m, n in batch)
 
         y = self.pick(fits)
-        if y.shape[-2] != x.shape[-1] or (y.shape[-1] == x.shape[-1] and self.draw(st.booleans())):
+        if y.shape[-2] != x.shape[-1] or (
+            y.shape[-1] == x.shape[-1] and self.random.choice((False, True))
+        ):
             y = b.transpose(y)
         return b.matmul(x, y)
 
     def reduce(self) -> Node:
         x = self.pick(lambda n: n.shape != ())
-        op = self.draw(st.sampled_from(REDUCTIONS))
+        op = self.random.choice(REDUCTIONS)
         need(x.tensor.dtype is not DType.BOOL or op in REDUCTIONS[1:3])
-        axes = {self.axis(x) for _ in range(self.draw(st.integers(1, 2)))}
+        axes = {self.axis(x) for _ in range(self.random.randint(1, 2))}
         return b.reduce(op, x, sorted(axes))
 
     def arg_reduce(self) -> Node:
         x = self.pick(lambda n: n.shape != () and n.tensor.dtype is DType.F64 and is_exact(n))
-        op = self.draw(st.sampled_from((contraction.ARGMAX, contraction.ARGMIN)))
+        op = self.random.choice((contraction.ARGMAX, contraction.ARGMIN))
         return b.arg_reduce(op, x, self.axis(x))
 
     def scan(self) -> Node:
         x = self.pick(lambda n: n.shape != () and n.tensor.dtype is not DType.BOOL)
-        return b.scan(x, self.axis(x), self.draw(st.sampled_from(("sum", "prod", "max", "min"))))
+        return b.scan(x, self.axis(x), self.random.choice(("sum", "prod", "max", "min")))
 
     def permute(self) -> Node:
         x = self.pick(lambda n: len(n.shape) >= 2)
-        return b.permute(x, self.draw(st.permutations(range(len(x.shape)))))
+        return b.permute(x, self.random.sample(range(len(x.shape)), len(x.shape)))
 
     def reshape(self) -> Node:
         x = self.pick()
         shape = list(x.shape)
-        kind = self.draw(st.integers(0, 2))
+        kind = self.random.randint(0, 2)
         if kind == 0 or not shape:
-            shape.insert(self.draw(st.integers(0, len(shape))), 1)
+            shape.insert(self.random.randint(0, len(shape)), 1)
         elif kind == 1 and len(shape) >= 2:
-            at = self.draw(st.integers(0, len(shape) - 2))
+            at = self.random.randint(0, len(shape) - 2)
             shape[at : at + 2] = [shape[at] * shape[at + 1]]
         elif 1 in shape:
             shape.remove(1)
@@ -219,14 +228,14 @@ class Grower:
 
     def broadcast(self) -> Node:
         x = self.pick(lambda n: 1 in n.shape)
-        size = self.draw(st.integers(2, 3))
+        size = self.random.randint(2, 3)
         return b.broadcast(x, [size if n == 1 else n for n in x.shape])
 
     def slice(self) -> Node:
         x = self.pick(lambda n: any(s > 1 for s in n.shape))
         axis = self.axis(x)
-        stop = self.draw(st.integers(1, x.shape[axis]))
-        return b.slice_(x, axis, self.draw(st.integers(0, stop - 1)), stop)
+        stop = self.random.randint(1, x.shape[axis])
+        return b.slice_(x, axis, self.random.randint(0, stop - 1), stop)
 
     def concat(self) -> Node:
         x = self.pick(lambda n: n.shape != ())
@@ -235,7 +244,7 @@ class Grower:
 
     def pad(self) -> Node:
         x = self.pick(lambda n: n.shape != () and n.tensor.dtype is not DType.BOOL)
-        return b.pad(x, self.axis(x), self.draw(st.integers(0, 1)), 1, 2.0)
+        return b.pad(x, self.axis(x), self.random.randint(0, 1), 1, 2.0)
 
     def flip(self) -> Node:
         x = self.pick(lambda n: n.shape != ())
@@ -255,17 +264,17 @@ class Grower:
         return b.gather(x, b.minimum(b.maximum(index, 0), x.shape[axis] - 1), axis)
 
     def leaf(self) -> Node:
-        if self.draw(st.booleans()):
-            return b.constant(float(self.draw(st.integers(-2, 3))), DType.F64)
+        if self.random.choice((False, True)):
+            return b.constant(float(self.random.randint(-2, 3)), DType.F64)
         x = self.pick(lambda n: n.shape != ())
         return b.iota(x.shape, self.axis(x), DType.I64)
 
     def thread(self) -> Node:
         x = self.pick()
-        operands = [x, self.fitting(x)] if self.draw(st.booleans()) else [x]
-        return b.apply_graph(thread_body(self.draw, [o.tensor.dtype for o in operands]), operands)[
-            0
-        ]
+        operands = [x, self.fitting(x)] if self.random.choice((False, True)) else [x]
+        return b.apply_graph(
+            thread_body(self.random, [o.tensor.dtype for o in operands]), operands
+        )[0]
 
 
 _SHARED = (
@@ -306,10 +315,10 @@ class BlockGrower(Grower):
     loads: int = 0
 
     def load(self) -> Node:
-        picked = self.draw(st.lists(st.sampled_from(self.dims), min_size=1, max_size=3))
+        picked = [self.random.choice(self.dims) for _ in range(self.random.randint(1, 3))]
         used = [name for _, spec in picked for name in spec[:-1]]
         need(len(used) == len(set(used)))
-        dtype = self.draw(st.sampled_from((DType.F64, DType.F64, DType.F64, DType.I64, DType.BOOL)))
+        dtype = self.random.choice((DType.F64, DType.F64, DType.F64, DType.I64, DType.BOOL))
         self.loads += 1
         x = b.input_(f"x{self.loads}", [extent for extent, _ in picked], dtype)
         return self.builder.load(x, *(spec for _, spec in picked))
@@ -321,7 +330,7 @@ class BlockGrower(Grower):
         axis = self.axis(x)
         source = sources[axis]
         if source is None:
-            extent, spec = self.draw(st.sampled_from(self.dims))
+            extent, spec = self.random.choice(self.dims)
             return self.builder.index(extent, spec)
         index = make(tile.TILE_INDEX, [], tile.TileIndexAttrs(source.map, source.extent, DType.I64))
         shape = [1] * len(x.shape)
@@ -333,20 +342,20 @@ class BlockGrower(Grower):
         x = self.pick(self.varies_in_loop)
         numeric = x.tensor.dtype is not DType.BOOL
         kinds = (*ACCUMULATORS, *[tile.PREFIX_MAX] * 2) if numeric else ACCUMULATORS[:3]
-        op = self.draw(st.sampled_from(kinds))
-        return b.accumulate(op, x, self.draw(st.sampled_from(self.loops_of(x))))
+        op = self.random.choice(kinds)
+        return b.accumulate(op, x, self.random.choice(self.loops_of(x)))
 
     def rescaled(self) -> Node:
         """Propose a sum rescaled by a running maximum over the same loop."""
         x = self.pick(lambda n: n.tensor.dtype is DType.F64 and self.varies_in_loop(n))
-        loop = self.draw(st.sampled_from(self.loops_of(x)))
+        loop = self.random.choice(self.loops_of(x))
         tops = [n for n in self.pool if n.op is tile.PREFIX_MAX and n.attrs.loop == loop]
-        tops = [n for n in tops if n.tensor.dtype is DType.F64]
+        tops = [n for n in tops if n.tensor.dtype is DType.F64 and _covers(x.shape, n.shape)]
         if tops:
-            top = self.draw(st.sampled_from(tops))
+            top = self.random.choice(tops)
         else:
             top = b.accumulate(tile.PREFIX_MAX, b.reduce_max(x, -1) if x.shape else x, loop)
-        return b.accum_rescaled(x, top, loop, self.draw(st.integers(1, 2)))
+        return b.accum_rescaled(x, top, loop, self.random.randint(1, 2))
 
     def partial(self, values: list[Node]) -> Graph:
         return self.builder.graph().with_outputs(values)
@@ -390,6 +399,13 @@ class BlockGrower(Grower):
         return make(tile.STORE, [x], tile.StoreAttrs(tuple(maps), tuple(shape)))
 
 
+def _covers(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Say whether `other` broadcasts to `shape`."""
+    if len(other) != len(shape):
+        return other == ()
+    return all(n in (1, m) for m, n in zip(shape, other, strict=True))
+
+
 _BLOCK = (
     *[BlockGrower.accumulate] * 4,
     *[BlockGrower.rescaled] * 3,
@@ -405,40 +421,160 @@ def _first(options: Sequence[Any]) -> Any:
 @st.composite
 def block_graphs(draw: Draw, max_steps: int = 12) -> Graph:
     """Draw a block graph that the graph checker accepts."""
-    grid = {n: draw(st.integers(1, 3)) for n in ("m", "p")[: draw(st.integers(0, 2))]}
-    loops = {n: draw(st.integers(1, 3)) for n in ("n", "k")[: draw(st.sampled_from((1, 2, 0)))]}
-    grower = BlockGrower(draw, builder=b.BlockBuilder("g", grid, loops))
+    steps = draw(st.integers(1, max_steps))
+    graph = random_block_graph(draw(st.randoms(use_true_random=True)), steps)
+    assume(graph is not None)
+    note(str(graph))
+    return graph
+
+
+def random_block_graph(random: Random, steps: int) -> Graph | None:
+    """Return a legal block graph grown in so many steps, or None where nothing can be stored."""
+    grid = {n: random.randint(1, 3) for n in ("m", "p")[: random.randint(0, 2)]}
+    loops = {n: random.randint(1, 3) for n in ("n", "k")[: random.choice((1, 2, 0))]}
+    grower = BlockGrower(random, builder=b.BlockBuilder("g", grid, loops))
     grower.grid, grower.loops = tuple(grid), tuple(loops)
     for loop in loops:
-        if draw(st.integers(0, 3)) == 0:
-            terms = {n: draw(st.sampled_from((-1, 1, 2))) for n in (*tuple(grid)[:1], loop)}
-            grower.builder.bound(loop, terms, draw(st.integers(-1, 1)))
-    for number in range(draw(st.integers(2, 4))):
+        if random.randint(0, 3) == 0:
+            terms = {n: random.choice((-1, 1, 2)) for n in (*tuple(grid)[:1], loop)}
+            grower.builder.bound(loop, terms, random.randint(-1, 1))
+    for number in range(random.randint(2, 4)):
         names = list(grid) if number == 0 else list(loops) if number == 1 else [*grid, *loops]
-        chosen = draw(st.permutations(names))[: draw(st.integers(1 if number < 2 else 0, 2))]
-        map_ = grower.builder.dim((*chosen, draw(st.integers(1, 3))))
-        extent = draw(st.integers(max(1, map_.padded - map_.tile - 1), map_.padded))
+        chosen = random.sample(names, min(len(names), random.randint(1 if number < 2 else 0, 2)))
+        map_ = grower.builder.dim((*chosen, random.randint(1, 3)))
+        extent = random.randint(max(1, map_.padded - map_.tile - 1), map_.padded)
         grower.dims.append((extent, (*chosen, map_.tile)))
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(random.randint(1, 3)):
         try:
             grower.pool.append(grower.load())
         except DoesNotApply:
             continue
-    assume(grower.pool)
-    for _ in range(draw(st.integers(3, max_steps))):
+    if not grower.pool:
+        return None
+    for _ in range(2 * steps):
         try:
-            value = draw(st.sampled_from(_BLOCK))(grower)
+            value = random.choice(_BLOCK)(grower)
         except DoesNotApply:
             continue
-        graph = grower.partial([grower.stored(value, _first)])
-        if check_graph(graph) == []:
+        if check_graph(grower.partial([grower.stored(value, _first)])) == []:
             grower.pool.append(value)
-    kept = grower.pool[-draw(st.integers(1, 3)) :]
-    stores = [grower.stored(x, lambda options: draw(st.sampled_from(options))) for x in kept]
+    kept = grower.pool[-random.randint(1, 3) :]
+    stores = [grower.stored(x, random.choice) for x in kept]
     legal = [s for s in stores if check_graph(grower.partial([s])) == []]
-    assume(legal)
+    if not legal:
+        return None
     needed = [n for n in topological(legal) if n.op is leaf.INPUT]
     axes = grower.builder.graph()
-    graph = Graph(axes.level, "g", tuple(needed), tuple(legal), axes.grid, axes.loops)
+    return Graph(axes.level, "g", tuple(needed), tuple(legal), axes.grid, axes.loops)
+
+
+# -- kernel graphs ---------------------------------------------------------------------------------
+
+
+@dataclass
+class KernelGrower(Grower):
+    """Tensors of a kernel graph: the shared ops, and every other op of the registry."""
+
+    inputs: int = 0
+
+    def input(self, *shape: int, dtype: DType = DType.F64) -> Node:
+        self.inputs += 1
+        return b.input_(f"x{self.inputs}", shape, dtype)
+
+    def floating(self, rank: int = 0) -> Node:
+        return self.pick(lambda n: n.tensor.dtype is DType.F64 and len(n.shape) >= rank)
+
+    def elementwise(self) -> Node:
+        ops = [o for o in all_ops() if o.kind is OpKind.ELEMENTWISE and o is not elementwise.CAST]
+        op = self.random.choice(ops)
+        if op is elementwise.WHERE:
+            return self.select()
+        bits = "bitwise" in op.meaning
+        x = self.pick(
+            lambda n: n.tensor.dtype is (DType.I64 if bits else DType.F64) and is_exact(n)
+        )
+        return make(op, [x] if op.arity == 1 else [x, self.fitting(x)])
+
+    def composite(self) -> Node:
+        x = self.floating(1)
+        axis = self.axis(x)
+        along = (composite.SOFTMAX, composite.LOG_SOFTMAX, composite.LOGSUMEXP)
+        norms = {composite.LAYER_NORM: 3, composite.RMS_NORM: 2}
+        op = self.random.choice((composite.SILU, composite.GELU, *along, *norms))
+        if op in along:
+            return make(op, [x], contraction.AxisAttrs(axis))
+        if op in norms:
+            shape = x.shape[axis:]
+            count = self.random.randint(0, norms[op] - 1)
+            factors = [self.input(*shape) for _ in range(count)]
+            attrs = composite.NormAttrs(tuple(range(axis, 0)), 0.5)
+            return make(op, [x, *factors], attrs)
+        approximate = self.random.choice(("none", "tanh"))
+        return make(op, [x], composite.GeluAttrs(approximate) if op is composite.GELU else None)
+
+    def attention(self) -> Node:
+        queries, keys, width, group = (self.random.randint(1, 3) for _ in range(4))
+        q, k = self.input(2 * group, queries, width), self.input(2, keys, width)
+        mask = [self.input(1, queries, keys)] if self.random.choice((False, True)) else []
+        attrs = composite.AttentionAttrs(0.5, not mask and self.random.choice((False, True)))
+        return make(composite.ATTENTION, [q, k, self.input(2, keys, 2), *mask], attrs)
+
+    def library(self) -> Node:
+        if self.random.choice((False, True)):
+            attrs = library.ConvAttrs((2,), (1,), (1,), False, (0,), 1)
+            return make(library.CONV, [self.input(1, 2, 4), self.input(3, 2, 2)], attrs)
+        kind = self.random.choice(("max", "avg"))
+        pool = library.PoolAttrs(kind, (2,), (1,), (0,), (1,), False, True)
+        return make(library.POOL, [self.input(1, 2, 4)], pool)
+
+    def opaque(self) -> Node:
+        x = self.pick(lambda n: n.tensor.dtype is DType.F64 and n.shape != () and is_exact(n))
+        result = TupleType((x.tensor, TensorType(x.shape, DType.I64)))
+        arguments = '{"args":[{"t":0}],"kwargs":{}}'
+        attrs = library.OpaqueAttrs("aten.sort.default", arguments, result)
+        return b.item(make(library.OPAQUE, [x], attrs), self.random.randint(0, 1))
+
+    def take(self) -> Node:
+        x = self.pick(lambda n: n.shape != () and len(n.shape) < 4)
+        axis = self.axis(x)
+        return b.take(x, b.iota([self.random.randint(1, x.shape[axis])], -1), axis)
+
+    def custom(self) -> Node:
+        graph = random_block_graph(self.random, 4)
+        if graph is None:
+            raise DoesNotApply
+        operands = [self.input(*i.shape, dtype=i.tensor.dtype) for i in graph.inputs]
+        return self.random.choice(b.apply_graph(graph, operands))
+
+
+_KERNEL = (
+    *_SHARED,
+    *[Grower.reduce] * 4,
+    *[KernelGrower.elementwise] * 4,
+    *[KernelGrower.composite] * 4,
+    KernelGrower.attention,
+    *[KernelGrower.library] * 2,
+    *[KernelGrower.opaque] * 2,
+    KernelGrower.take,
+    KernelGrower.custom,
+)
+
+
+@st.composite
+def kernel_graphs(draw: Draw, max_steps: int = 12) -> Graph:
+    """Draw a kernel graph over every op of the registry, block graphs included."""
+    steps = draw(st.integers(1, max_steps))
+    random = draw(st.randoms(use_true_random=True))
+    grower = KernelGrower(random)
+    for dtype in (DType.F64, DType.I64):
+        shape = [random.randint(1, 3) for _ in range(random.randint(1, 3))]
+        grower.pool.append(grower.input(*shape, dtype=dtype))
+    for _ in range(2 * steps):
+        try:
+            grower.pool.append(random.choice(_KERNEL)(grower))
+        except DoesNotApply:
+            continue
+    outputs = grower.pool[-random.randint(1, 3) :]
+    graph = b.kernel_graph("g", b.graph_inputs(outputs), outputs)
     note(str(graph))
     return graph

@@ -1,15 +1,20 @@
 """The text form: every graph comes back from its text, and errors point at the place."""
 
 import pickle
+from collections.abc import Callable
 
 import pytest
 
 from superopt.ir import build as b
 from superopt.ir.errors import GraphError, ParseError
 from superopt.ir.graph import Graph
+from superopt.ir.node import make
+from superopt.ir.ops import library, tile
 from superopt.ir.semantics import expand
 from superopt.ir.text import parse_graph, print_graph
-from superopt.ir.types import DType
+from superopt.ir.threads import form_threads
+from superopt.ir.types import DType, TensorType, TupleType
+from tests.ir.test_check import attention
 from tests.search.programs import PROGRAMS
 
 SQUARE = """// superopt ir 1
@@ -124,3 +129,30 @@ def test_any_name_comes_back(name: str) -> None:
     (z,) = b.apply_graph(inner.graph(), [x])
     graph = b.kernel_graph(name, [x, y], [b.add(z, y)])
     assert parse_graph(print_graph(graph)) == graph
+
+
+def every_form() -> Graph:
+    """A kernel graph with every form of the text: levels, attributes, names, layouts, results."""
+    x = b.input_("x", (40, 8), strides=(1, 40))
+    g = b.BlockBuilder("scaled rows", grid={"m": 3}, loops={"n": 2})
+    g.bound("n", {"m": 16, "n": -4}, 15)
+    t = g.load(x, ("m", 16), ("n", 4))
+    columns = b.reshape(g.index(8, ("n", 4)), (1, 4))
+    kept = b.where(b.lt(columns, 7), b.mul(b.exp(t), 0.5), float("-inf"))
+    g.store(b.accum_sum(kept, "n"), (40, 4), ("m", 16), 4)
+    g.store(b.accumulate(tile.ACCUM_MAX, kept, "n"), (40, 4), ("m", 16), 4)
+    total, top = b.apply_graph(form_threads(g.graph()), [x])
+    pair = TupleType((top.tensor, TensorType((40, 4), DType.I64)))
+    sorted_ = make(
+        library.OPAQUE, (top,), library.OpaqueAttrs("aten.sort", '[{"t": 0}, "a"]', pair)
+    )
+    y = b.add(total, b.item(sorted_, 0))
+    return b.kernel_graph("every.form", [x, b.input_("q-proj", (2,))], [y, b.item(sorted_, 1)])
+
+
+@pytest.mark.parametrize("graph", [attention, every_form], ids=lambda g: g.__name__)
+def test_the_printed_text_is_as_it_was(
+    graph: Callable[[], Graph], golden: Callable[[str, str], None]
+) -> None:
+    golden(f"{graph.__name__}.txt", print_graph(graph()))
+    assert parse_graph(print_graph(graph())) == graph()
