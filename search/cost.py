@@ -7,7 +7,6 @@ every block) and orders candidates; the clock decides.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import ceil, prod
 from typing import Final, final
 
@@ -15,6 +14,7 @@ from superopt.ir.node import Node
 from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.ops.shapes import tensor
+from superopt.ir.target import Target
 from superopt.search.indices import Atom, IndexSpace
 from superopt.search.region import VIEWS, view_base, view_type
 from superopt.search.schedule import Role, Schedule
@@ -34,35 +34,12 @@ _SLOW: Final = {
 }
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """The rates that the model needs; the pipeline fills it from a calibrated target.
-
-    `peak_flops` is that of a large float32 matmul over all cores; `vector_ops` elementwise
-    operations per second and core; bandwidths in bytes per second (memory: all cores together).
-    """
-
-    cores: int = 2
-    vector_lanes: int = 16
-    peak_flops: float = 2.0e11
-    vector_ops: float = 1.2e10
-    memory_bandwidth: float = 1.6e10
-    cache_bandwidth: float = 4.0e10
-    inner_cache_bytes: int = 1 << 20
-    outer_cache_bytes: int = 32 << 20
-    launch_s: float = 4.0e-6
-    block_s: float = 2.0e-7
-    library_efficiency: float = 0.85
-    library_call_s: float = 6.0e-6
-
-
-def kernel_cost(schedule: Schedule, tiles: Mapping[Atom, int], machine: Machine) -> float:
+def kernel_cost(schedule: Schedule, tiles: Mapping[Atom, int], machine: Target) -> float:
     """Return the predicted seconds of a schedule with these tile sizes."""
     return _Estimate(schedule, tiles, machine).seconds()
 
 
-def library_cost(node: Node, machine: Machine) -> float:
+def library_cost(node: Node, machine: Target) -> float:
     """Return the predicted seconds of one op as a library kernel."""
     moved = sum(tensor(i.type).size_bytes for i in node.inputs) + node.tensor.size_bytes
     flops = node.op.flops(tuple(i.type for i in node.inputs), node.type) if node.op.flops else 0
@@ -75,7 +52,7 @@ def library_cost(node: Node, machine: Machine) -> float:
 
 @final
 class _Estimate:
-    def __init__(self, schedule: Schedule, tiles: Mapping[Atom, int], machine: Machine) -> None:
+    def __init__(self, schedule: Schedule, tiles: Mapping[Atom, int], machine: Target) -> None:
         self.schedule = schedule
         self.space: IndexSpace = schedule.space
         self.machine = machine

@@ -23,8 +23,9 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import Node, rebuild, rewrite
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
+from superopt.ir.target import Target
 from superopt.search.algebra import FUSION_RULES, apply_accepted, apply_rules
-from superopt.search.cost import Machine, library_cost
+from superopt.search.cost import library_cost
 from superopt.search.emit import block_graph, place
 from superopt.search.errors import NotFusible
 from superopt.search.indices import Atom
@@ -105,7 +106,7 @@ class Driver:
     """Search state; `run` is anytime and stops at the budget."""
 
     original: Graph
-    machine: Machine
+    machine: Target
     measurer: Measurer
     budget_s: float
     seed: int
@@ -315,7 +316,7 @@ class Driver:
 
 def search(
     graph: Graph,
-    machine: Machine,
+    machine: Target,
     measurer: Measurer,
     *,
     budget_s: float = 120.0,

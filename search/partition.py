@@ -16,7 +16,8 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import Node, topological
 from superopt.ir.ops import contraction, leaf, structural
 from superopt.ir.ops.registry import OpKind
-from superopt.search.cost import Machine, library_cost
+from superopt.ir.target import Target
+from superopt.search.cost import library_cost
 from superopt.search.region import VIEWS, is_leaf, is_view, make_region
 from superopt.search.schedule import derive
 from superopt.search.tiling import best_tiles
@@ -40,7 +41,7 @@ def is_compute(node: Node) -> bool:
     return not (node.op in (leaf.INPUT, leaf.ITEM) or is_leaf(node) or is_view(node))
 
 
-def partition(graph: Graph, machine: Machine, *, fuse_contractions: bool = True) -> list[Group]:
+def partition(graph: Graph, machine: Target, *, fuse_contractions: bool = True) -> list[Group]:
     """Return groups of compute nodes, each one kernel, in topological order."""
     return _Partition(graph, machine, fuse_contractions).run()
 
@@ -49,7 +50,7 @@ def partition(graph: Graph, machine: Machine, *, fuse_contractions: bool = True)
 @dataclass(slots=True)
 class _Partition:
     graph: Graph
-    machine: Machine
+    machine: Target
     fuse_contractions: bool
     owner: dict[Node, Group] = field(default_factory=dict)
     costs: dict[Group, float] = field(default_factory=dict)

@@ -5,7 +5,8 @@ from itertools import product
 from typing import Final
 
 from superopt.ir.ops import contraction
-from superopt.search.cost import Machine, kernel_cost
+from superopt.ir.target import Target
+from superopt.search.cost import kernel_cost
 from superopt.search.indices import Atom
 from superopt.search.region import view_type
 from superopt.search.schedule import Role, Schedule
@@ -61,7 +62,7 @@ def _fastest(schedule: Schedule) -> set[Atom]:
 
 
 def best_tiles(
-    schedule: Schedule, machine: Machine, count: int, limit: int = MAX_COMBINATIONS
+    schedule: Schedule, machine: Target, count: int, limit: int = MAX_COMBINATIONS
 ) -> list[tuple[float, dict[Atom, int]]]:
     """Return the `count` cheapest tile assignments with their predicted seconds.
 

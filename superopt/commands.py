@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ import torch
 
 from superopt.artifact import load_artifact, save_artifact
 from superopt.cache import FOLDER_VARIABLE, Cache, default_folder
-from superopt.calibrate import machine, target_name
+from superopt.calibrate import machine
 from superopt.codegen.cpu import LOWER, find_compiler
 from superopt.codegen.errors import NoCompiler
 from superopt.errors import ArtifactError, Unsupported, UsageError
@@ -26,6 +27,7 @@ from superopt.frontend import LiftError, lift, lift_exported
 from superopt.guards import take_guards
 from superopt.ir.errors import SuperoptError
 from superopt.ir.ops.registry import all_ops
+from superopt.ir.target import GPUS
 from superopt.ir.text import print_graph
 from superopt.ir.types import DType
 from superopt.measure import interleaved
@@ -333,23 +335,31 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 
 def run_targets(options: argparse.Namespace) -> int:
-    """Print what this machine can do."""
-    rates = machine(_folder(options))
+    """Print what this machine can do, and what is known of GPUs that need not be here."""
+    here = machine(_folder(options))
     compiler = find_compiler()
     record = {
-        "target": target_name(),
-        "memory_bandwidth": rates.memory_bandwidth,
-        "peak_flops": rates.peak_flops,
+        "target": here.name,
+        **asdict(here),
         "compiler": None if compiler is None else compiler.version,
         "openmp": compiler is not None and compiler.openmp,
+        "gpus": {name: asdict(gpu) for name, gpu in GPUS.items()},
     }
-    text = (
-        f"{record['target']}\n"
-        f"  memory bandwidth {rates.memory_bandwidth / 1e9:.1f} GB/s (measured, reading)\n"
-        f"  peak {rates.peak_flops / 1e9:.0f} GFLOP/s (measured, float32 matmul)\n"
-        f"  compiler {record['compiler'] or 'none: programs run as they were'}"
-    )
-    emit(record, as_json=options.json, text=text)
+    lines = [
+        f"{here.name}",
+        f"  {here.cores} cores, vectors of {here.vector_lanes} float32",
+        f"  caches {here.inner_cache_bytes >> 10} KiB per core, {here.outer_cache_bytes >> 20} MiB shared",
+        f"  memory bandwidth {here.memory_bandwidth / 1e9:.1f} GB/s (measured, reading)",
+        f"  peak {here.peak_flops / 1e9:.0f} GFLOP/s (measured, float32 matmul)",
+        f"  compiler {record['compiler'] or 'none: programs run as they were'}",
+        "known, from data sheets: Triton kernels are compiled for them ahead of time",
+    ]
+    for gpu in GPUS.values():
+        lines.append(
+            f"  {gpu.name:<14} {gpu.cores} multiprocessors, {gpu.memory_bandwidth / 1e9:.0f} GB/s, "
+            f"{gpu.peak_flops / 1e12:.1f} TFLOP/s float32, {gpu.half_flops / 1e12:.0f} 16-bit"
+        )
+    emit(record, as_json=options.json, text="\n".join(lines))
     return DONE
 
 

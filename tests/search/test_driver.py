@@ -10,9 +10,9 @@ from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, elementwise, library
+from superopt.ir.target import Target
 from superopt.search import driver
 from superopt.search.algebra import Rule
-from superopt.search.cost import Machine
 from superopt.search.driver import Driver, Event, search
 from superopt.verify.equivalence import verify_field
 from superopt.verify.floating import FloatTest
@@ -36,7 +36,7 @@ class Predicted:
 
 
 def run(graph: Graph, clock: Predicted, **options: float) -> driver.SearchResult:
-    return search(graph, Machine(), clock, budget_s=options.get("budget_s", 20.0), seed=0)
+    return search(graph, Target(), clock, budget_s=options.get("budget_s", 20.0), seed=0)
 
 
 @pytest.mark.parametrize("name", ["causal_gqa", "norm_linear", "loss", "residual"])
@@ -90,7 +90,7 @@ def test_moves_that_cost_accuracy_are_left_out() -> None:
     x, w = b.input_("x", (8, 1024)), b.input_("w", (1024, 4))
     unit = b.div(x, b.sqrt(b.mean(b.mul(x, x), -1)))
     graph = b.kernel_graph("g", [x, w], [b.matmul(unit, b.transpose(unit)), b.matmul(unit, w)])
-    found = Driver(graph, Machine(), Predicted(), 1.0, 0, FloatTest(graph, seed=0))._variants()
+    found = Driver(graph, Target(), Predicted(), 1.0, 0, FloatTest(graph, seed=0))._variants()
     square, projected = found[0].outputs
     assert square.op is contraction.MATMUL
     assert projected.op is elementwise.DIV
@@ -98,7 +98,7 @@ def test_moves_that_cost_accuracy_are_left_out() -> None:
 
 def test_events_tell_what_happens() -> None:
     events: list[Event] = []
-    search(PROGRAMS["loss"], Machine(), Predicted(), budget_s=10.0, seed=0, on_event=events.append)
+    search(PROGRAMS["loss"], Target(), Predicted(), budget_s=10.0, seed=0, on_event=events.append)
     assert {"partition", "proven", "result"} <= {e.kind for e in events}
 
 
@@ -120,14 +120,14 @@ def test_what_the_rules_made_unstable_is_tried_as_it_is_written() -> None:
         return "" if len(refused) > 1 else "overflows"
 
     result = search(
-        PROGRAMS["norm_linear"], Machine(), Predicted(), budget_s=10.0, seed=0, accept=accept
+        PROGRAMS["norm_linear"], Target(), Predicted(), budget_s=10.0, seed=0, accept=accept
     )
     assert len(refused) == 2
     assert result.graph == refused[1] != refused[0]
     assert result.statistics.rejected >= 1
     none = search(
         PROGRAMS["norm_linear"],
-        Machine(),
+        Target(),
         Predicted(),
         budget_s=10.0,
         seed=0,

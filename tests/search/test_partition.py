@@ -9,15 +9,16 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make, topological
 from superopt.ir.ops import contraction, library, structural
 from superopt.ir.semantics import expand
+from superopt.ir.target import Target
 from superopt.search.algebra import FUSION_RULES, apply_rules
-from superopt.search.cost import Machine, kernel_cost, library_cost
+from superopt.search.cost import kernel_cost, library_cost
 from superopt.search.partition import is_compute, partition
 from superopt.search.region import extract, is_leaf, is_view, make_region, view_type
 from superopt.search.schedule import derive
 from superopt.search.tiling import best_tiles, choices
 from tests.search.programs import PROGRAMS
 
-MACHINE = Machine()
+MACHINE = Target()
 
 
 def prepared(graph: Graph) -> Graph:

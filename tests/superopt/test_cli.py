@@ -179,7 +179,10 @@ def test_an_exported_file_becomes_an_artifact_with_its_weights(capsys, workplace
 def test_targets_cache_and_ops(capsys, artifact):
     code, out, _ = run(capsys, "targets")
     assert code == 0
-    assert "GB/s" in out
+    assert "GB/s (measured" in out
+    assert "sm_100 (B200)" in out
+    code, out, _ = run(capsys, "targets", "--json")
+    assert json.loads(out)["gpus"]["sm_90"]["cores"] == 132
     code, out, _ = run(capsys, "cache", "list", "--json")
     assert json.loads(out)["files"] > 0
     code, out, _ = run(capsys, "ops")

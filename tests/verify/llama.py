@@ -5,8 +5,8 @@ from superopt.ir.composite import ATTENTION, RMS_NORM, SILU, AttentionAttrs, Nor
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make, rebuild, rewrite
 from superopt.ir.semantics import expand
+from superopt.ir.target import Target
 from superopt.search.algebra import FUSION_RULES, apply_rules
-from superopt.search.cost import Machine
 from superopt.search.emit import block_graph, place
 from superopt.search.partition import partition
 from superopt.search.region import make_region, substitute
@@ -56,7 +56,7 @@ def llama(
 
 def fused(graph: Graph, *, fuse_contractions: bool = True) -> Graph:
     """Replace every part that can be one kernel by the kernel that is predicted to be fastest."""
-    machine = Machine()
+    machine = Target()
     variant = apply_rules(expand(graph), FUSION_RULES)
     groups = partition(variant, machine, fuse_contractions=fuse_contractions)
     replacements: dict[Node, Node] = {}

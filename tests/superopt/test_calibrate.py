@@ -1,0 +1,49 @@
+"""Measured rates: kept in the cache folder, measured anew where the file is not one of this machine."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from superopt import calibrate
+from superopt.ir.target import Target
+from superopt.plan import seal
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Target:
+    here = Target(name=calibrate.target_name(), cores=3)
+    monkeypatch.setattr(calibrate, "_measure", lambda: here)
+    return here
+
+
+def test_rates_are_kept(measured: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert calibrate.machine(tmp_path) == measured
+    monkeypatch.setattr(calibrate, "_measure", lambda: pytest.fail("measured twice"))
+    assert calibrate.machine(tmp_path) == measured
+
+
+@pytest.mark.parametrize("text", ["", "damaged", seal("{}"), seal(replace(Target()).to_json())])
+def test_a_foreign_or_damaged_file_is_replaced(measured: Target, tmp_path: Path, text: str) -> None:
+    calibrate.machine(tmp_path)
+    (path,) = tmp_path.iterdir()
+    kept = path.read_text()
+    path.write_text(text)
+    assert calibrate.machine(tmp_path) == measured
+    assert path.read_text() == kept
+
+
+def test_caches_are_those_that_linux_tells(tmp_path: Path) -> None:
+    told = [
+        ("Data", 1, "32K"),
+        ("Instruction", 1, "64K"),
+        ("Unified", 2, "1024K"),
+        ("Unified", 3, "?"),
+    ]
+    for i, (kind, level, size) in enumerate(told):
+        folder = tmp_path / f"index{i}"
+        folder.mkdir()
+        for name, text in (("type", kind), ("level", str(level)), ("size", size)):
+            (folder / name).write_text(f"{text}\n")
+    assert calibrate.caches(tmp_path) == {1: 32 << 10, 2: 1 << 20}
+    assert calibrate.caches(tmp_path / "none") == {}
