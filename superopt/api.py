@@ -13,6 +13,7 @@ import copy
 import functools
 import logging
 import threading
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar, final, overload
@@ -22,7 +23,7 @@ import torch
 from superopt.cache import Cache, key_of
 from superopt.errors import PlanError
 from superopt.frontend import lift
-from superopt.guards import Guards, take_guards
+from superopt.guards import BOUND, Guards, take_guards
 from superopt.ir.errors import SuperoptError
 from superopt.pipeline import (
     OnEvent,
@@ -38,7 +39,15 @@ from superopt.pipeline import (
 from superopt.plan import Plan
 from superopt.report import Report, plan_report
 from superopt.signature import altered, signature, tensor_check
-from superopt.subject import Binding, bind_plan, builder, flatten, make_request
+from superopt.subject import (
+    Binding,
+    bind_plan,
+    builder,
+    flatten,
+    make_request,
+    preserved,
+    shares_written,
+)
 
 logger = logging.getLogger("superopt")
 
@@ -208,22 +217,23 @@ class _Dispatcher:
         modules = self.guards.modules
         alias = self._alias(key)
         store = Cache(self.options.folder())
-        if alias is not None:
-            plan = store.load_plan(alias)
-            if plan is not None:
-                try:
-                    binding = bind_plan(plan, modules)
-                    tensors = _gather(binding, flatten(args, kwargs))
+        target = None if alias is None else store.load_alias(alias)
+        plan = None if target is None else store.load_plan(target)
+        if plan is not None:
+            try:
+                binding = bind_plan(plan, modules)
+                tensors = _gather(binding, flatten(args, kwargs))
+                if not shares_written(tensors, binding.writes):
                     return restore(plan, self.options, tensors), binding
-                except (PlanError, IndexError) as error:
-                    logger.info("a cached plan does not fit: %s", error)
+            except (PlanError, IndexError) as error:
+                logger.info("a cached plan does not fit: %s", error)
         lifted = lift(self.original, args, kwargs)
         self.guards.tensors += [(t, t._version) for t in lifted.folded_sources]
-        request, binding = make_request(self.original, modules, lifted, args, kwargs)
-        planned = make_plan(request, self.options, self.on_event)
-        portable = not request.writes and not lifted.folded_sources
-        if alias is not None and portable and lasting(planned.plan):
-            store.save_plan(alias, planned.plan)
+        with preserved(lifted):
+            request, binding = make_request(self.original, modules, lifted, args, kwargs)
+            planned = make_plan(request, self.options, self.on_event)
+        if alias is not None and not lifted.folded_sources and lasting(planned.plan):
+            store.save_alias(alias, planned.key)
         return planned, binding
 
     def _alias(self, key: Any) -> str | None:
@@ -256,25 +266,20 @@ def _runner(original: Function, planned: Planned, binding: Binding, *, flat: boo
 
         return run_plain
     fetch = binding.fetcher()
+    writes = binding.writes
 
     def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         leaves = args if flat else flatten(args, kwargs)
         parameters = fetch()
         if parameters is None or (torch.is_grad_enabled() and binding.needs_grad()):
             return original(*args, **kwargs)
-        if binding.writes and _share_memory(leaves):
-            return original(*args, **kwargs)
         inputs = leaves[:count] if leading else [leaves[i] for i in positions]
+        if writes and shares_written([*inputs, *parameters], writes):
+            return original(*args, **kwargs)
         results = program(*inputs, *parameters)
         return results[0] if single else build(results)
 
     return run
-
-
-def _share_memory(leaves: Sequence[Any]) -> bool:
-    """Say whether two arguments lie in one storage: a write to one may then change the other."""
-    storages = [t.untyped_storage().data_ptr() for t in leaves if isinstance(t, torch.Tensor)]
-    return len(set(storages)) < len(storages)
 
 
 def _is_scalar(value: Any) -> bool:
@@ -293,6 +298,7 @@ class _Planning:
     """What functions and modules share: plans made ahead, reports."""
 
     _superopt: _Dispatcher
+    _superopt_wraps = True
 
     def warmup(self, *args: Any, **kwargs: Any) -> Any:
         """Make the plan for these inputs now (outside autograd); return self."""
@@ -314,6 +320,20 @@ class _Planning:
         return Report(tuple(plan_report(p) for p in self.plans), tuple(reasons))
 
 
+@final
+class _Methods(dict[int, "Optimized"]):
+    """The optimized methods of one instance; copies of the instance make their own."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Methods, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Methods":
+        return _Methods()
+
+    def __copy__(self) -> "_Methods":
+        return _Methods()
+
+
 class Optimized(_Planning):
     """A function with a plan per input signature; call it like the original."""
 
@@ -332,7 +352,20 @@ class Optimized(_Planning):
         return self._call(args, kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
+        """Return the method of an instance, which has plans of its own."""
+        if instance is None:
+            return self
+        inside = getattr(instance, "__dict__", None)
+        if inside is None:
+            return types.MethodType(self.original, instance)
+        methods = inside.setdefault(BOUND, _Methods())
+        bound = methods.get(id(self))
+        if bound is None:
+            dispatcher = self._superopt
+            method = types.MethodType(dispatcher.original, instance)
+            bound = Optimized(method, dispatcher.options, dispatcher.on_event)
+            bound = methods.setdefault(id(self), bound)
+        return bound
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Optimized, (self._superopt.original, self._superopt.options)

@@ -1,4 +1,4 @@
-"""The cache folder: plans by key, compiled kernels by content, rates of the machine.
+"""The cache folder: plans by key, aliases of keys, kernels by content, rates of the machine.
 
 In: keys and sealed text. Out: the text, or None when it is absent or damaged. Invariants: a file appears
 by one atomic rename, so that a reader sees all of it or nothing, however many processes write and
@@ -12,19 +12,21 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, TypeVar, final
 
 from platformdirs import user_cache_path
 
 from superopt.errors import PlanError
-from superopt.plan import Plan
+from superopt.plan import Plan, seal, unseal
 
 logger = logging.getLogger("superopt")
 
+T = TypeVar("T")
 FOLDER_VARIABLE: Final = "SUPEROPT_CACHE_DIR"
+_WRITING: Final = ".writing-"
 
 
 def default_folder() -> Path:
@@ -35,7 +37,7 @@ def default_folder() -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=_WRITING, dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -81,9 +83,15 @@ class Cache:
 
     def load_plan(self, key: str) -> Plan | None:
         """Return the plan under `key`; None when there is none or it is damaged."""
-        path = self._path("plans", key)
+        return self._load(self._path("plans", key), Plan.from_json)
+
+    def load_alias(self, alias: str) -> str | None:
+        """Return the key of the plan that `alias` leads to; None as for plans."""
+        return self._load(self._path("aliases", alias), unseal)
+
+    def _load(self, path: Path, read: Callable[[str], T]) -> T | None:
         try:
-            return Plan.from_json(path.read_text(encoding="utf-8"))
+            return read(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError, PlanError) as error:
@@ -94,8 +102,15 @@ class Cache:
 
     def save_plan(self, key: str, plan: Plan) -> None:
         """Store a plan; a full or read-only disk costs the entry, not the program."""
+        self._save(self._path("plans", key), plan.to_json())
+
+    def save_alias(self, alias: str, key: str) -> None:
+        """Let `alias` lead to the plan under `key`."""
+        self._save(self._path("aliases", alias), seal(key))
+
+    def _save(self, path: Path, text: str) -> None:
         try:
-            write_atomically(self._path("plans", key), plan.to_json())
+            write_atomically(path, text)
         except OSError as error:
             logger.warning("the plan is not cached: %s", error)
 
@@ -108,13 +123,15 @@ class Cache:
                     status = path.stat()
                     kind = {".so": "kernel", ".cpp": "refused source"}.get(path.suffix, "plan")
                     kind = "machine" if path.name.startswith("machine-") else kind
+                    kind = "alias" if path.is_relative_to(self.folder / "aliases") else kind
+                    kind = "unfinished" if path.name.startswith(_WRITING) else kind
                     found.append(Entry(path, kind, status.st_size, status.st_mtime))
         yield from sorted(found, key=lambda e: (e.modified_s, str(e.path)))
 
     def clear(self) -> int:
         """Remove what superopt stored here; return how many files there were."""
         count = sum(1 for _ in self.entries())
-        for name in ("plans", "kernels"):
+        for name in ("plans", "aliases", "kernels"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for path in self.folder.glob("machine-*.json"):
             path.unlink(missing_ok=True)

@@ -138,7 +138,9 @@ def _optimize_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]
 def _run_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     run = _verb(verbs, "run", "run an artifact on stored or random inputs")
     run.add_argument("artifact", type=Path)
-    run.add_argument("--inputs", type=Path, metavar="NPZ", help="arrays in argument order")
+    run.add_argument(
+        "--inputs", type=Path, metavar="NPZ", help="arrays by argument name, or in order"
+    )
     run.add_argument("--outputs", type=Path, metavar="NPZ", help="where to write the results")
     run.add_argument("--seed", type=int, default=0, help="of random inputs (default 0)")
 

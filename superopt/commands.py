@@ -5,12 +5,13 @@ In: parsed options. Out: exit codes, and text or JSON lines on stdout.
 
 import argparse
 import importlib
+import json
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,8 +23,8 @@ from superopt.cache import FOLDER_VARIABLE, Cache, default_folder
 from superopt.calibrate import machine
 from superopt.codegen.cpu import LOWER, find_compiler
 from superopt.codegen.errors import NoCompiler
-from superopt.errors import ArtifactError, Unsupported, UsageError
-from superopt.frontend import LiftError, lift, lift_exported
+from superopt.errors import ArtifactError, UsageError
+from superopt.frontend import Lifted, LiftError, lift, lift_exported
 from superopt.guards import take_guards
 from superopt.ir.errors import SuperoptError
 from superopt.ir.ops.registry import all_ops
@@ -31,12 +32,12 @@ from superopt.ir.target import GPUS
 from superopt.ir.text import print_graph
 from superopt.ir.types import DType
 from superopt.measure import interleaved
-from superopt.pipeline import Options, make_options, make_plan, restore, versions
+from superopt.pipeline import Options, make_options, make_plan, restore, restorer, versions
 from superopt.plan import Plan
 from superopt.progress import Progress, emit
 from superopt.report import equality_text, plan_report
-from superopt.runtime import Program, build_program, load_tensor
-from superopt.subject import make_request
+from superopt.runtime import Program, build_program, load_tensor, store_tensor
+from superopt.subject import make_request, preserved
 from superopt.verify.certificate import CertificateError, read_certificate
 from superopt.verify.field import FIELD
 from superopt.verify.floating import draw_inputs, verify_float
@@ -91,12 +92,11 @@ def run_optimize(options: argparse.Namespace) -> int:
         }
     )
     with Progress(as_json=options.json) as progress:
-        function, args, lifted = _program(options.program, options.input, options.seed)
+        function, args, kwargs, lifted = _program(options.program, options.input, options.seed)
         modules = take_guards(function).modules
-        request, _ = make_request(function, modules, lifted, args, {})
-        if request.writes:
-            raise Unsupported("artifacts of programs that change their arguments are not made yet")
-        planned = make_plan(request, chosen, progress)
+        with preserved(lifted):
+            request, _ = make_request(function, modules, lifted, args, kwargs)
+            planned = make_plan(request, chosen, progress)
     plan = _self_contained(planned.plan, request.tensors[len(request.user_inputs) :])
     save_artifact(plan, options.output, versions(), overwrite=options.force)
     report = plan_report(plan)
@@ -107,10 +107,6 @@ def run_optimize(options: argparse.Namespace) -> int:
 
 def _self_contained(plan: Plan, parameters: tuple[torch.Tensor, ...]) -> Plan:
     """Put the weights into the plan: an artifact runs without the module that it came from."""
-    from dataclasses import replace
-
-    from superopt.runtime import store_tensor
-
     names = [n.attrs.name for n in plan.original.inputs[len(plan.user_inputs) :]]
     stored = {n: store_tensor(t) for n, t in zip(names, parameters, strict=True)}
     return replace(plan, constants=stored, parameters=tuple(f"constant:{n}" for n in names))
@@ -118,7 +114,7 @@ def _self_contained(plan: Plan, parameters: tuple[torch.Tensor, ...]) -> Plan:
 
 def _program(
     text: str, specs: list[str], seed: int
-) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Lifted]:
     """Load the program; return it with example arguments and its lifted form."""
     if text.endswith(".pt2"):
         return _exported(Path(text))
@@ -138,10 +134,10 @@ def _program(
     if not specs:
         raise UsageError(f"say what {text} takes, once per argument: --input f32[16,4096]")
     args = tuple(parse_input(s, seed + i) for i, s in enumerate(specs))
-    return found, args, lift(found, args)
+    return found, args, {}, lift(found, args)
 
 
-def _exported(path: Path) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
+def _exported(path: Path) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Lifted]:
     try:
         with warnings.catch_warnings():
             # some versions of torch warn about buffers of their own
@@ -154,9 +150,7 @@ def _exported(path: Path) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
     if exported.example_inputs is None:
         raise UsageError(f"{path} stores no example inputs: export it with some")
     args, kwargs = exported.example_inputs
-    if kwargs:
-        raise Unsupported(f"{path} takes keyword arguments, which are not planned")
-    return exported.module(), tuple(args), lift_exported(exported)
+    return exported.module(), tuple(args), dict(kwargs), lift_exported(exported)
 
 
 def parse_input(spec: str, seed: int) -> Any:
@@ -188,14 +182,23 @@ def parse_input(spec: str, seed: int) -> Any:
 # -- artifacts -----------------------------------------------------------------------------------
 
 
-def _loaded(options: argparse.Namespace) -> tuple[Plan, Program, Program]:
-    """Return an artifact's plan, its program, and the original's."""
+def _loaded(
+    options: argparse.Namespace, *, as_graph: bool = False
+) -> tuple[Plan, Program, Program]:
+    """Return an artifact's plan, its program, and the original's.
+
+    With `as_graph` the programs return what their graphs do, new values first, and change nothing.
+    """
     plan = load_artifact(options.artifact)
-    chosen = Options(cache=_folder(options))
     tensors = _inputs(plan, draw_inputs(plan.original, "normal", 0)[: len(plan.user_inputs)])
-    strides = [tuple(t.stride()) for t in tensors]
-    original = build_program(plan.original, {}, strides=strides, outputs=plan.outputs)
-    planned = restore(plan, chosen, tensors)
+    original = build_program(
+        plan.original,
+        {},
+        strides=[tuple(t.stride()) for t in tensors],
+        outputs=None if as_graph else plan.outputs,
+        writes=None if as_graph else plan.writes,
+    )
+    planned = restore(plan, Options(cache=_folder(options)), tensors, as_graph=as_graph)
     return plan, planned.program or original, original
 
 
@@ -212,16 +215,25 @@ def run_run(options: argparse.Namespace) -> int:
         user = draw_inputs(plan.original, "normal", options.seed)[:count]
     else:
         user = _read_inputs(options.inputs, plan)
+    tensors = _inputs(plan, user)
     with torch.no_grad():
-        results = program.run(*_inputs(plan, user))
+        results = program.run(*tensors)
+    found = {f"output{i}": r for i, r in enumerate(results)}
+    for target in plan.writes.values():
+        found[f"changed_{plan.original.inputs[target].attrs.name}"] = tensors[target]
     if options.outputs is not None:
-        arrays = {f"output{i}": _as_numpy(r) for i, r in enumerate(results)}
+        arrays = {name: _as_numpy(r) for name, r in found.items()}
         np.savez(options.outputs, **arrays)  # type: ignore[arg-type]
     facts = [
-        {"shape": list(r.shape), "dtype": str(r.dtype), "mean": float(r.double().mean())}
-        for r in results
+        {
+            "name": name,
+            "shape": list(r.shape),
+            "dtype": str(r.dtype),
+            "mean": float(r.double().mean()) if r.numel() else None,
+        }
+        for name, r in found.items()
     ]
-    text = "\n".join(f"output {i}: {f['dtype']}{f['shape']}" for i, f in enumerate(facts))
+    text = "\n".join(f"{f['name']}: {f['dtype']}{f['shape']}" for f in facts)
     emit({"outputs": facts}, as_json=options.json, text=text)
     return DONE
 
@@ -235,10 +247,12 @@ def _as_numpy(tensor: torch.Tensor) -> "np.ndarray[Any, Any]":
 def _read_inputs(path: Path, plan: Plan) -> list[torch.Tensor]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            given = [torch.from_numpy(arrays[name]) for name in arrays.files]
-    except (OSError, ValueError) as error:
+            named = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is no .npz file of arrays: {error}") from error
     wanted = plan.original.inputs[: len(plan.user_inputs)]
+    names = [n.attrs.name for n in wanted]
+    given = [named[n] for n in names] if set(names) == set(named) else list(named.values())
     if len(given) != len(wanted):
         raise UsageError(f"the program takes {len(wanted)} arrays, {path} holds {len(given)}")
     tensors = []
@@ -257,8 +271,14 @@ def run_bench(options: argparse.Namespace) -> int:
     plan, program, original = _loaded(options)
     user = draw_inputs(plan.original, "normal", 0)[: len(plan.user_inputs)]
     tensors = _inputs(plan, user)
+    again = restorer([tensors[t] for t in plan.writes.values()])
+
+    def call(chosen: Program) -> object:
+        again()
+        return chosen.run(*tensors)
+
     with torch.no_grad():
-        calls = [lambda: original.run(*tensors), lambda: program.run(*tensors)]
+        calls = [lambda: call(original), lambda: call(program)]
         before, after = interleaved(calls, limit_s=options.seconds, rounds=1000)
     text = f"original {before * 1e3:.3f} ms, optimized {after * 1e3:.3f} ms: {before / after:.2f}x"
     record = {"original_s": before, "optimized_s": after, "ratio": before / after}
@@ -268,7 +288,7 @@ def run_bench(options: argparse.Namespace) -> int:
 
 def run_verify(options: argparse.Namespace) -> int:
     """Check an artifact's proof again, and its compiled kernels in floating point."""
-    plan, program, _ = _loaded(options)
+    plan, program, _ = _loaded(options, as_graph=True)
     if plan.program is None:
         emit(
             {"verified": True, "reason": "the original runs"},
@@ -278,8 +298,6 @@ def run_verify(options: argparse.Namespace) -> int:
         return DONE
     if plan.certificate is None:
         return _failed(options, "the artifact has no certificate")
-    import json
-
     certificate = read_certificate(json.dumps(plan.certificate))
     stored = (plan.original.digest(), plan.program.digest())
     if (certificate.original_digest, certificate.candidate_digest) != stored:

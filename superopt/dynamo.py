@@ -17,7 +17,7 @@ from superopt.frontend import lift_fx
 from superopt.ir.errors import SuperoptError
 from superopt.pipeline import make_options, make_plan
 from superopt.signature import signature
-from superopt.subject import Binding, builder, make_request
+from superopt.subject import Binding, builder, make_request, preserved, shares_written
 
 logger = logging.getLogger("superopt")
 
@@ -41,10 +41,10 @@ def backend(
         if key is None:
             raise Unsupported("its inputs are no plain tensors")
         lifted = lift_fx(graph_module, example)
-        request, binding = make_request(
-            graph_module, list(graph_module.modules()), lifted, example, {}
-        )
-        planned = make_plan(request, options)
+        modules = list(graph_module.modules())
+        with preserved(lifted):
+            request, binding = make_request(graph_module, modules, lifted, example, {})
+            planned = make_plan(request, options)
     except SuperoptError as error:
         if fallback == "error":
             raise
@@ -100,6 +100,9 @@ def _serve(
         rest = fetch()
         if rest is None or (torch.is_grad_enabled() and binding.needs_grad()):
             return original(*args)
-        return build(program(*(args[i] for i in positions), *rest))
+        inputs = [*(args[i] for i in positions), *rest]
+        if shares_written(inputs, binding.writes):
+            return original(*args)
+        return build(program(*inputs))
 
     return call

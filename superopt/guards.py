@@ -22,6 +22,10 @@ _TORCH_PLAIN: Final = (torch.dtype, torch.device, torch.layout, torch.memory_for
 # Packages whose code is told by its version; everything else is told by its own code.
 _TRUSTED: Final = ("torch", "numpy", "math", "typing", "collections", "functools", "operator")
 _PRIVATE: Final = frozenset(torch.nn.Module().__dict__)
+BOUND: Final = "_superopt_methods"
+"""Where an instance keeps its optimized methods; nothing that a program reads."""
+WRAPS: Final = "_superopt_wraps"
+"""What classes have whose instances compute the same as their `original`."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
 _DEPTH: Final = 12
 # What a class always has, and what only making an instance needs.
@@ -55,6 +59,7 @@ class Guards:
     cells: list[tuple[Any, Any]] = field(default_factory=list)
     tensors: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     snapshots: list[tuple[Any, Any]] = field(default_factory=list)
+    sizes: list[tuple[dict[str, Any], int]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     modules: list[torch.nn.Module] = field(default_factory=list)
     digest: str = ""
@@ -78,6 +83,10 @@ class Guards:
                 return False
         for tensor, version in self.tensors:
             if tensor._version != version:
+                return False
+        # an attribute that is new may hide one of the class
+        for inside, size in self.sizes:
+            if _size(inside) != size:
                 return False
         return all(now == then for now, then in self.snapshots)
 
@@ -124,6 +133,7 @@ class _Walk:
         self.value(name, value, depth)
 
     def value(self, name: str, value: Any, depth: int) -> None:
+        value = _unwrapped(value)
         if _is_plain(value):
             self.note(name, type(value).__name__, value)
             return
@@ -172,10 +182,14 @@ class _Walk:
     def other(self, name: str, value: Any, depth: int) -> None:
         """Guard the attributes of an object of a user's class, whose code is not known."""
         self.guards.unknown.append(f"{name} is a {type(value).__name__}")
+        if not isinstance(value, type) and not _trusted(type(value)):
+            self.class_(type(value), depth + 1)
         inside = getattr(value, "__dict__", None)
         if isinstance(inside, dict) and not isinstance(value, type):
+            self.guards.sizes.append((inside, _size(inside)))
             for key in list(inside):
-                self.place(inside, key, depth + 1)
+                if key != BOUND:
+                    self.place(inside, key, depth + 1)
 
     # -- code ----------------------------------------------------------------------------------
 
@@ -225,7 +239,7 @@ class _Walk:
             self.place(vars(module), name, depth + 1)
 
     def class_(self, kind: type, depth: int) -> None:
-        """Take in the code and the plain attributes of a class and its bases."""
+        """Take in the code and the attributes of a class and its bases."""
         self.note(kind.__module__, kind.__qualname__)
         for base in kind.__mro__:
             if base in (torch.nn.Module, object):
@@ -238,6 +252,8 @@ class _Walk:
                     self.member(base, name, member, depth)
 
     def member(self, base: type, name: str, member: Any, depth: int) -> None:
+        self.guards.attributes.append((base, name, member))
+        member = _unwrapped(member)
         if isinstance(member, staticmethod | classmethod):
             member = member.__func__
         if isinstance(member, property):
@@ -246,9 +262,8 @@ class _Walk:
             self.function(name, member, depth + 1)
         elif _is_plain(member):
             self.note(name, type(member).__name__, member)
-            self.guards.attributes.append((base, name, member))
         else:
-            self.guards.unknown.append(f"{base.__qualname__}.{name} is a {type(member).__name__}")
+            self.value(f"{base.__qualname__}.{name}", member, depth + 1)
 
     # -- torch modules -------------------------------------------------------------------------
 
@@ -259,8 +274,9 @@ class _Walk:
         self.guards.modules.append(module)
         self.class_(type(module), depth)
         inside = module.__dict__
+        self.guards.sizes.append((inside, _size(inside)))
         for name in sorted(inside):
-            if name not in _PRIVATE or name == "training":
+            if (name not in _PRIVATE and name != BOUND) or name == "training":
                 self.place(inside, name, depth)
         if any(inside.get(hooks) for hooks in _HOOKS):
             self.guards.unknown.append("a module has hooks")
@@ -277,11 +293,20 @@ class _Walk:
                 self.module(child, depth + 1)
 
 
+def _size(inside: dict[str, Any]) -> int:
+    return len(inside) - (BOUND in inside)
+
+
 def _cell(cell: Any) -> Any:
     try:
         return cell.cell_contents
     except ValueError:
         return _MISSING
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return what superopt was asked to optimize: it computes the same."""
+    return value.original if getattr(type(value), WRAPS, False) else value
 
 
 def _is_plain(value: Any) -> bool:

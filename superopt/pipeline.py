@@ -46,6 +46,7 @@ _SEARCH_SHARE: Final = 0.75
 _CONFIGURATIONS: Final = 6
 _GAIN: Final = 0.99
 _STRICT_BOUND: Final = 2.0**-120
+_SMALL_BYTES: Final = 1 << 12
 _NO_COMPILER: Final = "no compiler"
 
 
@@ -93,8 +94,9 @@ def make_options(given: Mapping[str, Any]) -> Options:
 class Request:
     """One program at one set of input types, with the tensors of one call.
 
-    `tensors` are the graph's inputs: the user's first, then the parameters. `original` runs the program
-    as it was; it must not be called more often than needed where it mutates (`mutates`).
+    `tensors` are the graph's inputs: the user's first, then the parameters. `writes` maps graph outputs to
+    the inputs that they are new values of. `original` runs the program as it was; where that changes
+    buffers, whoever makes the request restores them (`preserved`).
     """
 
     graph: Graph
@@ -111,10 +113,11 @@ class Request:
 @final
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan and, where it is better than the original, its program."""
+    """A plan, where it is better than the original its program, and its key in the cache."""
 
     plan: Plan
     program: Program | None
+    key: str = ""
 
 
 def silent(event: Event) -> None:
@@ -132,16 +135,16 @@ def make_plan(request: Request, options: Options, on_event: OnEvent = silent) ->
         found = store.load_plan(key)
         if found is not None:
             try:
-                planned = restore(found, options, request.tensors, request.writes)
+                planned = restore(found, options, request.tensors)
             except (PlanError, CodegenError) as error:
                 logger.warning("a cached plan is made again: %s", error)
             else:
                 on_event(Event("cached", "the plan was found in the cache", {"key": key}))
-                return planned
+                return replace(planned, key=key)
     planned = _search(request, options, store, on_event)
     if options.cache is not False and lasting(planned.plan):
         store.save_plan(key, planned.plan)
-    return planned
+    return replace(planned, key=key)
 
 
 def lasting(plan: Plan) -> bool:
@@ -188,12 +191,11 @@ def code_digest() -> str:
 
 
 def restore(
-    plan: Plan,
-    options: Options,
-    tensors: Sequence[torch.Tensor],
-    writes: Mapping[int, int] | None = None,
+    plan: Plan, options: Options, tensors: Sequence[torch.Tensor], *, as_graph: bool = False
 ) -> Planned:
     """Compile a stored plan (from the kernel cache where it is there) for tensors laid out so.
+
+    With `as_graph` the program returns what its graph does, new values first, and changes nothing.
 
     Raises:
         PlanError: a kernel is missing or does not compile here.
@@ -209,7 +211,11 @@ def restore(
         loaded[digest] = entry
     strides = [tuple(t.stride()) for t in tensors]
     program = build_program(
-        plan.program, loaded, strides=strides, outputs=plan.outputs, writes=writes
+        plan.program,
+        loaded,
+        strides=strides,
+        outputs=None if as_graph else plan.outputs,
+        writes=None if as_graph else plan.writes,
     )
     return Planned(plan, program)
 
@@ -324,13 +330,32 @@ def _finish(
 
 
 def _compare(request: Request, program: Program) -> tuple[float, float]:
-    """Time the original and the plan in turn, on copies where they would change the inputs."""
+    """Time the original and the plan in turn, the plan on copies of what it changes."""
     tensors = list(request.tensors)
     for target in request.writes.values():
         tensors[target] = tensors[target].clone()
-    calls = [request.original, lambda: program.run(*tensors)]
-    original_s, planned_s = interleaved(calls, limit_s=2.0, rounds=15)
+    restore_ = restorer([tensors[t] for t in request.writes.values()])
+
+    def planned() -> object:
+        restore_()
+        return program.run(*tensors)
+
+    original_s, planned_s = interleaved([request.original, planned], limit_s=2.0, rounds=15)
     return original_s, planned_s
+
+
+def restorer(changed: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """Return what gives small tensors the values that they have now.
+
+    Programs are timed by many calls in a row; what they count with must not run out of its range.
+    """
+    kept = [(t, t.detach().clone()) for t in changed if t.nbytes <= _SMALL_BYTES]
+
+    def restore_() -> None:
+        for tensor, value in kept:
+            tensor.detach().copy_(value)
+
+    return restore_
 
 
 def _sources(graph: Graph, clock: Clock) -> dict[str, KernelSource]:
@@ -366,6 +391,7 @@ def _plan(request: Request, report: dict[str, Any]) -> Plan:
         outputs=request.outputs,
         structure=request.structure,
         target=target_name(),
+        writes=dict(request.writes),
         report=report,
     )
 

@@ -18,7 +18,7 @@ from superopt.ir.errors import SuperoptError
 from superopt.ir.graph import Graph
 from superopt.ir.text import parse_graph, print_graph
 
-FORMAT: Final = "superopt plan 1"
+FORMAT: Final = "superopt plan 2"
 
 
 @final
@@ -69,7 +69,8 @@ class Plan:
 
     `program` is None when nothing better than the original was proven: the original runs then.
     `parameters` are the graph inputs after the user's: a dotted path into the module, or the name of a
-    stored tensor in `constants`. `structure` is the pytree of the result as JSON-able text.
+    stored tensor in `constants`. `structure` is the pytree of the result as JSON-able text. `writes` maps
+    the graph outputs that are no results to the inputs that they are the new values of.
     """
 
     original: Graph
@@ -81,6 +82,7 @@ class Plan:
     outputs: tuple[OutputSpec, ...]
     structure: str
     target: str
+    writes: dict[int, int] = field(default_factory=dict)
     certificate: dict[str, Any] | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -97,6 +99,7 @@ class Plan:
             "outputs": [asdict(o) for o in self.outputs],
             "structure": self.structure,
             "target": self.target,
+            "writes": list(self.writes.items()),
             "certificate": self.certificate,
             "report": self.report,
         }
@@ -169,6 +172,7 @@ def _plan(body: dict[str, Any]) -> Plan:
         ),
         structure=body["structure"],
         target=body["target"],
+        writes={int(output): int(target) for output, target in body["writes"]},
         certificate=body["certificate"],
         report=body["report"],
     )

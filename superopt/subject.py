@@ -6,7 +6,8 @@ that weights changed in place, or replaced by others of the same type, are seen.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from superopt.errors import PlanError, Unsupported
 from superopt.frontend import Lifted
-from superopt.pipeline import Request
+from superopt.pipeline import Request, restorer
 from superopt.plan import OutputSpec, Plan
 from superopt.runtime import load_tensor
 from superopt.signature import tensor_check
@@ -53,13 +54,13 @@ class Fetch:
 class Binding:
     """Where the inputs of a program come from, and what its results make up.
 
-    `leaves` are positions among the flattened arguments; `writes` says that some are changed.
+    `leaves` are positions among the flattened arguments; `writes` are the inputs that are changed.
     """
 
     leaves: tuple[int, ...]
     rest: tuple[Fetch | torch.Tensor, ...]
     structure: str
-    writes: bool = False
+    writes: tuple[int, ...] = ()
 
     def parameters(self) -> list[torch.Tensor] | None:
         """Return the inputs after the user's, None when one has another type than planned."""
@@ -125,7 +126,8 @@ def make_request(
     `modules` are all that the program reads, in an order that another process has too.
 
     Raises:
-        Unsupported: the program changes parameters, or its results are no tensors or plain data.
+        Unsupported: the program changes what no module holds or what is shared, or its results are no
+            tensors or plain data.
     """
     leaves = flatten(args, kwargs)
     user = lifted.flatten(args, kwargs)
@@ -133,8 +135,11 @@ def make_request(
     parameters = list(lifted.parameters.values())
     names, rest, constants = _sources(modules, lifted.parameters)
     tensors = (*user, *parameters)
-    writes = _writes(lifted, len(user))
-    outputs, structure = _observe(function, args, kwargs, tensors, writes)
+    writes = _writes(lifted, len(user), rest)
+    if shares_written(tensors, tuple(writes.values())):
+        raise Unsupported("the program changes memory that it also reads by another name")
+    with preserved(lifted):
+        outputs, structure = _observe(function, args, kwargs, tensors, writes)
     returned = len(lifted.graph.outputs) - len(writes)
     if len(outputs) != returned:
         raise Unsupported(f"the program returns {len(outputs)} tensors, its graph {returned}")
@@ -147,9 +152,27 @@ def make_request(
         outputs=outputs,
         structure=structure,
         writes=writes,
-        original=_original(function, args, kwargs, bool(writes)),
+        original=_original(function, args, kwargs, [tensors[t] for t in writes.values()]),
     )
-    return request, Binding(tuple(positions), rest, structure, bool(writes))
+    return request, Binding(tuple(positions), rest, structure, tuple(writes.values()))
+
+
+@contextmanager
+def preserved(lifted: Lifted) -> Iterator[None]:
+    """Give the buffers that a program changes their values back in the end."""
+    changed = [lifted.parameters[m.target] for m in lifted.mutations if m.kind == "buffer"]
+    kept = [(tensor.detach(), tensor.detach().clone()) for tensor in changed]
+    try:
+        yield
+    finally:
+        for tensor, value in kept:
+            tensor.copy_(value)
+
+
+def shares_written(tensors: Sequence[torch.Tensor], written: Sequence[int]) -> bool:
+    """Say whether another of the tensors lies in the storage of one that is changed."""
+    storages = [t.untyped_storage().data_ptr() for t in tensors]
+    return any(storages.count(storages[i]) > 1 for i in written)
 
 
 def bind_plan(plan: Plan, modules: Modules) -> Binding:
@@ -171,7 +194,7 @@ def bind_plan(plan: Plan, modules: Modules) -> Binding:
             raise PlanError(f"the plan needs the parameter {path}, which is not there")
         rest.append(fetch)
     leaves = tuple(int(u.partition(":")[2]) for u in plan.user_inputs)
-    return Binding(leaves, tuple(rest), plan.structure)
+    return Binding(leaves, tuple(rest), plan.structure, tuple(plan.writes.values()))
 
 
 def _fetch(module: torch.nn.Module, name: str) -> Fetch | None:
@@ -227,26 +250,36 @@ def _sources(
     return tuple(names), tuple(rest), constants
 
 
-def _writes(lifted: Lifted, user_inputs: int) -> dict[int, int]:
+def _writes(
+    lifted: Lifted, user_inputs: int, rest: Sequence[Fetch | torch.Tensor]
+) -> dict[int, int]:
     order = {node.attrs.name: i for i, node in enumerate(lifted.graph.inputs)}
     writes: dict[int, int] = {}
     for mutation in lifted.mutations:
         target = order[mutation.target]
-        if target >= user_inputs:
-            raise Unsupported(f"the program changes its parameter {mutation.target}")
+        if target >= user_inputs and not isinstance(rest[target - user_inputs], Fetch):
+            raise Unsupported(f"the program changes {mutation.target}, which no module holds")
         writes[mutation.output] = target
     return writes
 
 
 def _original(
-    function: Function, args: Sequence[Any], kwargs: Mapping[str, Any], mutates: bool
+    function: Function,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    changed: Sequence[torch.Tensor],
 ) -> Callable[[], object]:
-    if mutates:
-        args, kwargs = pytree.tree_map_only(
-            torch.Tensor, lambda t: t.detach().clone(), (tuple(args), dict(kwargs))
-        )
+    """Return what runs the original on copies of the arguments that it changes."""
+    copies = {id(t): t.detach().clone() for t in changed}
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor, lambda t: copies.get(id(t), t), (tuple(args), dict(kwargs))
+    )
+    # a changed tensor is an argument, of which there is a copy, or a buffer
+    given = {id(t) for t in pytree.tree_leaves((args, kwargs))}
+    restore = restorer([copies[id(t)] if id(copies[id(t)]) in given else t for t in changed])
 
     def original() -> object:
+        restore()
         with torch.no_grad():
             return function(*args, **kwargs)
 

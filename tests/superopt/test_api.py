@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import superopt
-from superopt import api, pipeline
+from superopt import api
 from superopt.search.driver import Event
 
 FACTOR = 2.0
@@ -23,9 +24,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def plans_count_as_faster(monkeypatch):
-    # the clock of a busy test machine must not decide what these tests see
-    monkeypatch.setattr(pipeline, "_GAIN", float("inf"))
+def every_plan(first_found):
+    """Plans do not depend on the clock of a busy test machine."""
 
 
 def scaled_norm(x, w):
@@ -193,6 +193,47 @@ def test_aliasing_and_mutation_are_as_in_eager(folder):
     assert z.eq(2).all()
 
 
+class Stateful(torch.nn.Module):
+    """Statistics, a counter, and a cache that is written at the counter and by a slice."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.register_buffer("cache", torch.zeros(6, 8))
+        self.register_buffer("at", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x, log):
+        y = torch.tanh(self.norm(x)) * 2 + 1
+        self.cache.index_copy_(0, self.at, y[:1])
+        self.cache[-1:] = x.mean(0)
+        self.at += 1
+        log[0] += y.sum()
+        return torch.softmax(self.cache @ y.T, -1), self.cache
+
+
+def test_buffers_change_as_in_eager(folder):
+    plain = Stateful()
+    for _ in range(2):  # the second time the plan is found through its alias
+        module = copy.deepcopy(plain)
+        fast = superopt.optimize(copy.deepcopy(module), budget_s=1, cache=folder)
+        log, expected_log = torch.zeros(2), torch.zeros(2)
+        with torch.no_grad():
+            for _ in range(4):
+                x = torch.randn(4, 8)
+                result, cache = fast(x, log)
+                torch.testing.assert_close(result, module(x, expected_log)[0])
+                assert cache is fast.cache
+                torch.testing.assert_close(dict(fast.state_dict()), dict(module.state_dict()))
+                torch.testing.assert_close(log, expected_log)
+        assert planned(fast) == [True]
+        assert fast.at.item() == 4
+    with torch.no_grad():  # a buffer that is an argument too is not overwritten too early
+        for run in (fast, module):
+            run.cache.copy_(torch.ones(6, 8))
+            run(run.cache[:4], run.cache[0])
+    torch.testing.assert_close(fast.cache, module.cache)
+
+
 def test_random_programs_and_data_dependent_ones_run_as_they_were(folder):
     def noisy(x):
         return x + torch.rand_like(x) + torch.rand_like(x)
@@ -243,6 +284,56 @@ def test_threads_share_plans(folder):
         thread.join()
     assert not wrong
     assert len(fast.plans) == 1
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((8,), factor))
+
+    @superopt.optimize(budget_s=1)
+    def forward(self, x, *, shift=1.0):
+        """Scale and shift."""
+        return torch.tanh(x * self.weight) + shift
+
+
+class Plain:
+    """No module, cannot be hashed, is equal to all its like."""
+
+    factor = 3.0
+
+    def __eq__(self, other):
+        return True
+
+    @superopt.optimize(budget_s=1)
+    def run(self, x):
+        return torch.exp(x) * self.factor
+
+
+def test_methods_have_plans_per_instance(folder, monkeypatch):
+    for method in (Scaled.forward, Plain.run):
+        options = dataclasses.replace(method._superopt.options, cache=folder)
+        monkeypatch.setattr(method._superopt, "options", options)
+    one, two, x = Scaled(1.0), Scaled(2.0), torch.randn(4, 8)
+    with torch.no_grad():
+        for module in (one, two, one):
+            expected = torch.tanh(x * module.weight) + 1
+            torch.testing.assert_close(module(x), expected)
+        torch.testing.assert_close(one(x, shift=2.0), torch.tanh(x * one.weight) + 2)
+        assert planned(one.forward) == [True, True]
+        assert planned(two.forward) == [True]
+        assert "_superopt" not in " ".join(one.state_dict())
+        twin = pickle.loads(pickle.dumps(copy.deepcopy(one)))
+        twin.weight.fill_(5.0)
+        torch.testing.assert_close(twin(x), torch.tanh(x * 5.0) + 1)
+    one(x).sum().backward()
+    assert one.weight.grad is not None
+    assert Scaled.forward.__doc__ == "Scale and shift."
+    thing = Plain()
+    torch.testing.assert_close(thing.run(x), torch.exp(x) * 3)
+    assert planned(thing.run) == [True]
+    thing.factor = 4.0
+    torch.testing.assert_close(thing.run(x), torch.exp(x) * 4)
 
 
 def test_options_are_checked_when_given():

@@ -30,8 +30,7 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch, workplace):
-    monkeypatch.setattr(pipeline, "_GAIN", float("inf"))
+def surroundings(monkeypatch, workplace, first_found):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("SUPEROPT_CACHE_DIR", str(workplace / "cache"))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -174,6 +173,39 @@ def test_an_exported_file_becomes_an_artifact_with_its_weights(capsys, workplace
         np.testing.assert_allclose(results["output0"], module(x).numpy(), rtol=1e-4, atol=1e-5)
     assert run(capsys, *arguments)[0] == 2
     assert run(capsys, *arguments, "--force")[0] == 0
+
+
+class Averaging(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, *, x, log):
+        self.mean.mul_(0.9).add_(x.mean(0) * 0.1)
+        log[:1] += 1
+        return torch.tanh(x - self.mean) * 2
+
+
+def test_keyword_arguments_and_what_changes_are_in_artifacts(capsys, workplace, tmp_path):
+    module = Averaging()
+    given = {"log": torch.zeros(2), "x": torch.randn(8, 16)}
+    torch.export.save(torch.export.export(module, (), given), tmp_path / "m.pt2")
+    folder = tmp_path / "out"
+    code, _, err = run(capsys, "optimize", tmp_path / "m.pt2", "-o", folder, "--budget", "2")
+    assert code == 0, err
+    np.savez(tmp_path / "in.npz", **{name: t.numpy() for name, t in given.items()})
+    files = ["--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "out.npz"]
+    code, out, _ = run(capsys, "run", folder, *files)
+    assert code == 0
+    expected = {"output0": module(**given), "changed_log": given["log"]}
+    with np.load(tmp_path / "out.npz") as results:
+        (mean,) = set(results.files) - set(expected)
+        assert mean.startswith("changed_")
+        for name, value in {**expected, mean: module.mean}.items():
+            np.testing.assert_allclose(results[name], value.numpy(), rtol=1e-5, atol=1e-6)
+            assert f"{name}: torch.float32" in out
+    assert run(capsys, "verify", folder)[0] == 0
+    assert run(capsys, "bench", folder, "--seconds", "0.2")[0] == 0
 
 
 def test_targets_cache_and_ops(capsys, artifact):

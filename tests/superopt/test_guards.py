@@ -144,3 +144,42 @@ def test_objects_of_unknown_classes_have_no_fingerprint_but_are_watched():
     assert guards.hold()
     config.scale = 3.0
     assert not guards.hold()
+
+
+class Settings:
+    factor = 2.0
+    table = torch.ones(3)
+
+    def scaled(self, x):
+        return x * self.factor
+
+
+class Configured(torch.nn.Module):
+    factor = 2.0
+    limits = (0.0, 1.0)
+
+    def __init__(self):
+        super().__init__()
+        self.settings = Settings()
+
+    def forward(self, x):
+        return self.settings.scaled(x) * self.factor
+
+
+def test_attributes_of_classes_are_watched_and_so_is_what_hides_them(monkeypatch):
+    changes = (
+        lambda m: setattr(m, "factor", 3.0),
+        lambda m: setattr(m.settings, "factor", 3.0),
+        lambda m: monkeypatch.setattr(Configured, "factor", 3.0),
+        lambda m: monkeypatch.setattr(Configured, "limits", (0.0, 2.0)),
+        lambda m: monkeypatch.setattr(Settings, "factor", 3.0),
+        lambda m: monkeypatch.setattr(Settings, "scaled", lambda self, x: x),
+        lambda m: Settings.table.add_(1),
+    )
+    for change in changes:
+        module = Configured()
+        guards = take_guards(module)
+        assert guards.hold()
+        change(module)
+        assert not guards.hold()
+        monkeypatch.undo()
