@@ -144,6 +144,9 @@ class Driver:
         programs: list[Graph] = []
         variants = self._variants()
         for number, variant in enumerate(variants):
+            if programs and self._left() <= 0:
+                self.statistics.stopped = "budget"
+                break
             share = self._left() / (len(variants) - number) * 0.85
             program = self._assemble(variant, time.monotonic() + share)
             if program is not None:
@@ -206,7 +209,10 @@ class Driver:
         return verdict.accurate
 
     def _assemble(self, variant: Graph, deadline: float) -> Graph | None:
-        """Choose a kernel or the library for every part of a variant."""
+        """Choose a kernel or the library for every part of a variant.
+
+        The first part is tried however late it is, so that a small budget finds something.
+        """
         groups = [g for g in partition(variant, self.machine) if _worth(variant, g)]
         self._tell("partition", f"{len(groups)} kernels to generate", kernels=len(groups))
         replacements: dict[Node, Node] = {}
@@ -214,6 +220,7 @@ class Driver:
             left = deadline - time.monotonic()
             if left <= 0:
                 self.statistics.stopped = "budget"
+            if left <= 0 and number:
                 break
             until = time.monotonic() + left / (len(groups) - number)
             for region, choice in self._kernels_of(variant, group, until):

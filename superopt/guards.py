@@ -147,7 +147,8 @@ class _Walk:
         elif isinstance(value, types.ModuleType):
             self.note(name, value.__name__, _version_of(value.__name__))
         elif isinstance(value, torch.Tensor):
-            self.guards.tensors.append((value, value._version))
+            if not value.is_inference():  # those have no version, and are not folded into plans
+                self.guards.tensors.append((value, value._version))
             self.guards.unknown.append(f"{name} is a tensor")
         elif isinstance(value, torch.nn.Module):
             self.module(value, depth + 1)

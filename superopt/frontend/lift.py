@@ -325,7 +325,8 @@ class _Lifter:
         self.parameters[node.name] = tensor
         self.by_target[spec.target] = node.name
         fixed = spec.kind is not InputKind.PARAMETER and not tensor.requires_grad
-        if fixed and tensor.device.type != "meta" and type(tensor) is torch.Tensor:
+        watched = type(tensor) is torch.Tensor and not tensor.is_inference()
+        if fixed and watched and tensor.device.type != "meta":
             self.foldable[made] = tensor
 
     def _input(self, name: str, value: torch.Tensor) -> Node:

@@ -39,6 +39,12 @@ def run(graph: Graph, clock: Predicted, **options: float) -> driver.SearchResult
     return search(graph, Target(), clock, budget_s=options.get("budget_s", 20.0), seed=0)
 
 
+def test_a_budget_that_is_over_still_finds_something() -> None:
+    result = run(PROGRAMS["causal_gqa"], Predicted(), budget_s=1e-3)
+    assert result.statistics.stopped == "budget"
+    assert result.verdict is not None
+
+
 @pytest.mark.parametrize("name", ["causal_gqa", "norm_linear", "loss", "residual"])
 def test_the_result_is_proven_and_custom(name: str) -> None:
     result = run(PROGRAMS[name], Predicted())

@@ -319,6 +319,21 @@ def test_fx_graph_from_torch_compile() -> None:
 # -- what cannot be lifted -----------------------------------------------------------------------
 
 
+def test_inference_tensors_are_not_folded(runner) -> None:
+    with torch.inference_mode():
+        table = torch.ones(3)
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.exp(table)
+
+    x = torch.randn(3)
+    lifted = lift(program, (x,))
+    assert lifted.folded_sources == []
+    with torch.inference_mode():
+        table.add_(1)
+    runner.check(lifted, program(x), x)
+
+
 def test_control_flow_on_data_is_refused() -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if x.sum() > 0 else x - 1

@@ -183,3 +183,11 @@ def test_attributes_of_classes_are_watched_and_so_is_what_hides_them(monkeypatch
         change(module)
         assert not guards.hold()
         monkeypatch.undo()
+
+
+def test_inference_tensors_have_no_version_to_watch():
+    with torch.inference_mode():
+        tensor = torch.ones(3)
+    guards = take_guards(closing_over(tensor))
+    assert guards.hold()
+    assert guards.fingerprint is None
