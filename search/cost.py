@@ -7,6 +7,7 @@ every block) and orders candidates; the clock decides.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import ceil, prod
 from typing import Final, final
 
@@ -34,11 +35,6 @@ _SLOW: Final = {
 }
 
 
-def kernel_cost(schedule: Schedule, tiles: Mapping[Atom, int], machine: Target) -> float:
-    """Return the predicted seconds of a schedule with these tile sizes."""
-    return _Estimate(schedule, tiles, machine).seconds()
-
-
 def library_cost(node: Node, machine: Target) -> float:
     """Return the predicted seconds of one op as a library kernel."""
     moved = sum(tensor(i.type).size_bytes for i in node.inputs) + node.tensor.size_bytes
@@ -51,135 +47,174 @@ def library_cost(node: Node, machine: Target) -> float:
 
 
 @final
-class _Estimate:
-    def __init__(self, schedule: Schedule, tiles: Mapping[Atom, int], machine: Target) -> None:
-        self.schedule = schedule
-        self.space: IndexSpace = schedule.space
-        self.machine = machine
-        self.tile = {
-            a: self.space.extent(a) if r is Role.WHOLE else min(tiles[a], self.space.extent(a))
-            for a, r in schedule.roles.items()
-        }
-        self.blocks = prod(self._count(a) for a in schedule.grid)
-        self.trips = 1 if schedule.loop is None else self._count(schedule.loop)
-        self.present: dict[Node, frozenset[Atom]] = {}
+@dataclass(frozen=True, slots=True)
+class _Op:
+    """What a node costs, in terms of the numbers of points of index sets (positions in a list)."""
+
+    elements: int
+    passes: int
+    closes: bool
+    seconds_per_element: float
+    product: tuple[int, int, int] | None
+    spills: bool
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A tensor that is read: bytes per element, bytes of its own, the tensor that it is a view of."""
+
+    elements: int
+    passes: int
+    element_bytes: int
+    unique: float
+    base: Node
+
+
+@final
+class KernelModel:
+    """Predicts the seconds of one schedule for any tile sizes; made once, asked often."""
+
+    def __init__(self, schedule: Schedule, machine: Target) -> None:
+        self._schedule = schedule
+        self._machine = machine
+        self._space: IndexSpace = schedule.space
+        self._passes = self._count_passes()
+        self._sets: dict[frozenset[Atom], int] = {}
+        self._present: dict[Node, frozenset[Atom]] = {}
         for node in schedule.region.inputs:
-            self.present[node] = frozenset(self.space.atoms(node))
+            self._present[node] = frozenset(self._space.atoms(node))
         for node in schedule.region.body:
-            self.present[node] = self._present(node)
+            self._present[node] = self._varies_over(node)
+        self._extents = {a: self._space.extent(a) for a in schedule.roles}
+        self._ops = [self._op(n) for n in schedule.region.body]
+        self._reads = [self._read(n) for n in schedule.region.inputs]
+        self._written = sum(2.0 * n.tensor.size_bytes for n in schedule.region.outputs)
 
-    def _count(self, atom: Atom) -> int:
-        return ceil(self.space.extent(atom) / self.tile[atom])
+    # -- what does not depend on the tiles -----------------------------------------------------
 
-    def _present(self, node: Node) -> frozenset[Atom]:
+    def _varies_over(self, node: Node) -> frozenset[Atom]:
         if node.op is leaf.IOTA:
-            return frozenset(self.space.layout(node)[node.attrs.axis])
-        found = frozenset[Atom]().union(*(self.present[i] for i in node.inputs))
-        present = found & set(self.space.atoms(node))
+            return frozenset(self._space.layout(node)[node.attrs.axis])
+        found = frozenset[Atom]().union(*(self._present[i] for i in node.inputs))
+        present = found & set(self._space.atoms(node))
         if node.op in (structural.SLICE, structural.PAD, structural.CONCAT):
-            return present | set(self.space.layout(node)[node.attrs.axis])
+            return present | set(self._space.layout(node)[node.attrs.axis])
         return present
 
-    def _elements(self, atoms: frozenset[Atom]) -> int:
-        return prod(self.tile[a] for a in atoms)
-
-    def _runs(self) -> dict[Node, int]:
-        """How often a block computes each node: iterations times the passes that need it."""
-        passes = self.schedule.passes
-        runs: dict[Node, int] = {}
+    def _count_passes(self) -> dict[Node, int]:
+        """Return in how many passes over the loop a block computes each node."""
+        passes = self._schedule.passes
+        region = self._schedule.region
+        found: dict[Node, int] = {}
         for number in range(max(1, passes.count)):
             needed: set[Node] = set()
-            for node in reversed(self.schedule.region.body):
+            for node in reversed(region.body):
                 closes = node not in passes.varies and any(i in passes.varies for i in node.inputs)
                 wanted = closes and max(passes.number[node], 0) == number
-                stored = node in self.schedule.region.outputs and passes.number[node] == number
+                stored = node in region.outputs and passes.number[node] == number
                 if node in needed or wanted or (stored and node in passes.varies):
                     needed.update(i for i in node.inputs if i in passes.varies)
                     if node in passes.varies:
                         needed.add(node)
             for node in needed:
-                runs[node] = runs.get(node, 0) + self.trips
-        return runs
+                found[node] = found.get(node, 0) + 1
+        return found
 
-    def seconds(self) -> float:
-        machine = self.machine
-        runs = self._runs()
-        compute = 0.0
-        cached = 0.0
-        closing = self.trips if self.schedule.loop is not None else 1
-        for node in self.schedule.region.body:
-            times = runs.get(node, 1)
-            if any(i in self.schedule.passes.varies for i in node.inputs):
-                times = max(times, closing)
-            compute += times * self._work(node)
-            cached += times * self._spill(node)
-        waves = ceil(self.blocks / machine.cores) * machine.cores
-        moved, touched = self._traffic(runs)
+    def _set(self, atoms: frozenset[Atom]) -> int:
+        return self._sets.setdefault(atoms, len(self._sets))
+
+    def _op(self, node: Node) -> _Op:
+        present = self._present[node]
+        closes = any(i in self._schedule.passes.varies for i in node.inputs)
+        kind = node.op.kind
+        product = None
+        rate = 0.0
+        counted = present
+        if node.op is contraction.MATMUL:
+            left, right = (self._present[i] for i in node.inputs)
+            inner = self._space.reduced_by(node)
+            parts = (inner, (left - right) & present, (right - left) & present)
+            product = (self._set(parts[0]), self._set(parts[1]), self._set(parts[2]))
+        elif node.op not in VIEWS and kind is not OpKind.LEAF:
+            rate = _SLOW.get(node.op, 1.0) / self._machine.vector_ops
+            if kind is OpKind.REDUCTION:
+                counted = self._present[node.inputs[0]]
+        spills = kind not in (OpKind.LEAF, OpKind.STRUCTURAL)
+        if counted is not present:
+            # the result is smaller than what is read: it does not spill
+            spills = False
+        return _Op(self._set(counted), self._passes.get(node, 0), closes, rate, product, spills)
+
+    def _read(self, node: Node) -> _Read:
+        lies = view_type(node)
+        unique = float(node.tensor.size_bytes)
+        if lies is not None:
+            pairs = zip(lies.shape, lies.element_strides, strict=True)
+            unique /= prod(n for n, s in pairs if s == 0)
+        elements = self._set(self._present[node])
+        passes = self._passes.get(node, 0)
+        return _Read(elements, passes, node.tensor.dtype.size_bytes, unique, view_base(node))
+
+    # -- what does -----------------------------------------------------------------------------
+
+    def seconds(self, tiles: Mapping[Atom, int]) -> float:
+        """Return the predicted seconds with these tile sizes of the grid and loop atoms."""
+        machine, schedule = self._machine, self._schedule
+        tile = {
+            a: e if schedule.roles[a] is Role.WHOLE else min(tiles[a], e)
+            for a, e in self._extents.items()
+        }
+        sizes = [prod([tile[a] for a in atoms]) for atoms in self._sets]
+        blocks = prod(-(-self._extents[a] // tile[a]) for a in schedule.grid)
+        loop = schedule.loop
+        trips = 1 if loop is None else -(-self._extents[loop] // tile[loop])
+        compute = cached = 0.0
+        for op in self._ops:
+            times = op.passes * trips if op.passes else trips if op.closes else 1
+            elements = sizes[op.elements]
+            if op.product is not None:
+                inner, rows, columns = (sizes[i] for i in op.product)
+                compute += times * self._product_s(elements, inner, rows, columns)
+            else:
+                compute += times * elements * op.seconds_per_element
+            # a tile that outgrows the inner cache goes through the outer ones
+            if op.spills and 4.0 * elements >= machine.inner_cache_bytes / 4:
+                cached += times * 8.0 * elements
+        moved, touched = self._traffic(sizes, blocks, trips)
+        waves = ceil(blocks / machine.cores) * machine.cores
         compute_s = compute * waves / machine.cores
-        cache_s = (touched + cached * self.blocks) / machine.cache_bandwidth / machine.cores
+        cache_s = (touched + cached * blocks) / machine.cache_bandwidth / machine.cores
         memory_s = moved / machine.memory_bandwidth
-        if self.blocks < machine.cores:
-            memory_s *= machine.cores / self.blocks * 0.7
-            cache_s *= machine.cores / self.blocks
-        steps = self.blocks * self.trips * max(1, self.schedule.passes.count)
+        if blocks < machine.cores:
+            memory_s *= machine.cores / blocks * 0.7
+            cache_s *= machine.cores / blocks
+        steps = blocks * trips * max(1, schedule.passes.count)
         overhead = machine.launch_s + steps * machine.block_s / machine.cores
         # prefetching hides part of the traffic behind arithmetic, or of the arithmetic behind traffic
         busy, waiting = compute_s + cache_s, memory_s
         return overhead + max(busy, waiting) + _UNHIDDEN * min(busy, waiting)
 
-    def _work(self, node: Node) -> float:
-        """Seconds on one core for one execution of a node."""
-        machine = self.machine
-        elements = self._elements(self.present[node])
-        if node.op is contraction.MATMUL:
-            inner = prod(self.tile[a] for a in self.space.reduced_by(node))
-            rows = prod(self.tile[a] for a in self._only(node, 0))
-            columns = prod(self.tile[a] for a in self._only(node, 1))
-            # loads per multiply-add of the best register tile bound the rate of small products
-            narrow, wide = sorted((rows, columns))
-            reuse = min(1.0, narrow / 6) * min(1.0, wide / (2 * machine.vector_lanes))
-            rate = machine.peak_flops / machine.cores * max(reuse, 0.05) * 0.9
-            return 2.0 * elements * inner / rate
-        if node.op in VIEWS or node.op.kind is OpKind.LEAF:
-            return 0.0
-        if node.op.kind is OpKind.REDUCTION:
-            elements = self._elements(self.present[node.inputs[0]])
-        return elements * _SLOW.get(node.op, 1.0) / machine.vector_ops
+    def _product_s(self, elements: int, inner: int, rows: int, columns: int) -> float:
+        """Seconds on one core of one tile product."""
+        machine = self._machine
+        # loads per multiply-add of the best register tile bound the rate of small products
+        narrow, wide = sorted((rows, columns))
+        reuse = min(1.0, narrow / 6) * min(1.0, wide / (2 * machine.vector_lanes))
+        rate = machine.peak_flops / machine.cores * max(reuse, 0.05) * 0.9
+        return 2.0 * elements * inner / rate
 
-    def _only(self, node: Node, operand: int) -> frozenset[Atom]:
-        mine = self.present[node.inputs[operand]]
-        other = self.present[node.inputs[1 - operand]]
-        return (mine - other) & self.present[node]
-
-    def _spill(self, node: Node) -> float:
-        """Bytes that go through the outer caches because a tile outgrows the inner one."""
-        if node.op.kind in (OpKind.LEAF, OpKind.STRUCTURAL):
-            return 0.0
-        size = 4.0 * self._elements(self.present[node])
-        return 0.0 if size < self.machine.inner_cache_bytes / 4 else 2.0 * size
-
-    def _traffic(self, runs: Mapping[Node, int]) -> tuple[float, float]:
+    def _traffic(self, sizes: list[int], blocks: int, trips: int) -> tuple[float, float]:
         """Bytes from memory, and bytes from the caches, of the whole kernel."""
         moved = touched = 0.0
         first: dict[Node, float] = {}
-        for node in self.schedule.region.inputs:
-            size = node.tensor.dtype.size_bytes
-            lies = view_type(node)
-            unique = float(node.tensor.size_bytes)
-            if lies is not None:
-                repeats = [
-                    n for n, s in zip(lies.shape, lies.element_strides, strict=True) if s == 0
-                ]
-                unique /= prod(repeats)
-            times = runs.get(node, 1) * self.blocks
-            total = float(size * self._elements(self.present[node]) * times)
+        for read in self._reads:
+            times = (read.passes * trips or 1) * blocks
+            total = float(read.element_bytes * sizes[read.elements] * times)
             touched += total
-            if unique >= self.machine.outer_cache_bytes:
-                moved += max(0.0, total - unique)
+            if read.unique >= self._machine.outer_cache_bytes:
+                moved += max(0.0, total - read.unique)
             # several views of one tensor are read together: memory gives it once
-            base = view_base(node)
-            first[base] = min(first.get(base, 0.0) + unique, float(tensor(base.type).size_bytes))
-        moved += sum(first.values())
-        for node in self.schedule.region.outputs:
-            moved += 2.0 * node.tensor.size_bytes
-        return moved, touched
+            whole = float(tensor(read.base.type).size_bytes)
+            first[read.base] = min(first.get(read.base, 0.0) + read.unique, whole)
+        return moved + sum(first.values()) + self._written, touched

@@ -34,7 +34,7 @@ from superopt.search.region import Region, extract, make_region, substitute
 from superopt.search.schedule import Schedule, derive
 from superopt.search.tiling import best_tiles, choices
 from superopt.verify.equivalence import Verdict, verify_field
-from superopt.verify.floating import FloatTest
+from superopt.verify.floating import HARDEST, FloatTest
 from superopt.verify.reference import run_reference
 
 _CLEAR: Final = 0.7
@@ -203,7 +203,7 @@ class Driver:
         return apply_accepted(plain, FUSION_RULES, self._accurate)
 
     def _accurate(self, variant: Graph) -> bool:
-        verdict = self.floats.check(lambda tensors: run_reference(variant, tensors))
+        verdict = self.floats.check(lambda tensors: run_reference(variant, tensors), HARDEST)
         if not verdict.accurate:
             self._tell("inaccurate", f"a variant would be inaccurate: {verdict.reason}")
         return verdict.accurate

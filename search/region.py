@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import final
 
 from superopt.ir.graph import Graph, Level
@@ -40,11 +41,16 @@ def is_leaf(node: Node) -> bool:
     return True
 
 
+@lru_cache(maxsize=8)
+def _structure(graph: Graph) -> tuple[tuple[Node, ...], Mapping[Node, list[Node]]]:
+    """Return the nodes in topological order and the users of each."""
+    return tuple(topological(graph.outputs)), users_of(graph.outputs)
+
+
 def make_region(graph: Graph, members: Iterable[Node]) -> Region:
     """Return the region of the ops `members`, with the leaves and the views between them."""
     chosen = set(members)
-    users = users_of(graph.outputs)
-    order = list(topological(graph.outputs))
+    order, users = _structure(graph)
     feeds: set[Node] = set()
     for node in reversed(order):
         # a view is inside when it leads from one member to another
@@ -56,7 +62,8 @@ def make_region(graph: Graph, members: Iterable[Node]) -> Region:
     copied = _copied_views(order, chosen, users)
     chosen |= copied
     body = [n for n in order if n in chosen]
-    leaves = dict.fromkeys(i for n in body for i in topological([n]) if _makes(n, i))
+    made_by = dict.fromkeys(i for n in body for i in n.inputs if is_leaf(i))
+    leaves = set(topological(made_by))
     inputs = dict.fromkeys(i for n in body for i in n.inputs if i not in chosen and i not in leaves)
     results = [
         n
@@ -81,15 +88,6 @@ def _copied_views(
         if needed and node.op in VIEWS and node not in chosen and not is_view(node):
             copied.add(node)
     return copied
-
-
-def _makes(node: Node, below: Node) -> bool:
-    """Say whether `below` is a leaf under `node`, reached through leaves alone."""
-    return is_leaf(below) and any(is_leaf(i) and _under(i, below) for i in node.inputs)
-
-
-def _under(node: Node, below: Node) -> bool:
-    return any(n is below for n in topological([node]))
 
 
 def view_type(node: Node) -> TensorType | None:

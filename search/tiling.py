@@ -6,7 +6,7 @@ from typing import Final
 
 from superopt.ir.ops import contraction
 from superopt.ir.target import Target
-from superopt.search.cost import kernel_cost
+from superopt.search.cost import KernelModel
 from superopt.search.indices import Atom
 from superopt.search.region import view_type
 from superopt.search.schedule import Role, Schedule
@@ -73,10 +73,11 @@ def best_tiles(
         widest = max(table, key=lambda a: len(table[a]))
         table[widest] = table[widest][::-2][::-1]
     atoms = list(table)
+    model = KernelModel(schedule, machine)
     found = []
     for sizes in product(*table.values()):
         tiles = dict(zip(atoms, sizes, strict=True))
-        found.append((kernel_cost(schedule, tiles, machine), tiles))
+        found.append((model.seconds(tiles), tiles))
     found.sort(key=lambda pair: (pair[0], tuple(pair[1].values())))
     return found[:count]
 

@@ -143,7 +143,7 @@ def test_what_the_rules_made_unstable_is_tried_as_it_is_written() -> None:
 
 
 def test_a_decoder_block_is_proven_in_pieces() -> None:
-    result = run(llama(size=32, heads=2, length=8, hidden=48), Predicted(), budget_s=5.0)
+    result = run(llama(size=32, heads=2, length=8, hidden=48), Predicted(), budget_s=60.0)
     assert result.verdict is not None
     assert result.verdict.pieces
     assert sum(n.op is library.CUSTOM for n in result.graph.nodes()) > 1

@@ -11,7 +11,7 @@ from superopt.ir.ops import contraction, library, structural
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
 from superopt.search.algebra import FUSION_RULES, apply_rules
-from superopt.search.cost import kernel_cost, library_cost
+from superopt.search.cost import KernelModel, library_cost
 from superopt.search.partition import is_compute, partition
 from superopt.search.region import extract, is_leaf, is_view, make_region, view_type
 from superopt.search.schedule import derive
@@ -110,8 +110,8 @@ def test_one_block_costs_more_than_two_on_two_cores() -> None:
     graph = b.kernel_graph("g", [x], [b.exp(x)])
     schedule = derive(make_region(graph, [graph.outputs[0]]))[0]
     rows, columns = schedule.grid
-    one = kernel_cost(schedule, {rows: 512, columns: 4096}, MACHINE)
-    two = kernel_cost(schedule, {rows: 256, columns: 4096}, MACHINE)
+    one = KernelModel(schedule, MACHINE).seconds({rows: 512, columns: 4096})
+    two = KernelModel(schedule, MACHINE).seconds({rows: 256, columns: 4096})
     assert two < one
 
 
