@@ -60,7 +60,9 @@ def _apart(region: Region, again: Mapping[Node, Node]) -> tuple[Region, dict[Nod
         cone = cones[position]
         touched = (meeting.inputs[position], *(i for n in cone for i in n.inputs))
         read = [i for i in dict.fromkeys(touched) if i in region.inputs]
-        fresh = {i: _reading(i, region.inputs) for i in read}
+        fresh: dict[Node, Node] = {}
+        for i in read:
+            fresh[i] = _reading(i, (*region.inputs, *again.values(), *fresh.values()))
         for readings in ({i: again.get(i, fresh[i]) for i in read}, fresh):
             found, where = _with(region, upto, position, cone, readings)
             if not _diagonal(found, where):

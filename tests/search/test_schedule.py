@@ -9,6 +9,7 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import topological
 from superopt.ir.ops import tile
 from superopt.ir.semantics import expand
+from superopt.ir.target import Target
 from superopt.ir.text import parse_graph, print_graph
 from superopt.ir.types import DType
 from superopt.search.algebra import FUSION_RULES, apply_rules
@@ -18,6 +19,8 @@ from superopt.search.indices import analyse
 from superopt.search.partition import is_compute
 from superopt.search.region import Region, make_region, substitute
 from superopt.search.schedule import Role, Schedule, derive
+from superopt.search.tiling import best_tiles
+from superopt.verify.equivalence import verify_field
 from superopt.verify.reference import run_reference
 from tests.search.programs import PROGRAMS
 
@@ -172,3 +175,18 @@ def test_a_reduction_of_another_kernel_is_an_input_like_any_other() -> None:
     assert looped
     for schedule in looped:
         assert block_graph(schedule, dict.fromkeys(schedule.roles, 4), "g").loops
+
+
+def test_tensors_read_twice_stay_apart() -> None:
+    """Second readings of two results of one type are two tensors."""
+    x, y, w = b.input_("x", (8, 16)), b.input_("y", (8, 16)), b.input_("w", (16, 16))
+    first, second = b.exp(x), b.exp(y)
+    product = b.sub(first, second)
+    result = b.add(product, b.matmul(product, w))
+    original = b.kernel_graph("twice", [x, y, w], [result])
+    region = make_region(original, [product, result, *result.inputs])
+    for schedule in derive(region):
+        for _, tiles in best_tiles(schedule, Target(), 1):
+            placed = place(schedule, block_graph(schedule, tiles, "kernel"), region.inputs)
+            candidate = substitute(original, dict(zip(region.outputs, placed, strict=True)))
+            assert verify_field(original, candidate, seed=1)
