@@ -23,7 +23,7 @@ PRIME_LIMIT = 1 << 26
 # below 2^15 elements torch runs an operation on the calling thread, without a barrier to wait at
 _PIECE = 28 << 10
 _LIMB = 1 << 13
-_BLOCK = 1 << 18
+_BLOCK = 1 << 22
 _TERMS = 1 << 15
 _WORTH_A_THREAD = 1 << 20
 # adding this rounds to an integer; torch.round would start all threads for 2^11 elements
@@ -105,12 +105,13 @@ class Modulus:
 
         def work(where: slice, scratch: torch.Tensor) -> None:
             piece = flat[where]
-            self._reduce(piece, scratch[: piece.numel()])
+            self.reduce_piece(piece, scratch[: piece.numel()])
 
         in_pieces(flat.numel(), work)
         return x
 
-    def _reduce(self, x: torch.Tensor, scratch: torch.Tensor) -> None:
+    def reduce_piece(self, x: torch.Tensor, scratch: torch.Tensor) -> None:
+        """Reduce `x` in place; `scratch` is of its shape."""
         quotient = torch.add(_ROUNDS, x, alpha=self.inverse, out=scratch).sub_(_ROUNDS)
         x.sub_(quotient, alpha=self.prime)
 
@@ -154,7 +155,7 @@ class Modulus:
         def work(where: slice, scratch: torch.Tensor) -> None:
             for out, x, y in pieces[where.start // _PIECE : where.stop // _PIECE]:
                 function(x, y, out=out)
-                self._reduce(out, scratch[: out.numel()].view(out.shape))
+                self.reduce_piece(out, scratch[: out.numel()].view(out.shape))
 
         in_pieces(len(pieces) * _PIECE, work)
         return result
@@ -240,21 +241,21 @@ class Modulus:
         parts = _limbs(a if split_a else b)
         batch_step = max(1, _BLOCK // max(1, rows * columns))
         row_step = max(32, _BLOCK // max(1, columns)) if batch_step == 1 else rows
-        size = min(batch_step, count) * min(row_step, rows) * columns
-        buffers = (result.new_empty(size), result.new_empty(size))
+        upper = result.new_empty(min(batch_step, count) * min(row_step, rows) * columns)
         for first in range(0, count, batch_step):
             batch = slice(first, first + batch_step)
             for top in range(0, rows, max(row_step, 1)):
                 block = slice(top, top + row_step)
+                # dense: whole matrices, or rows of one
                 target = result[batch, block]
-                upper, lower = (x[: target.numel()].view(target.shape) for x in buffers)
-                for part, out in zip(parts, (upper, lower), strict=True):
+                high = upper[: target.numel()].view(target.shape)
+                for part, out in zip(parts, (high, target), strict=True):
                     if split_a:
                         torch.bmm(part[batch, block], b[batch], out=out)
                     else:
                         torch.bmm(a[batch, block], part[batch], out=out)
-                lower.add_(self.reduce_(upper), alpha=_LIMB)
-                target.copy_(self.reduce_(lower))
+                target.add_(self.reduce_(high), alpha=_LIMB)
+                self.reduce_(target)
         return result
 
 
@@ -338,15 +339,20 @@ class Permutation:
         """Apply the permutation."""
         flat = x.reshape(-1)
         result = torch.empty_like(flat)
-        reduce_ = self.modulus.reduce_
+        reduce_ = self.modulus.reduce_piece
 
         def work(where: slice, scratch: torch.Tensor) -> None:
             piece = flat[where]
+            out, spare = result[where], scratch[: piece.numel()]
+            keyed = torch.empty_like(spare)
             for key in self._keys[:-1]:
                 # at most p in size: its square is still below 2^52
-                keyed = piece + key
-                piece = reduce_(reduce_(keyed * keyed).mul_(keyed))
-            result[where] = reduce_(piece + self._keys[-1])
+                torch.add(piece, key, out=keyed)
+                torch.mul(keyed, keyed, out=out)
+                reduce_(out, spare)
+                reduce_(out.mul_(keyed), spare)
+                piece = out
+            reduce_(out.add_(self._keys[-1]), spare)
 
         # all rounds of a piece while it is in cache
         in_pieces(flat.numel(), work)
@@ -354,10 +360,26 @@ class Permutation:
 
     def backward(self, y: torch.Tensor) -> torch.Tensor:
         """Apply the inverse."""
-        y = self.modulus.reduce_(y - self._keys[-1])
-        for key in reversed(self._keys[:-1]):
-            y = self.modulus.reduce_(self.modulus.power(y, self._root) - key)
-        return y
+        flat = y.reshape(-1)
+        result = torch.empty_like(flat)
+        reduce_ = self.modulus.reduce_piece
+
+        def work(where: slice, scratch: torch.Tensor) -> None:
+            out, spare = result[where], scratch[: flat[where].numel()]
+            base = torch.empty_like(spare)
+            torch.sub(flat[where], self._keys[-1], out=out)
+            for key in reversed(self._keys[:-1]):
+                reduce_(out, spare)
+                base.copy_(out)
+                for bit in bin(self._root)[3:]:
+                    reduce_(out.mul_(out), spare)
+                    if bit == "1":
+                        reduce_(out.mul_(base), spare)
+                out.sub_(key)
+            reduce_(out, spare)
+
+        in_pieces(flat.numel(), work)
+        return result.reshape(y.shape)
 
 
 @final
@@ -389,12 +411,13 @@ class Exponential:
         result = torch.empty_like(flat)
 
         def work(where: slice, scratch: torch.Tensor) -> None:
-            whole = flat[where].to(torch.int64)
+            whole = flat[where].to(torch.int32)
             # negative exponents: add q where the sign bits are set
-            whole.add_((whole >> 63).bitwise_and_(self._q.prime))
-            low = self._low.index_select(0, whole & (_LIMB - 1))
-            high = self._high.index_select(0, whole >> 13)
-            result[where] = self._p.reduce_(low.mul_(high))
+            whole.add_((whole >> 31).bitwise_and_(self._q.prime))
+            out, spare = result[where], scratch[: whole.numel()]
+            torch.index_select(self._low, 0, whole & (_LIMB - 1), out=out)
+            torch.index_select(self._high, 0, whole.bitwise_right_shift_(13), out=spare)
+            self._p.reduce_piece(out.mul_(spare), spare)
 
         in_pieces(flat.numel(), work)
         return result.reshape(x.shape)

@@ -262,15 +262,27 @@ def as_rational(value: float, dtype: DType) -> Fraction | None:
 def marked_value(
     residues: dict[str, torch.Tensor], kind: torch.Tensor | None, real: float | None = None
 ) -> FieldValue:
-    """Return a value whose marked elements have residue 0; drops marks that mark nothing."""
+    """Return a value whose marked elements have residue 0; drops marks that mark nothing.
+
+    `residues` are written to.
+    """
     if kind is None:
         return FieldValue(residues, None, real)
     shape = np.broadcast_shapes(kind.shape, *(r.shape for r in residues.values()))
     kind = kind.expand(shape)
     if not bool(kind.any()):
         return FieldValue(residues, None, real)
-    finite = kind == 0
-    return FieldValue({f: torch.where(finite, r, 0.0) for f, r in residues.items()}, kind, real)
+    marked = kind != 0
+    return FieldValue({f: _without(r, marked) for f, r in residues.items()}, kind, real)
+
+
+def _without(residue: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
+    """Make the residues of marked elements 0: in place, `residue` must be nobody else's."""
+    if residue.shape != marked.shape:
+        residue = residue.expand(marked.shape)
+    if any(s == 0 and d > 1 for s, d in zip(residue.stride(), residue.shape, strict=True)):
+        residue = residue.clone()
+    return residue.masked_fill_(marked, 0.0)
 
 
 def _marks(x: FieldValue) -> torch.Tensor:
@@ -331,7 +343,15 @@ def _neg(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
     return FieldValue({f: -r for f, r in x.residues.items()}, kind, real)
 
 
-def _added_marks(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _added_marks(x: FieldValue, y: FieldValue, *, negative: bool = False) -> torch.Tensor:
+    """Return the marks of x + y, or of x - y."""
+    if y.kind is None:
+        return _marks(x)
+    a, b = _marks(x), y.kind
+    if negative:
+        b = torch.where(b == NAN, b, -b)
+    if x.kind is None:
+        return b
     both = torch.where(a == b, a, torch.full_like(a, NAN))
     return torch.where(a == 0, b, torch.where(b == 0, a, both))
 
@@ -340,18 +360,15 @@ def _added_marks(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _add(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
     x, y = args
     residues = _each(node, domain, lambda m, f: m.add(x.residues[f], y.residues[f]))
-    kind = None if _no_marks(x, y) else _added_marks(_marks(x), _marks(y))
-    return marked_value(residues, kind)
+    return marked_value(residues, None if _no_marks(x, y) else _added_marks(x, y))
 
 
 @FIELD.register(elementwise.SUB)
 def _sub(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
     x, y = args
     residues = _each(node, domain, lambda m, f: m.sub(x.residues[f], y.residues[f]))
-    if _no_marks(x, y):
-        return FieldValue(residues)
-    b = _marks(y)
-    return marked_value(residues, _added_marks(_marks(x), torch.where(b == NAN, b, -b)))
+    kind = None if _no_marks(x, y) else _added_marks(x, y, negative=True)
+    return marked_value(residues, kind)
 
 
 def _sign(x: FieldValue) -> int:
@@ -440,9 +457,12 @@ def exponential(x: FieldValue, needed: frozenset[str], domain: FieldDomain) -> F
     power = domain.exponential(x.residues["q"])
     if x.kind is None:
         return FieldValue({"p": power})
-    power = torch.where(x.kind == 0, power, 0.0)
-    kind = torch.where(x.kind == MINUS, torch.zeros_like(x.kind), x.kind)
-    return marked_value({"p": power}, kind)
+    # exp(-inf) is 0, which is what a marked residue is too
+    marked = x.kind != 0
+    power = _without(power, marked)
+    if bool((x.kind > 0).any()):
+        return FieldValue({"p": power}, x.kind.clamp(min=0))
+    return FieldValue({"p": power})
 
 
 def _number(value: float, needed: frozenset[str], domain: FieldDomain) -> FieldValue:
@@ -456,12 +476,8 @@ def _plus(
         f: domain.fields[f].reduce_(torch.add(a.residues[f], b.residues[f], alpha=sign))
         for f in sorted(needed)
     }
-    if _no_marks(a, b):
-        return FieldValue(residues)
-    kb = _marks(b)
-    return marked_value(
-        residues, _added_marks(_marks(a), kb if sign > 0 else torch.where(kb == NAN, kb, -kb))
-    )
+    kind = None if _no_marks(a, b) else _added_marks(a, b, negative=sign < 0)
+    return marked_value(residues, kind)
 
 
 def _negative(x: FieldValue) -> FieldValue:
@@ -597,7 +613,7 @@ def _extremum(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
 
 def _atoms(x: FieldValue, name: str, kind: str, domain: FieldDomain) -> torch.Tensor:
     atoms = domain.permutation(kind, name).forward(x.residues[name])
-    return atoms if x.kind is None else torch.where(x.kind == 0, atoms, 0.0)
+    return atoms if x.kind is None else _without(atoms, x.kind != 0)
 
 
 def _extreme_of(
@@ -618,13 +634,11 @@ def _extreme_of(
 
 def _extreme_marks(marks: torch.Tensor, axes: tuple[int, ...], largest: bool) -> torch.Tensor:
     """Return the marks of an extremum: NaN first, then the infinity that wins, then any finite element."""
-    wins, loses = (PLUS, MINUS) if largest else (MINUS, PLUS)
-    nan = torch.any(marks == NAN, axes, keepdim=True)
-    won = torch.any(marks == wins, axes, keepdim=True)
-    lost = torch.all(marks == loses, axes, keepdim=True)
-    kind = torch.where(lost, loses, 0)
-    kind = torch.where(won, wins, kind)
-    return torch.where(nan, NAN, kind).to(torch.int8)
+    # the marks are in the order of the values that they stand for, and NaN above all
+    highest = torch.amax(marks, axes, keepdim=True)
+    if largest:
+        return highest
+    return torch.where(highest == NAN, highest, torch.amin(marks, axes, keepdim=True))
 
 
 @FIELD.register(contraction.REDUCE_MAX, contraction.REDUCE_MIN)
@@ -756,7 +770,11 @@ def _where(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
     )
     if _no_marks(x, y):
         return FieldValue(residues)
-    return marked_value(residues, torch.where(condition, _marks(x), _marks(y)))
+    # marked residues of both are 0 already
+    kind = torch.where(condition, _marks(x), _marks(y))
+    return (
+        FieldValue(residues, kind.expand(node.shape)) if bool(kind.any()) else FieldValue(residues)
+    )
 
 
 @FIELD.register(elementwise.CAST)
