@@ -8,7 +8,7 @@ every block) and orders candidates; the clock decides.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, inf, prod
 from typing import Final, final
 
 from superopt.ir.node import Node
@@ -16,11 +16,17 @@ from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.ops.shapes import tensor
 from superopt.ir.target import Target
+from superopt.ir.types import DType
 from superopt.search.indices import Atom, IndexSpace
 from superopt.search.region import VIEWS, view_base, view_type
 from superopt.search.schedule import Role, Schedule
 
 _UNHIDDEN: Final = 0.5
+_STAGES: Final = 2
+_GPU_TILE_BYTES: Final = 128 << 10
+"""Half of a multiprocessor's registers: what is in flight takes the other half."""
+_GPU_PRODUCT: Final = (64, 64)
+"""Rows and columns of a product that runs at full rate on tensor cores."""
 _SLOW: Final = {
     elementwise.EXP: 8.0,
     elementwise.LOG: 10.0,
@@ -39,11 +45,30 @@ def library_cost(node: Node, machine: Target) -> float:
     """Return the predicted seconds of one op as a library kernel."""
     moved = sum(tensor(i.type).size_bytes for i in node.inputs) + node.tensor.size_bytes
     flops = node.op.flops(tuple(i.type for i in node.inputs), node.type) if node.op.flops else 0
-    rate = machine.peak_flops * machine.library_efficiency
+    rate = _product_flops(node, machine) * machine.library_efficiency
     if node.op.kind not in (OpKind.CONTRACTION, OpKind.LIBRARY):
         rate = machine.vector_ops * machine.cores
     busy, waiting = flops / rate, moved / machine.memory_bandwidth
     return machine.library_call_s + max(busy, waiting) + _UNHIDDEN * min(busy, waiting)
+
+
+def _product_flops(node: Node, machine: Target) -> float:
+    """Return the rate of large products of the type of `node`."""
+    half = node.tensor.dtype in (DType.F16, DType.BF16)
+    return machine.half_flops if half else machine.peak_flops
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A contraction: index sets of what is contracted, rows, columns, both operands; its rate."""
+
+    inner: int
+    rows: int
+    columns: int
+    operands: tuple[int, int]
+    element_bytes: int
+    flops: float
 
 
 @final
@@ -55,7 +80,8 @@ class _Op:
     passes: int
     closes: bool
     seconds_per_element: float
-    product: tuple[int, int, int] | None
+    product: _Product | None
+    tile: int
     spills: bool
 
 
@@ -134,8 +160,14 @@ class KernelModel:
         if node.op is contraction.MATMUL:
             left, right = (self._present[i] for i in node.inputs)
             inner = self._space.reduced_by(node)
-            parts = (inner, (left - right) & present, (right - left) & present)
-            product = (self._set(parts[0]), self._set(parts[1]), self._set(parts[2]))
+            product = _Product(
+                self._set(inner),
+                self._set((left - right) & present),
+                self._set((right - left) & present),
+                (self._set(left), self._set(right)),
+                node.tensor.dtype.size_bytes,
+                _product_flops(node, self._machine),
+            )
         elif node.op not in VIEWS and kind is not OpKind.LEAF:
             rate = _SLOW.get(node.op, 1.0) / self._machine.vector_ops
             if kind is OpKind.REDUCTION:
@@ -144,7 +176,8 @@ class KernelModel:
         if counted is not present:
             # the result is smaller than what is read: it does not spill
             spills = False
-        return _Op(self._set(counted), self._passes.get(node, 0), closes, rate, product, spills)
+        passes, tile = self._passes.get(node, 0), self._set(present)
+        return _Op(self._set(counted), passes, closes, rate, product, tile, spills)
 
     def _read(self, node: Node) -> _Read:
         lies = view_type(node)
@@ -159,13 +192,18 @@ class KernelModel:
     # -- what does -----------------------------------------------------------------------------
 
     def seconds(self, tiles: Mapping[Atom, int]) -> float:
-        """Return the predicted seconds with these tile sizes of the grid and loop atoms."""
+        """Return the predicted seconds with these tile sizes of the grid and loop atoms.
+
+        It is infinite where a block's tiles do not fit a GPU's multiprocessor.
+        """
         machine, schedule = self._machine, self._schedule
         tile = {
             a: e if schedule.roles[a] is Role.WHOLE else min(tiles[a], e)
             for a, e in self._extents.items()
         }
         sizes = [prod([tile[a] for a in atoms]) for atoms in self._sets]
+        if machine.kind != "cpu" and not self._fits(sizes):
+            return inf
         blocks = prod(-(-self._extents[a] // tile[a]) for a in schedule.grid)
         loop = schedule.loop
         trips = 1 if loop is None else -(-self._extents[loop] // tile[loop])
@@ -174,12 +212,15 @@ class KernelModel:
             times = op.passes * trips if op.passes else trips if op.closes else 1
             elements = sizes[op.elements]
             if op.product is not None:
-                inner, rows, columns = (sizes[i] for i in op.product)
-                compute += times * self._product_s(elements, inner, rows, columns)
+                compute += times * self._product_s(op.product, elements, sizes)
             else:
                 compute += times * elements * op.seconds_per_element
             # a tile that outgrows the inner cache goes through the outer ones
-            if op.spills and 4.0 * elements >= machine.inner_cache_bytes / 4:
+            if (
+                op.spills
+                and machine.kind == "cpu"
+                and 4.0 * elements >= machine.inner_cache_bytes / 4
+            ):
                 cached += times * 8.0 * elements
         moved, touched = self._traffic(sizes, blocks, trips)
         waves = ceil(blocks / machine.cores) * machine.cores
@@ -195,14 +236,27 @@ class KernelModel:
         busy, waiting = compute_s + cache_s, memory_s
         return overhead + max(busy, waiting) + _UNHIDDEN * min(busy, waiting)
 
-    def _product_s(self, elements: int, inner: int, rows: int, columns: int) -> float:
+    def _fits(self, sizes: list[int]) -> bool:
+        """Say whether a block's tiles fit its registers, and operands of products its shared memory."""
+        if any(4 * sizes[op.tile] > _GPU_TILE_BYTES for op in self._ops):
+            return False
+        staged = [
+            _STAGES * op.product.element_bytes * sizes[operand]
+            for op in self._ops
+            if op.product is not None
+            for operand in op.product.operands
+        ]
+        return sum(staged) <= self._machine.inner_cache_bytes
+
+    def _product_s(self, product: _Product, elements: int, sizes: list[int]) -> float:
         """Seconds on one core of one tile product."""
         machine = self._machine
         # loads per multiply-add of the best register tile bound the rate of small products
-        narrow, wide = sorted((rows, columns))
-        reuse = min(1.0, narrow / 6) * min(1.0, wide / (2 * machine.vector_lanes))
-        rate = machine.peak_flops / machine.cores * max(reuse, 0.05) * 0.9
-        return 2.0 * elements * inner / rate
+        narrow, wide = sorted((sizes[product.rows], sizes[product.columns]))
+        least, most = (6, 2 * machine.vector_lanes) if machine.kind == "cpu" else _GPU_PRODUCT
+        reuse = min(1.0, narrow / least) * min(1.0, wide / most)
+        rate = product.flops / machine.cores * max(reuse, 0.05) * 0.9
+        return 2.0 * elements * sizes[product.inner] / rate
 
     def _traffic(self, sizes: list[int], blocks: int, trips: int) -> tuple[float, float]:
         """Bytes from memory, and bytes from the caches, of the whole kernel."""

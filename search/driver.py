@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Final, Protocol, final
 
+import torch
+
 from superopt.ir.composite import ATTENTION
 from superopt.ir.errors import GraphError, SuperoptError
 from superopt.ir.graph import Graph
@@ -43,6 +45,11 @@ _CLEAR: Final = 0.7
 
 class Measurer(Protocol):
     """Compiles and times; the pipeline implements it with a backend."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs programs; they are tested there too."""
+        ...
 
     def kernels(self, graphs: Sequence[Graph]) -> list[float]:
         """Return seconds per block graph; inf for one that does not compile, run or agree."""
@@ -168,7 +175,9 @@ class Driver:
                 self._reject("it does not run")
                 continue
             try:
-                verdict = verify_field(self.original, program, seed=self.seed)
+                verdict = verify_field(
+                    self.original, program, seed=self.seed, device=self.measurer.device
+                )
                 refusal = self.accept(program) if verdict.equivalent else str(verdict)
             except SuperoptError as error:  # a candidate without a meaning is a wrong candidate
                 self._reject(str(error))
@@ -337,7 +346,7 @@ def search(
     `accept` is asked about a program that is proven: it says why not to use it, or nothing. `floats`
     is the original's floating-point test, where the caller has one.
     """
-    floats = floats or FloatTest(graph, seed=seed)
+    floats = floats or FloatTest(graph, seed=seed, device=measurer.device)
     return Driver(graph, machine, measurer, budget_s, seed, floats, on_event, accept).run()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import product
+from math import inf
 from typing import Final
 
 from superopt.ir.ops import contraction
@@ -77,7 +78,9 @@ def best_tiles(
     found = []
     for sizes in product(*table.values()):
         tiles = dict(zip(atoms, sizes, strict=True))
-        found.append((model.seconds(tiles), tiles))
+        seconds = model.seconds(tiles)
+        if seconds < inf:
+            found.append((seconds, tiles))
     found.sort(key=lambda pair: (pair[0], tuple(pair[1].values())))
     return found[:count]
 

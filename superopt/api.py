@@ -2,7 +2,7 @@
 
 In: a function or module, options. Out: a callable that behaves like the original. A plan is made per input
 signature (shapes, layouts, element types) at the first call, or ahead by `warmup`. Whatever cannot be
-planned runs as it was: gradients, autocast, tracing, other devices, tensor subclasses, programs
+planned runs as it was: gradients, autocast, tracing, several devices, tensor subclasses, programs
 that do not lift; and so does what no proven plan makes faster.
 
 Invariant: a call is served by a plan only if its signature matches and every guard (code, globals,
@@ -29,6 +29,7 @@ from superopt.pipeline import (
     OnEvent,
     Options,
     Planned,
+    device_of,
     environment,
     lasting,
     make_options,
@@ -190,8 +191,6 @@ class _Dispatcher:
 
     def _plan(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Entry:
         try:
-            if any(t.device.type != "cpu" for t in _tensors(args, kwargs)):
-                return _Entry(None, None, "plans are made for CPU tensors only so far")
             if self.guards is None:
                 self.guards = take_guards(self.original)
             planned, binding = self._planned(key, args, kwargs)
@@ -215,13 +214,14 @@ class _Dispatcher:
     ) -> tuple[Planned, Binding]:
         assert self.guards is not None, "guards are taken before a plan is made"
         modules = self.guards.modules
-        alias = self._alias(key)
+        device = device_of(_tensors(args, kwargs))
+        alias = self._alias(key, device)
         store = Cache(self.options.folder())
         target = None if alias is None else store.load_alias(alias)
         plan = None if target is None else store.load_plan(target)
         if plan is not None:
             try:
-                binding = bind_plan(plan, modules)
+                binding = bind_plan(plan, modules, device)
                 tensors = _gather(binding, flatten(args, kwargs))
                 if not shares_written(tensors, binding.writes):
                     return restore(plan, self.options, tensors), binding
@@ -236,11 +236,12 @@ class _Dispatcher:
             store.save_alias(alias, planned.key)
         return planned, binding
 
-    def _alias(self, key: Any) -> str | None:
+    def _alias(self, key: Any, device: torch.device) -> str | None:
         """Return the key by which a plan is found without lifting, if there is one."""
         if self.options.cache is False or self.guards is None or self.guards.fingerprint is None:
             return None
-        return key_of("alias", self.guards.fingerprint, repr(key), environment(self.options))
+        surroundings = environment(self.options, device)
+        return key_of("alias", self.guards.fingerprint, repr(key), surroundings)
 
 
 def _gather(binding: Binding, leaves: Sequence[Any]) -> list[torch.Tensor]:

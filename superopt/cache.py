@@ -121,7 +121,9 @@ class Cache:
             with contextlib.suppress(OSError):
                 if path.is_file():
                     status = path.stat()
-                    kind = {".so": "kernel", ".cpp": "refused source"}.get(path.suffix, "plan")
+                    kind = {".so": "kernel", ".py": "kernel", ".cpp": "refused source"}.get(
+                        path.suffix, "plan"
+                    )
                     kind = "machine" if path.name.startswith("machine-") else kind
                     kind = "alias" if path.is_relative_to(self.folder / "aliases") else kind
                     kind = "unfinished" if path.name.startswith(_WRITING) else kind

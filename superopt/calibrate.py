@@ -1,23 +1,25 @@
-"""Measured rates of this machine: what the cost model needs, by microbenchmark, cached on disk.
+"""Measured rates of a device: what the cost model needs, by microbenchmark, cached on disk.
 
-In: a cache folder. Out: a `Target`. The measurement takes about half a second and is done once per
-machine and number of threads; a damaged or foreign file is measured anew.
+In: a cache folder and a device. Out: a `Target`. The measurement takes about half a second and is done
+once per processor and number of threads, or GPU; a damaged or foreign file is measured anew.
 """
 
+import hashlib
 import platform
-import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
+from superopt.backends import Timer, timer, wall
 from superopt.cache import write_atomically
 from superopt.ir.errors import SuperoptError
 from superopt.ir.target import Target
 from superopt.plan import seal, unseal
 
+CPU: Final = torch.device("cpu")
 _CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -33,22 +35,28 @@ def processor() -> str:
     return f"{platform.machine()} {name} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def target_name() -> str:
-    """Name what plans are made for: processor and threads."""
-    return f"cpu: {processor()}, {torch.get_num_threads()} threads"
+def target_name(device: torch.device = CPU) -> str:
+    """Name what plans are made for: processor and threads, or GPU and the interface to its driver."""
+    if device.type == "cpu":
+        return f"cpu: {processor()}, {torch.get_num_threads()} threads"
+    found = torch.cuda.get_device_properties(device)
+    runtime = torch.version.cuda or torch.version.hip
+    return f"{device.type}: {found.name} ({found.major}.{found.minor}), {runtime}"
 
 
-def machine(folder: Path | None) -> Target:
-    """Return this machine's rates, measured or from `folder`."""
-    path = None if folder is None else folder / f"rates-{torch.get_num_threads()}.json"
+def machine(folder: Path | None, device: torch.device = CPU) -> Target:
+    """Return a device's rates, measured or from `folder`."""
+    name = target_name(device)
+    key = hashlib.sha256(name.encode()).hexdigest()[:16]
+    path = None if folder is None else folder / f"machine-{device.type}-{key}.json"
     if path is not None:
         try:
             found = Target.from_json(unseal(path.read_text(encoding="utf-8")))
-            if found.name == target_name():
+            if found.name == name:
                 return found
         except (OSError, UnicodeError, SuperoptError):
             pass
-    measured = _measure()
+    measured = _measure() if device.type == "cpu" else _measure_gpu(device)
     if path is not None:
         write_atomically(path, seal(measured.to_json()))
     return measured
@@ -92,11 +100,43 @@ def _measure() -> Target:
     )
 
 
-def _best(call: Callable[[], object], count: int) -> float:
+def _best(call: Callable[[], object], count: int, timed: Timer = wall) -> float:
     call()
-    times = []
-    for _ in range(count):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timed(call, 1) for _ in range(count))
+
+
+def _measure_gpu(device: torch.device) -> Target:
+    """Measure the rates of a GPU: large products in both precisions, and reading memory."""
+    timed = timer(device)
+    rates = []
+    for dtype, size in ((torch.float32, 4096), (torch.bfloat16, 8192)):
+        matrix = torch.randn(size, size, device=device).to(dtype)
+        rates.append(2 * size**3 / _best(partial(torch.mm, matrix, matrix), 8, timed))
+    free, _ = torch.cuda.mem_get_info(device)
+    memory = torch.ones(min(1 << 28, free // 16), device=device)
+    bandwidth = memory.numel() * 4 / _best(memory.sum, 8, timed)
+    properties = torch.cuda.get_device_properties(device)
+    return gpu_target(target_name(device), properties, rates[0], rates[1], bandwidth)
+
+
+def gpu_target(
+    name: str, properties: Any, peak_flops: float, half_flops: float, bandwidth: float
+) -> Target:
+    """Return a GPU from its properties (as PyTorch has them) and measured rates."""
+    cores = properties.multi_processor_count
+    return Target(
+        name=name,
+        kind="cuda",
+        cores=cores,
+        vector_lanes=32,
+        peak_flops=peak_flops,
+        half_flops=half_flops,
+        # a multiply-add is two operations
+        vector_ops=peak_flops / cores / 2,
+        memory_bandwidth=bandwidth,
+        # the second-level cache reads about twice as fast as memory
+        cache_bandwidth=2 * bandwidth / cores,
+        inner_cache_bytes=getattr(properties, "shared_memory_per_block_optin", 0) or 48 << 10,
+        outer_cache_bytes=getattr(properties, "L2_cache_size", 0) or 4 << 20,
+        block_s=5.0e-7,
+    )

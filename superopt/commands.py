@@ -19,11 +19,13 @@ import numpy as np
 import torch
 
 from superopt.artifact import load_artifact, save_artifact
+from superopt.backends import timer
 from superopt.cache import FOLDER_VARIABLE, Cache, default_folder
 from superopt.calibrate import machine
+from superopt.codegen import triton
 from superopt.codegen.cpu import LOWER, find_compiler
 from superopt.codegen.errors import NoCompiler
-from superopt.errors import ArtifactError, UsageError
+from superopt.errors import ArtifactError, Unsupported, UsageError
 from superopt.frontend import Lifted, LiftError, lift, lift_exported
 from superopt.guards import take_guards
 from superopt.ir.errors import SuperoptError
@@ -40,7 +42,7 @@ from superopt.runtime import Program, build_program, load_tensor, store_tensor
 from superopt.subject import make_request, preserved
 from superopt.verify.certificate import CertificateError, read_certificate
 from superopt.verify.field import FIELD
-from superopt.verify.floating import draw_inputs, verify_float
+from superopt.verify.floating import draw_inputs, on, verify_float
 from superopt.verify.reference import DTYPES, TORCH
 
 DONE: Final = 0
@@ -197,14 +199,29 @@ def _loaded(
         strides=[tuple(t.stride()) for t in tensors],
         outputs=None if as_graph else plan.outputs,
         writes=None if as_graph else plan.writes,
+        device=_device(plan),
     )
     planned = restore(plan, Options(cache=_folder(options)), tensors, as_graph=as_graph)
     return plan, planned.program or original, original
 
 
+def _device(plan: Plan) -> torch.device:
+    """Return the device that a plan was made for.
+
+    Raises:
+        Unsupported: it is not on this machine.
+    """
+    kind = plan.target.partition(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise Unsupported(f"the artifact was made for {plan.target}, and there is no GPU here")
+    if kind not in ("cpu", "cuda"):
+        raise Unsupported(f"the artifact was made for {plan.target}, which is not known here")
+    return torch.device(kind)
+
+
 def _inputs(plan: Plan, user: list[torch.Tensor]) -> list[torch.Tensor]:
     stored = [load_tensor(plan.constants[p.partition(":")[2]]) for p in plan.parameters]
-    return [*user, *stored]
+    return [on(t, _device(plan)) for t in (*user, *stored)]
 
 
 def run_run(options: argparse.Namespace) -> int:
@@ -240,7 +257,7 @@ def run_run(options: argparse.Namespace) -> int:
 
 def _as_numpy(tensor: torch.Tensor) -> "np.ndarray[Any, Any]":
     wide = tensor.float() if tensor.dtype is torch.bfloat16 else tensor
-    array: np.ndarray[Any, Any] = wide.detach().contiguous().numpy()
+    array: np.ndarray[Any, Any] = wide.detach().cpu().contiguous().numpy()
     return array
 
 
@@ -279,7 +296,8 @@ def run_bench(options: argparse.Namespace) -> int:
 
     with torch.no_grad():
         calls = [lambda: call(original), lambda: call(program)]
-        before, after = interleaved(calls, limit_s=options.seconds, rounds=1000)
+        timed = timer(_device(plan))
+        before, after = interleaved(calls, limit_s=options.seconds, rounds=1000, timed=timed)
     text = f"original {before * 1e3:.3f} ms, optimized {after * 1e3:.3f} ms: {before / after:.2f}x"
     record = {"original_s": before, "optimized_s": after, "ratio": before / after}
     emit(record, as_json=options.json, text=text)
@@ -304,7 +322,10 @@ def run_verify(options: argparse.Namespace) -> int:
         return _failed(options, "the certificate is about other programs than the artifact's")
     verdict = certificate.recheck(error_bound=options.bound)
     floating = verify_float(
-        plan.original, lambda tensors: list(program.run(*tensors)), seed=certificate.seed
+        plan.original,
+        lambda tensors: list(program.run(*tensors)),
+        seed=certificate.seed,
+        device=_device(plan),
     )
     if not floating.accurate:
         return _failed(options, f"the kernels fail in floating point: {floating.reason}")
@@ -409,7 +430,12 @@ def run_cache(options: argparse.Namespace) -> int:
 
 def run_ops(options: argparse.Namespace) -> int:
     """Print which meanings every operator has."""
-    tables: Mapping[str, Any] = {"torch": TORCH, "field": FIELD, "cpu": LOWER}
+    tables: Mapping[str, Any] = {
+        "torch": TORCH,
+        "field": FIELD,
+        "cpu": LOWER,
+        "triton": triton.LOWER,
+    }
     rows = []
     for op in all_ops():
         state = {

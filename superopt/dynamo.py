@@ -71,8 +71,6 @@ def _examples(inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
             raise Unsupported("it has symbolic shapes")
         if value.requires_grad and torch.is_grad_enabled():
             raise Unsupported("it needs gradients")
-        if value.device.type != "cpu":
-            raise Unsupported(f"its inputs are on {value.device}")
         found.append(_real(value))
     return tuple(found)
 
@@ -80,9 +78,11 @@ def _examples(inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
 def _real(value: torch.Tensor) -> torch.Tensor:
     if type(value) in (torch.Tensor, torch.nn.Parameter):
         return value.detach()
-    made = torch.empty_strided(tuple(value.shape), tuple(value.stride()), dtype=value.dtype)
+    made = torch.empty_strided(
+        tuple(value.shape), tuple(value.stride()), dtype=value.dtype, device=value.device
+    )
     if value.is_floating_point():
-        return made.normal_(generator=torch.Generator().manual_seed(0))
+        return made.normal_(generator=torch.Generator(value.device).manual_seed(0))
     return made.zero_()
 
 

@@ -15,7 +15,7 @@ from typing import Final, final
 
 import torch
 
-from superopt.backends import Backend, Entry
+from superopt.backends import Backend, Entry, Timer, wall
 from superopt.codegen.errors import CodegenError, CompileError
 from superopt.ir.check import verify_graph
 from superopt.ir.errors import GraphError, SuperoptError
@@ -46,7 +46,11 @@ class Compiled:
 
 
 def interleaved(
-    calls: Sequence[Callable[[], object]], *, limit_s: float = 1.0, rounds: int = _ROUNDS
+    calls: Sequence[Callable[[], object]],
+    *,
+    limit_s: float = 1.0,
+    rounds: int = _ROUNDS,
+    timed: Timer = wall,
 ) -> list[float]:
     """Return the median seconds of each call, all called in turn; hopeless ones are dropped early."""
     if not calls:
@@ -55,27 +59,20 @@ def interleaved(
     samples: list[list[float]] = []
     for call in calls:
         call()
-        once = _timed(call, 1)
+        once = timed(call, 1)
         repeats.append(max(1, int(_SAMPLE_S / max(once, 1e-7))))
         samples.append([once])
     alive = list(range(len(calls)))
     end = time.perf_counter() + limit_s
     for number in range(rounds):
         for i in alive:
-            samples[i].append(_timed(calls[i], repeats[i]))
+            samples[i].append(timed(calls[i], repeats[i]))
         best = min(median(s) for s in samples)
         if number >= 1:
             alive = [i for i in alive if median(samples[i]) <= _HOPELESS * best]
         if time.perf_counter() > end and number >= 2:
             break
     return [median(s[1:]) if len(s) > 1 else s[0] for s in samples]
-
-
-def _timed(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
 
 
 @final
@@ -97,6 +94,11 @@ class Clock:
     refused: CompileError | None = None
     _random: dict[tuple[int, TensorType], torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def device(self) -> torch.device:
+        """Where programs run and are tested."""
+        return self.backend.device
+
     # -- kernels -------------------------------------------------------------------------------
 
     def kernels(self, graphs: Sequence[Graph]) -> list[float]:
@@ -116,7 +118,11 @@ class Clock:
                 self._failed(graph, entry)
             else:
                 ready.append((graph, source, entry))
-        times = interleaved([self._call(g, e) for g, _, e in ready], limit_s=0.4 * len(ready))
+        times = interleaved(
+            [self._call(g, e) for g, _, e in ready],
+            limit_s=0.4 * len(ready),
+            timed=self.backend.timed,
+        )
         ranked = sorted(zip(times, ready, strict=True), key=lambda pair: pair[0])
         for position, (_, (graph, _, entry)) in enumerate(ranked):
             if self._agrees(graph, entry):
@@ -151,7 +157,7 @@ class Clock:
         if not loaded:
             return known
         calls = [self._call(graph, e) for _, e in loaded]
-        times = interleaved(calls, limit_s=0.3 * len(calls))
+        times = interleaved(calls, limit_s=0.3 * len(calls), timed=self.backend.timed)
         for seconds, (source, entry) in sorted(
             zip(times, loaded, strict=True), key=lambda pair: pair[0]
         ):
@@ -163,7 +169,7 @@ class Clock:
 
     def _call(self, graph: Graph, entry: Entry) -> Callable[[], object]:
         operands = [self._operand(i, n.tensor) for i, n in enumerate(graph.inputs)]
-        results = [_poisoned(o.tensor) for o in graph.outputs]
+        results = [_poisoned(o.tensor, self.device) for o in graph.outputs]
         addresses = [t.data_ptr() for t in (*operands, *results)]
         held = (operands, results)
 
@@ -176,12 +182,12 @@ class Clock:
     def _operand(self, position: int, wanted: TensorType) -> torch.Tensor:
         key = (position, wanted)
         if key not in self._random:
-            self._random[key] = random_tensor(wanted, self.seed + position)
+            self._random[key] = random_tensor(wanted, self.seed + position, self.device)
         return self._random[key]
 
     def _agrees(self, graph: Graph, entry: Entry) -> bool:
         operands = [self._operand(i, n.tensor) for i, n in enumerate(graph.inputs)]
-        results = [_poisoned(o.tensor) for o in graph.outputs]
+        results = [_poisoned(o.tensor, self.device) for o in graph.outputs]
         entry(*(t.data_ptr() for t in (*operands, *results)))
         try:
             expected = run_reference(graph, operands)
@@ -210,7 +216,9 @@ class Clock:
                 continue
             calls.append((i, call))
         with torch.no_grad():
-            times = interleaved([c for _, c in calls], limit_s=0.8 * len(calls))
+            times = interleaved(
+                [c for _, c in calls], limit_s=0.8 * len(calls), timed=self.backend.timed
+            )
         for (i, _), taken in zip(calls, times, strict=True):
             seconds[i] = taken
         return seconds
@@ -220,7 +228,12 @@ class Clock:
         self.ensure(graph)
         entries = {d: c.entry for d, c in self.compiled.items()}
         tensors = self._inputs(graph)
-        return build_program(graph, entries, strides=[t.stride() for t in tensors])
+        return build_program(
+            graph,
+            entries,
+            strides=[t.stride() for t in tensors],
+            device=self.device,
+        )
 
     def ensure(self, graph: Graph) -> None:
         """Compile the kernels of `graph` that are not compiled yet."""
@@ -242,7 +255,9 @@ class Clock:
         return found
 
 
-def random_tensor(wanted: TensorType, seed: int) -> torch.Tensor:
+def random_tensor(
+    wanted: TensorType, seed: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Return a random tensor of a type, strides included; integers are zero, so that they can index."""
     generator = torch.Generator().manual_seed(seed)
     dtype = DTYPES[wanted.dtype]
@@ -252,15 +267,16 @@ def random_tensor(wanted: TensorType, seed: int) -> torch.Tensor:
         values = torch.rand(wanted.shape, generator=generator) < 0.8
     else:
         values = torch.zeros(wanted.shape, dtype=dtype)
+    values = values.to(device)
     return values if wanted.strides is None else restride(values, wanted.strides)
 
 
-def _poisoned(wanted: TensorType) -> torch.Tensor:
+def _poisoned(wanted: TensorType, device: torch.device) -> torch.Tensor:
     """Return memory for a result in which nothing right stands yet."""
     dtype = DTYPES[wanted.dtype]
     if wanted.dtype.is_float:
-        return torch.full(wanted.shape, float("nan"), dtype=dtype)
-    return torch.full(wanted.shape, 1, dtype=dtype)
+        return torch.full(wanted.shape, float("nan"), dtype=dtype, device=device)
+    return torch.full(wanted.shape, 1, dtype=dtype, device=device)
 
 
 def _close(result: torch.Tensor, expected: torch.Tensor) -> bool:

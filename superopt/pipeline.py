@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, final
 import torch
 
 import superopt
-from superopt.backends import backend_named
+from superopt.backends import Backend, backend_named
 from superopt.cache import Cache, default_folder, key_of
 from superopt.calibrate import machine, target_name
 from superopt.codegen.cpu.compile import runtime_digest
@@ -158,14 +158,14 @@ def plan_key(request: Request, options: Options) -> str:
         print_graph(request.graph),
         [asdict(o) for o in request.outputs],
         sorted(request.writes.items()),
-        environment(options),
+        environment(options, device_of(request.tensors)),
     )
 
 
-def environment(options: Options) -> dict[str, Any]:
+def environment(options: Options, device: torch.device) -> dict[str, Any]:
     """Return what a plan depends on beside the program: options, versions, machine."""
     chosen = {k: v for k, v in asdict(options).items() if k != "cache"}
-    return {"options": chosen, "versions": versions(), "target": target_name()}
+    return {"options": chosen, "versions": versions(), "target": target_name(device)}
 
 
 @cache
@@ -202,7 +202,10 @@ def restore(
     """
     if plan.program is None:
         return Planned(plan, None)
-    backend = backend_named(options.backend, Cache(options.folder()).kernels)
+    backend = backend_named(options.backend, Cache(options.folder()).kernels, device_of(tensors))
+    for kernel in plan.kernels.values():
+        if kernel.backend != backend.name:
+            raise PlanError(f"the plan was made for the {kernel.backend} backend: optimize again")
     entries = backend.load(list(plan.kernels.values()))
     loaded: dict[str, Callable[..., None]] = {}
     for (digest, source), entry in zip(plan.kernels.items(), entries, strict=True):
@@ -216,8 +219,21 @@ def restore(
         strides=strides,
         outputs=None if as_graph else plan.outputs,
         writes=None if as_graph else plan.writes,
+        device=backend.device,
     )
     return Planned(plan, program)
+
+
+def device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
+    """Return the device that all tensors are on.
+
+    Raises:
+        Unsupported: there are several.
+    """
+    devices = list(dict.fromkeys(t.device for t in tensors))
+    if len(devices) > 1:
+        raise Unsupported(f"its tensors are on several devices: {', '.join(map(str, devices))}")
+    return devices[0] if devices else torch.device("cpu")
 
 
 def _refuse_random(graph: Graph) -> None:
@@ -229,7 +245,10 @@ def _refuse_random(graph: Graph) -> None:
 
 
 def _search(request: Request, options: Options, store: Cache, on_event: OnEvent) -> Planned:
-    backend = backend_named(options.backend, store.kernels)
+    device = device_of(request.tensors)
+    backend = backend_named(options.backend, store.kernels, device)
+    if not backend.usable() and backend.name != "cpu":
+        return _unchanged(request, {}, f"the {backend.name} backend needs Triton and a GPU")
     if not backend.usable():
         _warn_once(str(NoCompiler()))
         report = {"stopped": _NO_COMPILER}
@@ -237,7 +256,7 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
     started = time.monotonic()
     graph = request.graph
     clock = Clock(backend, dict(zip(graph.inputs, request.tensors, strict=True)), options.seed)
-    floats = FloatTest(graph, seed=options.seed)
+    floats = FloatTest(graph, seed=options.seed, device=device)
     on_event(Event("start", f"searching for {options.budget_s:.0f} s at most", {}))
     floating: dict[Graph, FloatVerdict] = {}
 
@@ -253,7 +272,7 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
     with torch.no_grad():
         found = search(
             graph,
-            machine(store.folder),
+            machine(store.folder, device),
             clock,
             budget_s=options.budget_s * _SEARCH_SHARE,
             seed=options.seed,
@@ -302,7 +321,13 @@ def _finish(
     graph = request.graph
     verdict, floating = evidence
     if options.verify == "strict":
-        verdict = verify_field(graph, found, seed=options.seed + 1, error_bound=_STRICT_BOUND)
+        verdict = verify_field(
+            graph,
+            found,
+            seed=options.seed + 1,
+            error_bound=_STRICT_BOUND,
+            device=clock.device,
+        )
         if not verdict.equivalent:
             return _unchanged(request, report, f"rejected by the strict test: {verdict}")
     entries = {d: c.entry for d, c in clock.compiled.items()}
@@ -312,8 +337,9 @@ def _finish(
         strides=[tuple(t.stride()) for t in request.tensors],
         outputs=request.outputs,
         writes=request.writes,
+        device=clock.backend.device,
     )
-    original_s, planned_s = _compare(request, program)
+    original_s, planned_s = _compare(request, program, clock.backend)
     report |= {"original_s": original_s, "planned_s": planned_s}
     on_event(Event("compared", f"{original_s * 1e3:.3f} ms -> {planned_s * 1e3:.3f} ms", {}))
     if planned_s > original_s * _GAIN:
@@ -329,7 +355,7 @@ def _finish(
     return Planned(plan, program)
 
 
-def _compare(request: Request, program: Program) -> tuple[float, float]:
+def _compare(request: Request, program: Program, backend: Backend) -> tuple[float, float]:
     """Time the original and the plan in turn, the plan on copies of what it changes."""
     tensors = list(request.tensors)
     for target in request.writes.values():
@@ -340,7 +366,8 @@ def _compare(request: Request, program: Program) -> tuple[float, float]:
         restore_()
         return program.run(*tensors)
 
-    original_s, planned_s = interleaved([request.original, planned], limit_s=2.0, rounds=15)
+    calls = [request.original, planned]
+    original_s, planned_s = interleaved(calls, limit_s=2.0, rounds=15, timed=backend.timed)
     return original_s, planned_s
 
 
@@ -390,7 +417,7 @@ def _plan(request: Request, report: dict[str, Any]) -> Plan:
         constants={n: store_tensor(t) for n, t in request.constants.items()},
         outputs=request.outputs,
         structure=request.structure,
-        target=target_name(),
+        target=target_name(device_of(request.tensors)),
         writes=dict(request.writes),
         report=report,
     )

@@ -11,6 +11,7 @@ back by single list operations, so that it is re-entrant.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any, Final, final
 
@@ -27,6 +28,7 @@ from superopt.plan import OutputSpec, StoredTensor
 from superopt.verify.reference import DTYPES, IR_DTYPES, TORCH, TorchDomain
 
 VIEWS: Final = (structural.RESHAPE, structural.PERMUTE, structural.SLICE, structural.BROADCAST)
+CPU: Final = torch.device("cpu")
 _ALIGNMENT: Final = 64
 _FOLD_LIMIT_BYTES: Final = 64 << 20
 _Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]
@@ -62,6 +64,7 @@ def build_program(
     strides: Sequence[tuple[int, ...]] | None = None,
     outputs: Sequence[OutputSpec] | None = None,
     writes: Mapping[int, int] | None = None,
+    device: torch.device = CPU,
 ) -> Program:
     """Write and compile the program of `graph`.
 
@@ -71,8 +74,9 @@ def build_program(
         strides: of the inputs as they will come (None: as the graph's input types say).
         outputs: how the results are to lie in memory (None: as it comes).
         writes: output index -> index of the input that it is copied into after all is computed.
+        device: where all tensors are, inputs and results.
     """
-    return _Writer(graph, kernels, strides, outputs, dict(writes or {})).program()
+    return _Writer(graph, kernels, strides, outputs, dict(writes or {}), device).program()
 
 
 @final
@@ -95,8 +99,10 @@ class _Writer:
         strides: Sequence[tuple[int, ...]] | None,
         outputs: Sequence[OutputSpec] | None,
         writes: dict[int, int],
+        device: torch.device,
     ) -> None:
         self.graph = graph
+        self.device = device
         self.kernels = kernels
         self.outputs = outputs
         self.writes = writes
@@ -108,7 +114,7 @@ class _Writer:
         self.folded: dict[Node, torch.Tensor] = {}
         self.tensors: dict[Node, str] = {}
         self.workspace = 0
-        self.domain = TorchDomain()
+        self.domain = TorchDomain(device=device)
         self.pointer_only: set[Node] = set()
         self.scratch: dict[Node, str] = {}
         for i, node in enumerate(graph.inputs):
@@ -131,14 +137,20 @@ class _Writer:
         head = [f"def program({arguments}):"]
         tail = [*results]
         if self.workspace:
-            head += [
-                "    work = pool.pop() if pool else make_work()",
-                "    w = work.data_ptr()",
-            ]
-            tail.insert(len(tail) - 1, "pool.append(work)")
-            self.values["pool"] = []
-            self.values["make_work"] = allocator((self.workspace,), torch.uint8)
+            # on a GPU PyTorch's allocator keeps blocks itself, and knows what streams still use them
+            pooled = self.device.type == "cpu"
+            work = "pool.pop() if pool else make_work()" if pooled else "make_work()"
+            head += [f"    work = {work}", "    w = work.data_ptr()"]
+            if pooled:
+                tail.insert(len(tail) - 1, "pool.append(work)")
+                self.values["pool"] = []
+            self.values["make_work"] = self._allocator((self.workspace,), torch.uint8)
         text = "\n".join([*head, *(f"    {line}" for line in [*self.lines, *tail])]) + "\n"
+        if self.device.type == "cuda":
+            # kernels are launched on the current device
+            body = text.splitlines()[1:]
+            self.values["on_device"] = partial(torch.cuda.device, self.device)
+            text = "\n".join([head[0], "    with on_device():", *(f"    {x}" for x in body)]) + "\n"
         # the text is made here, of numbers and names of our own: nothing of it comes from a file
         exec(compile(text, f"<superopt {self.graph.name}>", "exec"), self.values)
         return Program(text, self.values["program"])
@@ -262,15 +274,20 @@ class _Writer:
         return addresses
 
     def _allocate(self, node: Node) -> None:
-        if node.tensor.size_bytes >= LARGE_BYTES:
+        if node.tensor.size_bytes >= LARGE_BYTES or self.device.type != "cpu":
             name = f"allocate_{len(self.values)}"
-            self.values[name] = allocator(node.shape, DTYPES[node.tensor.dtype])
+            self.values[name] = self._allocator(node.shape, DTYPES[node.tensor.dtype])
             self._result(node, f"{name}()", dense=True)
             return
         dtype = f"dtype_{node.tensor.dtype.value}"
         self.values[dtype] = DTYPES[node.tensor.dtype]
         shape, strides = node.shape, contiguous_strides(node.shape)
         self._result(node, f"empty({shape}, {strides}, {dtype})", dense=True)
+
+    def _allocator(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        if self.device.type == "cpu":
+            return allocator(shape, dtype)
+        return partial(torch.empty, shape, dtype=dtype, device=self.device)
 
     def _scratch(self, size_bytes: int) -> str:
         offset = self.workspace
@@ -398,7 +415,7 @@ class _Writer:
 
 def store_tensor(tensor: torch.Tensor) -> StoredTensor:
     """Return the raw bytes of a tensor, row-major."""
-    dense = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    dense = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     name = IR_DTYPES[tensor.dtype].value
     return StoredTensor(tuple(tensor.shape), name, dense.numpy().tobytes())
 

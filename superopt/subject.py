@@ -35,6 +35,7 @@ class Fetch:
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
 
     def get(self) -> torch.Tensor | None:
         """Return the tensor, or None when there is none of that type any more."""
@@ -44,6 +45,7 @@ class Fetch:
             or tensor.shape != self.shape
             or tensor.dtype is not self.dtype
             or tensor.stride() != self.strides
+            or tensor.device != self.device
         ):
             return None
         return tensor
@@ -175,8 +177,8 @@ def shares_written(tensors: Sequence[torch.Tensor], written: Sequence[int]) -> b
     return any(storages.count(storages[i]) > 1 for i in written)
 
 
-def bind_plan(plan: Plan, modules: Modules) -> Binding:
-    """Return the binding of a stored plan to modules like those that it was made for.
+def bind_plan(plan: Plan, modules: Modules, device: torch.device) -> Binding:
+    """Return the binding of a stored plan to modules like those that it was made for, on `device`.
 
     Raises:
         PlanError: a parameter is not there.
@@ -186,7 +188,7 @@ def bind_plan(plan: Plan, modules: Modules) -> Binding:
     for text, node in zip(plan.parameters, inputs, strict=True):
         kind, _, name = text.partition(":")
         if kind == "constant":
-            rest.append(load_tensor(plan.constants[name]))
+            rest.append(load_tensor(plan.constants[name]).to(device))
             continue
         number, _, path = name.partition(":")
         fetch = _fetch(modules[int(number)], path) if int(number) < len(modules) else None
@@ -202,7 +204,8 @@ def _fetch(module: torch.nn.Module, name: str) -> Fetch | None:
     for table in (module._parameters, module._buffers):
         tensor = table.get(name)
         if tensor is not None:
-            return Fetch(table, name, tensor.shape, tensor.stride(), tensor.dtype)
+            kind = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            return Fetch(table, name, *kind)
     return None
 
 
@@ -329,7 +332,9 @@ def _observe(
 
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    made = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
     return made.copy_(tensor.detach())
 
 

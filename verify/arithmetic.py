@@ -24,10 +24,21 @@ PRIME_LIMIT = 1 << 26
 _PIECE = 28 << 10
 _LIMB = 1 << 13
 _BLOCK = 1 << 22
+_GPU_BLOCK = 1 << 26
 _TERMS = 1 << 15
 _WORTH_A_THREAD = 1 << 20
 # adding this rounds to an integer; torch.round would start all threads for 2^11 elements
 _ROUNDS = torch.tensor(1.5 * 2.0**52, dtype=torch.float64)
+
+
+def here() -> torch.device:
+    """Return the device that tests run on: PyTorch's default one."""
+    return torch.get_default_device()
+
+
+def _whole() -> bool:
+    """Say whether tensors are computed as a whole, as a GPU wants it, and not in pieces that fit a cache."""
+    return here().type != "cpu"
 
 
 def in_pieces(count: int, work: Callable[[slice, torch.Tensor], None]) -> None:
@@ -42,6 +53,9 @@ def in_pieces(count: int, work: Callable[[slice, torch.Tensor], None]) -> None:
         for start in range(first * _PIECE, count, stride * _PIECE):
             work(slice(start, start + _PIECE), scratch)
 
+    if _whole():
+        work(slice(0, count), torch.empty(count, dtype=torch.float64))
+        return
     if count < _WORTH_A_THREAD:
         run(0, 1)
         return
@@ -128,7 +142,7 @@ class Modulus:
         """Draw uniform residues."""
         half = self.prime // 2
         drawn = source.integers(-half, half + 1, size=shape, dtype=np.int32)
-        return torch.from_numpy(drawn).to(torch.float64)
+        return torch.from_numpy(drawn).to(here(), torch.float64)
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return a + b."""
@@ -147,7 +161,7 @@ class Modulus:
     ) -> torch.Tensor:
         """Apply an elementwise function and reduce, piece by piece: large tensors pass once."""
         shape = np.broadcast_shapes(a.shape, b.shape)
-        if prod(shape) <= _PIECE:
+        if prod(shape) <= _PIECE or _whole():
             return self.reduce_(function(a, b))
         result = torch.empty(shape, dtype=torch.float64)
         pieces = _pieces(result, a.expand(shape), b.expand(shape))
@@ -239,8 +253,9 @@ class Modulus:
         result = torch.empty((count, rows, columns), dtype=torch.float64)
         split_a = a.numel() <= b.numel()
         parts = _limbs(a if split_a else b)
-        batch_step = max(1, _BLOCK // max(1, rows * columns))
-        row_step = max(32, _BLOCK // max(1, columns)) if batch_step == 1 else rows
+        elements = _GPU_BLOCK if _whole() else _BLOCK
+        batch_step = max(1, elements // max(1, rows * columns))
+        row_step = max(32, elements // max(1, columns)) if batch_step == 1 else rows
         upper = result.new_empty(min(batch_step, count) * min(row_step, rows) * columns)
         for first in range(0, count, batch_step):
             batch = slice(first, first + batch_step)

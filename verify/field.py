@@ -36,6 +36,7 @@ from superopt.verify.arithmetic import (
     Modulus,
     Permutation,
     draw_primes,
+    here,
     mix,
     to_residues,
 )
@@ -125,7 +126,7 @@ class FieldDomain:
             for f, m in self.fields.items()
         }
         self._inputs = np.random.default_rng(self.seed)
-        self._torch = TorchDomain()
+        self._torch = TorchDomain(device=here())
 
     # -- values --------------------------------------------------------------------------------
 
@@ -136,7 +137,7 @@ class FieldDomain:
             return FieldValue({f: self.fields[f].draw(type_.shape, self._inputs) for f in fields})
         if type_.dtype is DType.BOOL:
             drawn = self._inputs.integers(0, 2, size=type_.shape, dtype=np.int8)
-            return torch.from_numpy(drawn).to(torch.bool)
+            return torch.from_numpy(drawn).to(here(), torch.bool)
         drawn64 = draw_integers(self._inputs, type_.shape, limit)
         wanted = {
             DType.I32: torch.int32,
@@ -144,7 +145,7 @@ class FieldDomain:
             DType.I8: torch.int8,
             DType.U8: torch.uint8,
         }
-        return torch.from_numpy(drawn64).to(wanted.get(type_.dtype, torch.int64))
+        return torch.from_numpy(drawn64).to(here(), wanted.get(type_.dtype, torch.int64))
 
     def embed(self, value: float, dtype: DType) -> FieldValue:
         """Return a constant: a rational's quotient, else an element drawn for this number."""
@@ -876,7 +877,7 @@ def _digest(value: Value, domain: FieldDomain) -> int:
     hashed = domain.hashed(value, 1).reshape(-1)
     total = mix(hashed + torch.arange(hashed.numel()) * 0x9E3779B1, 2).sum().item()
     if isinstance(value, FieldValue) and value.kind is not None:
-        total = _key(int(total), value.kind.numpy().tobytes())
+        total = _key(int(total), value.kind.cpu().numpy().tobytes())
     return int(total)
 
 
@@ -885,5 +886,7 @@ def _drawn(type_: TensorType, key: int, needed: frozenset[str], domain: FieldDom
     if type_.dtype.is_float:
         return FieldValue({f: domain.fields[f].draw(type_.shape, source) for f in sorted(needed)})
     if type_.dtype is DType.BOOL:
-        return torch.from_numpy(source.integers(0, 2, size=type_.shape, dtype=np.int8) != 0)
-    return torch.from_numpy(source.integers(0, 128, size=type_.shape, dtype=np.int64))
+        drawn = torch.from_numpy(source.integers(0, 2, size=type_.shape, dtype=np.int8) != 0)
+    else:
+        drawn = torch.from_numpy(source.integers(0, 128, size=type_.shape, dtype=np.int64))
+    return drawn.to(here())

@@ -139,11 +139,15 @@ def _floats(
 
 @final
 class FloatTest:
-    """The test of one original for several candidates: what does not depend on these is kept."""
+    """The test of one original for several candidates: what does not depend on these is kept.
 
-    def __init__(self, original: Graph, *, seed: int) -> None:
+    Programs run on `device`.
+    """
+
+    def __init__(self, original: Graph, *, seed: int, device: torch.device | str = "cpu") -> None:
         self.original = original
         self.seed = seed
+        self.device = device
         self._references: dict[str, _Reference] = {}
 
     def check(
@@ -154,9 +158,10 @@ class FloatTest:
         errors: list[FloatError] = []
         reason = ""
         for distribution in distributions:
-            inputs = draw_inputs(self.original, distribution, self.seed)
+            drawn = draw_inputs(self.original, distribution, self.seed)
+            inputs = [on(i, self.device) for i in drawn]
             reference = self._reference(distribution, inputs)
-            found = list(run_candidate([_copy(i) for i in inputs]))
+            found = list(run_candidate([on(i, self.device) for i in inputs]))
             reason = _shape_mismatch(reference.own, found)
             if not reason:
                 pair, reason = _worst(reference, found)
@@ -187,9 +192,15 @@ class _Reference:
     own: list[torch.Tensor]
 
 
-def verify_float(original: Graph, run_candidate: RunCandidate, *, seed: int) -> FloatVerdict:
+def verify_float(
+    original: Graph,
+    run_candidate: RunCandidate,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> FloatVerdict:
     """Compare one candidate's error with the original's own on every distribution."""
-    return FloatTest(original, seed=seed).check(run_candidate)
+    return FloatTest(original, seed=seed, device=device).check(run_candidate)
 
 
 @final
@@ -244,8 +255,9 @@ def _run_rounded(graph: Graph, inputs: list[torch.Tensor], seed: int) -> list[to
         return interpret(graph, values, domain)
 
 
-def _copy(x: torch.Tensor) -> torch.Tensor:
-    copied = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+def on(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return a copy of a tensor on `device`, laid out the same."""
+    copied = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
     return copied.copy_(x)
 
 

@@ -77,9 +77,13 @@ def run_reference(
     tensors: Sequence[torch.Tensor],
     *,
     dtype_override: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> list[torch.Tensor]:
-    """Run `graph` on `tensors` in PyTorch (in `dtype_override` where values are floating-point)."""
-    device = tensors[0].device if tensors else "cpu"
+    """Run `graph` on `tensors` in PyTorch (in `dtype_override` where values are floating-point).
+
+    What depends on no tensor is computed on `device`, or where the first tensor is.
+    """
+    device = device or (tensors[0].device if tensors else torch.device("cpu"))
     domain = TorchDomain(dtype_override, device)
     if len(tensors) != len(graph.inputs):
         raise GraphError(f"{graph.name} takes {len(graph.inputs)} tensors, got {len(tensors)}")

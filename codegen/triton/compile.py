@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from superopt.codegen.errors import CodegenError
-from superopt.codegen.triton.lower import Source
+from superopt.codegen.triton.lower import Source, launch_options
 
 Entry = Callable[..., None]
 
@@ -105,12 +105,11 @@ def _compiled(source: Source, folder: Path, target: Any, *, aligned: bool) -> An
     }
     divisible = [["tt.divisibility", _ALIGNMENT]]
     attributes = {(i,): divisible for i in range(len(signature))} if aligned else {}
-    options = {"num_warps": source.config.warps, "num_stages": source.config.stages}
     try:
         return triton.compile(
             ASTSource(fn=kernel, signature=signature, constexprs={}, attrs=attributes),
             target=target,
-            options=options,
+            options=launch_options(source.config),
         )
     except Exception as error:  # Triton raises whatever its passes meet
         raise CodegenError(f"Triton refuses {source.symbol}: {error}") from error

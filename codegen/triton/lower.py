@@ -6,14 +6,14 @@ exist (padding, ragged edges) hold anything and are masked where tiles are reduc
 accumulated or stored; loads put zeros there where a product of what they load asks for it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Final, Literal, final
 
 from superopt.codegen.errors import CodegenError
 from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
 from superopt.codegen.triton.expressions import HALF, LOWER, TYPES, functions_of, literal
-from superopt.codegen.triton.moves import MOVES, block, move
+from superopt.codegen.triton.moves import MOVES, block, is_view, move
 from superopt.codegen.triton.writer import Writer, along, padded, word
 from superopt.ir.graph import Axis, Graph
 from superopt.ir.node import Node, topological
@@ -33,7 +33,6 @@ _SUMS: Final = (contraction.REDUCE_SUM, tile.ACCUM_SUM, tile.ACCUM_RESCALED)
 _PRODUCTS: Final = (contraction.REDUCE_PROD, tile.ACCUM_PROD)
 _MINIMA: Final = (contraction.REDUCE_MIN, contraction.ARGMIN, tile.ACCUM_MIN)
 _SMALL: Final = (DType.I8, DType.I16, DType.U8, DType.BOOL)
-_NARROW: Final = {"tl.float16": DType.F16, "tl.bfloat16": DType.BF16}
 
 
 @final
@@ -68,6 +67,20 @@ class Source:
     config: TritonConfig
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class _Operand:
+    """An operand of a product: a tile, to be rounded to `kind`, or an `exact` copy of one of that kind.
+
+    `text` is what stands for it once it is masked.
+    """
+
+    node: Node
+    kind: str | None = None
+    exact: bool = False
+    text: str = ""
+
+
 def configs(graph: Graph) -> list[TritonConfig]:
     """List configurations to try, the most promising first."""
     nodes = list(graph.nodes())
@@ -82,6 +95,14 @@ def configs(graph: Graph) -> list[TritonConfig]:
     if any(p.tensor.dtype is DType.F32 and p.inputs[0].shape[-2] > 1 for p in products):
         found.insert(1, TritonConfig(warps, stages[0], precision="tf32x3"))
     return found
+
+
+def launch_options(config: TritonConfig) -> dict[str, int | bool]:
+    """Return what Triton is told about a launch.
+
+    No product is merged into its reader: scaled values and their scaled maximum cancel exactly.
+    """
+    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
 
 
 def lower(graph: Graph, config: TritonConfig, name: str) -> Source:
@@ -107,6 +128,7 @@ class _Kernel:
             self.pointers = {n: f"in{i}_ptr" for i, n in enumerate(self.graph.inputs)}
         self.results = [f"out{i}_ptr" for i in range(len(self.graph.outputs))]
         self.writer = Writer([name, *self.pointers.values(), *self.results])
+        self.matrices: dict[Node, str] = {}
         self.filled: set[Node] = set()
         for node in self.graph.nodes():
             if node.op is contraction.MATMUL:
@@ -166,7 +188,7 @@ class _Kernel:
             dtype = "int16" if node.tensor.dtype is DType.I16 else dtype
             shape = f"{node.shape!r}, dtype=torch.{dtype}, device={device}"
             lines.append(f"    {name} = torch.empty({shape})")
-        options = f"num_warps={self.config.warps}, num_stages={self.config.stages}"
+        options = ", ".join(f"{k}={v}" for k, v in launch_options(self.config).items())
         call = f"{self.name}[({self.blocks()},)]({', '.join([*inputs, *made])}, {options})"
         return "\n".join([*lines, f"    {call}", f"    return [{', '.join(made)}]"])
 
@@ -374,69 +396,101 @@ class _Kernel:
             raise CodegenError(f"a product of tiles {a.shape} and {b.shape} is too large")
         wide = {DType.F64: "", DType.I64: "", DType.I32: ""}.get(dtype, ".to(tl.int32)")
         wide = ".to(tl.float32)" if dtype.is_float and dtype is not DType.F64 else wide
-        text = f"tl.expand_dims({x}, {rank}){wide} * tl.expand_dims({y}, {rank - 2}){wide}"
+        rows_of, columns_of = self.whole(x), self.whole(y)
+        text = f"tl.expand_dims({rows_of}, {rank}){wide} * "
+        text += f"tl.expand_dims({columns_of}, {rank - 2}){wide}"
         text = f"tl.sum({text}, axis={rank - 1})"
         return f"({text} != 0)" if dtype is DType.BOOL else f"{text}.to({self.dtype(node)})"
 
-    def dot(self, node: Node, x: str, y: str) -> str:
+    def dot(self, node: Node, x: "_Operand", y: "_Operand") -> str:
         a, b = node.inputs
         m, k, n = block((*a.shape[-2:], b.shape[-1]))
         batch = block(node.shape[:-2])
         count = prod(batch)
-        if count > 1:
-            x = f"tl.broadcast_to({x}, {[*batch, m, k]})"
-            y = f"tl.broadcast_to({y}, {[*batch, k, n]})"
-        lead = [count] if count > 1 else []
-        if len(batch) != len(lead):
-            x = f"tl.reshape({x}, {[*lead, m, k]})"
-            y = f"tl.reshape({y}, {[*lead, k, n]})"
-        text = f'tl.dot({x}, {y}, input_precision="{self.config.precision}")'
-        if len(batch) != len(lead):
+        if count == 1:
+            left, right = self.matrix(x), self.matrix(y)
+        else:
+            left = f"tl.broadcast_to({self.whole(x)}, {[*batch, m, k]})"
+            right = f"tl.broadcast_to({self.whole(y)}, {[*batch, k, n]})"
+            if len(batch) > 1:
+                left = f"tl.reshape({left}, {[count, m, k]})"
+                right = f"tl.reshape({right}, {[count, k, n]})"
+        text = f'tl.dot({left}, {right}, input_precision="{self.config.precision}")'
+        if len(batch) > (count > 1):
             text = f"tl.reshape({text}, {block(node.shape)})"
         dtype = node.tensor.dtype
         return text if dtype is DType.F32 else f"{text}.to({self.dtype(node)})"
 
-    def operands(self, a: Node, b: Node) -> tuple[str, str]:
+    def operands(self, a: Node, b: Node) -> "tuple[_Operand, _Operand]":
         """Return the operands of a product, in 16 bits where memory holds no more."""
         left, right = self.half(a), self.half(b)
-        x, y = self.names[a], self.names[b]
-        if left is not None and right is not None and left[1] == right[1]:
-            return left[0], right[0]
+        if left is not None and right is not None and left == right:
+            return _Operand(a, left, exact=True), _Operand(b, right, exact=True)
         if self.config.narrow and left is not None and right is None:
-            return left[0], f"{y}.to({left[1]})"
+            return _Operand(a, left, exact=True), _Operand(b, left)
         if self.config.narrow and right is not None and left is None:
-            return f"{x}.to({right[1]})", right[0]
-        return x, y
+            return _Operand(a, right), _Operand(b, right, exact=True)
+        return _Operand(a), _Operand(b)
 
-    def half(self, node: Node) -> tuple[str, str] | None:
-        """Return the 16-bit tile that `node` is an exact float32 copy of, and its type."""
-        (below,) = node.inputs if len(node.inputs) == 1 else (None,)
-        if below is None:
+    def half(self, node: Node) -> str | None:
+        """Return the 16-bit type that `node` is an exact float32 copy of a tile of."""
+        while node.op is structural.PERMUTE or (node.op is structural.RESHAPE and is_view(node)):
+            node = node.inputs[0]
+        if node.op is not elementwise.CAST or node.tensor.dtype is not DType.F32:
             return None
-        if node.op is elementwise.CAST and node.tensor.dtype is DType.F32:
-            kind = below.tensor.dtype
-            return (self.names[below], TYPES[kind]) if kind in HALF else None
-        if node.op in (structural.PERMUTE, structural.RESHAPE):
-            found = self.half(below)
-            if found is not None and self.is_view(node):
-                return move(node, [found[0]], self.writer), found[1]
-        return None
+        kind = node.inputs[0].tensor.dtype
+        return TYPES[kind] if kind in HALF else None
 
-    def is_view(self, node: Node) -> bool:
-        """Say whether moving the elements of a block needs no look-up."""
-        if node.op is structural.PERMUTE:
-            return True
-        before, after = node.inputs[0].shape, node.shape
-        return [d for d in before if d != 1] == [d for d in after if d != 1]
+    def whole(self, operand: "_Operand") -> str:
+        """Return an operand in its own shape."""
+        if operand.text or not operand.exact:
+            return operand.text or self.narrowed(operand, self.names[operand.node])
+        views, node = [], operand.node
+        while node.op is not elementwise.CAST:
+            views.append(node)
+            node = node.inputs[0]
+        text = self.names[node.inputs[0]]
+        for view in reversed(views):
+            text = move(view, [text], self.writer)
+        return text
 
-    def zeroed(self, node: Node, text: str, edges: _Dims) -> str:
+    def matrix(self, operand: "_Operand") -> str:
+        """Return an operand whose batch dims are all 1 as a matrix.
+
+        Views of what was loaded are applied to the matrix, so that Triton reads it from shared memory.
+        """
+        node, swapped, shape = operand.node, False, block(operand.node.shape[-2:])
+        if operand.text:
+            flat = len(operand.node.shape) == 2
+            return operand.text if flat else f"tl.reshape({operand.text}, {shape})"
+        while node.op is structural.PERMUTE or (node.op is structural.RESHAPE and is_view(node)):
+            if node.op is structural.PERMUTE:
+                swapped ^= [p for p in node.attrs.perm if node.inputs[0].shape[p] != 1] != sorted(
+                    p for p in node.attrs.perm if node.inputs[0].shape[p] != 1
+                )
+            node = node.inputs[0]
+        node = node.inputs[0] if operand.exact else node
+        shape = shape[::-1] if swapped else shape
+        text = self.names[node]
+        if node in self.matrices:
+            text = self.matrices[node]
+        elif len(node.shape) > 2:
+            text = f"tl.reshape({text}, {shape})"
+        return self.narrowed(operand, f"tl.trans({text})" if swapped else text)
+
+    def narrowed(self, operand: "_Operand", text: str) -> str:
+        return text if operand.exact or operand.kind is None else f"{text}.to({operand.kind})"
+
+    def zeroed(self, node: Node, operand: "_Operand", edges: _Dims) -> "_Operand":
         """Return an operand of a product with zeros where one of the operands does not exist."""
         origin = self.origin(node, edges[0][0])
         if origin is not None:
             load, position = origin
             own = (load.shape[position], self.program.sources[load][position])
             edges = [e for e in edges if e[1:] != own and e[2] is not None]
-        return self.masked(node, text, edges, "0")
+        if not self.writer.mask(edges, len(node.shape)):
+            return operand
+        return replace(operand, text=self.masked(node, self.whole(operand), edges, "0"))
 
     def origin(self, node: Node, position: int) -> tuple[Node, int] | None:
         """Return the load that a tile is a view or copy of, and which of its dims one dim is."""
@@ -503,13 +557,21 @@ class _Kernel:
         (x,) = node.inputs
         self.dtype(node)
         strides = x.tensor.element_strides
-        pointer, mask = self.address(node.attrs.dims, x.shape, strides)
+        wide = [i for i, dim in enumerate(node.attrs.dims) if dim.tile > 1]
+        is_matrix = len(wide) == 2 < len(node.shape)
+        kept = wide if is_matrix else list(range(len(node.shape)))
+        pointer, mask = self.address(node.attrs.dims, x.shape, strides, kept)
         other = f", mask={mask}{', other=0' if node in self.filled else ''}" if mask else ""
         self.define(node, f"tl.load({self.pointers[x]} + {pointer}{other})", x.attrs.name)
+        if is_matrix:
+            # products read it as it is; a dim of 1 would keep Triton from that
+            self.matrices[node] = self.names[node]
+            self.names[node] = f"tl.reshape({self.names[node]}, {block(node.shape)})"
 
     def store(self, node: Node) -> None:
         attrs, (x,) = node.attrs, node.inputs
-        pointer, mask = self.address(attrs.dims, attrs.shape, contiguous_strides(attrs.shape))
+        strides, kept = contiguous_strides(attrs.shape), list(range(len(attrs.dims)))
+        pointer, mask = self.address(attrs.dims, attrs.shape, strides, kept)
         value = self.names[x]
         if x.op is leaf.CONSTANT:
             value = f"tl.full({block(node.inputs[0].shape)}, {value}, {self.dtype(x)})"
@@ -519,16 +581,20 @@ class _Kernel:
                 self.writer.put(f"tl.store({self.results[i]} + {pointer}, {value}{tail})")
 
     def address(
-        self, dims: tuple[tile.DimMap, ...], shape: tuple[int, ...], strides: tuple[int, ...]
+        self,
+        dims: tuple[tile.DimMap, ...],
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        kept: list[int],
     ) -> tuple[str, str]:
-        """Return offsets of a tile's elements, and which of them exist."""
-        rank = len(dims)
+        """Return offsets of a tile's elements, and which of them exist, in a block of the `kept` dims."""
+        rank = len(kept)
         far = sum(max(d.padded - 1, 0) * s for d, s in zip(dims, strides, strict=True)) >= 1 << 31
         terms = []
         for i, (dim, stride) in enumerate(zip(dims, strides, strict=True)):
             index = self.writer.index(dim)
             if dim.tile > 1:
-                index = along(index, i, rank)
+                index = along(index, kept.index(i), rank)
             elif index == "0":
                 continue
             wide = f"tl.cast({index}, tl.int64)" if far else index
@@ -536,7 +602,7 @@ class _Kernel:
         if rank and all(d.tile == 1 for d in dims):
             terms.append(along(self.writer.local(1), 0, rank))
         edges: _Dims = [
-            (i, dim.tile, DimSource(dim, extent))
+            (kept.index(i) if i in kept else 0, dim.tile, DimSource(dim, extent))
             for i, (dim, extent) in enumerate(zip(dims, shape, strict=True))
         ]
         return " + ".join(terms) or "0", self.writer.mask(edges, rank)

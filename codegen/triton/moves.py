@@ -72,8 +72,7 @@ def reshaped(
     if not after:
         scalar = f"tl.max(tl.reshape({text}, [1]).to({_CARRIER.get(dtype, TYPES[dtype])}), 0)"
         return f"({scalar} != 0)" if dtype is DType.BOOL else f"{scalar}.to({TYPES[dtype]})"
-    squeezed = [d for d in before if d != 1] == [d for d in after if d != 1]
-    if squeezed or (block(before) == [*before] and block(after) == [*after]):
+    if _squeezed(before, after) or (block(before) == [*before] and block(after) == [*after]):
         return f"tl.reshape({text}, {block(after)})"
     # the padding lies elsewhere in the new shape: look up where each element stood
     rank = len(after)
@@ -91,6 +90,15 @@ def reshaped(
     at = writer.let("at", f"tl.reshape({' + '.join(where)}, [{prod(block(after))}])")
     flat = f"tl.reshape({text}, [{prod(block(before))}])"
     return f"tl.reshape({_gathered(flat, dtype, at, 0)}, {block(after)})"
+
+
+def is_view(node: Node) -> bool:
+    """Say whether a reshape only adds or drops dims of size 1."""
+    return _squeezed(node.inputs[0].shape, node.shape)
+
+
+def _squeezed(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    return [d for d in before if d != 1] == [d for d in after if d != 1]
 
 
 def _slice(node: Node, operands: list[str], writer: Writer) -> str:

@@ -55,15 +55,17 @@ class Folded:
     sources: tuple[Node, ...]
 
 
-def fold(outputs: tuple[Node, ...], known: Mapping[Node, torch.Tensor]) -> Folded:
-    """Replace what depends on `known` tensors only by its value."""
+def fold(
+    outputs: tuple[Node, ...], known: Mapping[Node, torch.Tensor], device: torch.device
+) -> Folded:
+    """Replace what depends on `known` tensors only by its value, a tensor on `device`."""
     constant = _constant_nodes(outputs, known)
     roots = _roots(outputs, constant)
     if not roots:
         return Folded(outputs, {}, ())
     inputs = tuple(n for n in topological(roots) if n.op is leaf.INPUT)
     graph = Graph(Level.KERNEL, "constants", inputs, tuple(roots))
-    results = run_reference(graph, [known[i] for i in inputs])
+    results = run_reference(graph, [known[i] for i in inputs], device=device)
     replaced: dict[Node, Node] = {}
     values: dict[Node, torch.Tensor] = {}
     for index, (root, value) in enumerate(zip(roots, results, strict=True)):

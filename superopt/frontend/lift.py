@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.node import Node as FxNode
 from torch.utils import _pytree as pytree
 
-from superopt.frontend.convert import Converter, tensor_type
+from superopt.frontend.convert import Converter, source_location, tensor_type
 from superopt.frontend.decompose import decompose
 from superopt.frontend.errors import LiftError
 from superopt.frontend.fold import fold
@@ -239,6 +239,26 @@ def _carrying(locations: dict[Node, str], rule: Rewriting) -> Rewriting:
     return rewritten
 
 
+def _device(graph: torch.fx.Graph) -> torch.device:
+    """Return the one device of all values; numbers may be on the CPU beside tensors on a GPU.
+
+    Raises:
+        LiftError: the program moves tensors between devices, which graphs do not say.
+    """
+    found: dict[torch.device, FxNode] = {}
+    numbers: dict[torch.device, FxNode] = {}
+    for node in graph.nodes:
+        values = node.meta.get("val")
+        for value in values if isinstance(values, list | tuple) else [values]:
+            if isinstance(value, torch.Tensor):
+                (found if value.dim() else numbers).setdefault(value.device, node)
+    if len(found) > 1:
+        names = ", ".join(str(d) for d in found)
+        where = source_location(list(found.values())[1])
+        raise LiftError(f"its tensors are on several devices ({names})", where)
+    return next(iter(found or numbers), torch.device("cpu"))
+
+
 @final
 class _Lifter:
     def __init__(self, program: ExportedProgram, name: str) -> None:
@@ -254,6 +274,7 @@ class _Lifter:
 
     def run(self) -> Lifted:
         graph = self.program.graph
+        device = _device(graph)
         self._bind_placeholders([n for n in graph.nodes if n.op == "placeholder"])
         converter = Converter(self.placeholders)
         converter.run(list(graph.nodes))
@@ -263,7 +284,7 @@ class _Lifter:
             raise LiftError(f"{self.name} returns no tensor")
         locations = converter.locations
         simple = rewrite(outputs, _carrying(locations, simplified))
-        folded = fold(simple, self._unchanged(mutations))
+        folded = fold(simple, self._unchanged(mutations), device)
         changed = {m.target for m in mutations}
         reached = set(graph_inputs(folded.outputs))
         parameters = {

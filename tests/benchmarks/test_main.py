@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import __main__ as cli
 from benchmarks import contenders, machine, runner
-from benchmarks.timing import Effort
+from benchmarks.timing import CudaClock, Effort
 from benchmarks.workloads import Workload
 
 
@@ -149,6 +149,15 @@ def test_cuda_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device"):
         cli.main(["cuda"])
+
+
+def test_the_cuda_suite_compares_what_a_gpu_user_would_run(tmp_path: Path) -> None:
+    options = cli._parser().parse_args(["cuda", "--skip", "sdpa"])
+    job = cli._job(options, torch.float16, tmp_path)
+    assert job.contenders == ["eager", "max-autotune", "superopt"]
+    assert (job.device, job.effort.warm_up) == ("cuda", 10)
+    assert isinstance(job.clock, CudaClock)
+    assert cli._DTYPES["cuda"] == ("bfloat16", "float16")
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import inf
 
 import pytest
+import torch
 
 from superopt.ir import build as b
 from superopt.ir.errors import GraphError
@@ -22,6 +23,8 @@ from tests.verify.llama import llama
 
 class Predicted:
     """Custom kernels count by their tiles, library programs as slow."""
+
+    device = torch.device("cpu")
 
     def __init__(self, fails: bool = False) -> None:
         self.fails = fails

@@ -467,3 +467,17 @@ def test_errors_name_the_users_line() -> None:
 
     with pytest.raises(LiftError, match=r"float8_e5m2(.|\n)*test_frontend\.py"):
         lift(Unsupported(), (randn(3),))
+
+
+def test_what_is_folded_lies_where_the_inputs_are() -> None:
+    device = torch.device("meta")
+    lifted = lift(
+        lambda x: x * torch.cos(torch.arange(100, device=x.device) ** 1.5),
+        (torch.ones(100, device=device),),
+    )
+    assert [t.device for t in lifted.parameters.values()] == [device]
+
+
+def test_a_program_that_moves_tensors_between_devices_is_refused() -> None:
+    with pytest.raises(LiftError, match=r"several devices \(cpu, meta\)"):
+        lift(lambda x: (x + 1).to("meta"), (torch.ones(2),))
