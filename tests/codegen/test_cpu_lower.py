@@ -17,6 +17,7 @@ from superopt.ir.graph import Graph
 from superopt.ir.ops import contraction, elementwise, tile
 from superopt.ir.types import DType
 from superopt.verify.reference import run_reference
+from tests.block_graphs import BLOCK_GRAPHS
 from tests.codegen.edges import EDGES
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
@@ -346,6 +347,31 @@ def test_fully_masked_rows_give_zero_over_zero(folder):
     one = b.add(b.exp(b.sub(t, finite_or_zero(m))), 1.0)
     build.store(accum_rescaled(b.reduce_sum(one, -1), m, "k"), (3, 1), 3, 1)
     check(build.graph(), folder)
+
+
+SHARED = (
+    *(name for name in BLOCK_GRAPHS if name.startswith("searched-")),
+    "accumulators-bool",
+    "half-arithmetic-bf16",
+    "moves-bool",
+    "rescaled-twice",
+    "scalars",
+    "two-axes-on-one-dim",
+)
+"""What the tests above do not have a form of."""
+
+
+@pytest.fixture(scope="module")
+def compiled(folder) -> Path:
+    """Compile the shared graphs, several compilers at a time; `check` finds them in the folder."""
+    graphs = [BLOCK_GRAPHS[name]() for name in SHARED]
+    compile_many([lower(g, CpuConfig(), g.name) for g in graphs], folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_block_graphs_of_all_backends(compiled, name):
+    check(BLOCK_GRAPHS[name](), compiled, tolerance=1e-4)
 
 
 def test_refusals_and_completeness():
