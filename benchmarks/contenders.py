@@ -91,7 +91,7 @@ def optimized(workload: Workload, options: SearchOptions) -> Any:
 
     return superopt.optimize(
         workload.program,
-        budget_s=options.budget_s,
+        budget_s=options.budget_s * workload.kernels,
         cache=options.cache,
         seed=options.seed,
     )

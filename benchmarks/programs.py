@@ -144,3 +144,35 @@ def rope_scale(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = q.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
     return (q * cos + rotated * sin) / math.sqrt(q.shape[-1])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (half-split); x: [..., S, D], cos and sin: [S, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def decoder_block(
+    x: Tensor,
+    attention_gain: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    mlp_gain: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """Run a Llama-style block on a prompt; x: [S, N], query: [H*D, N], key, value: [G*D, N]."""
+    length, width = cos.shape
+    normed = F.rms_norm(x, (x.shape[-1],), attention_gain, _EPS)
+    q, k, v = (
+        F.linear(normed, w).view(1, length, -1, width).transpose(1, 2) for w in (query, key, value)
+    )
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    x = x + F.linear(mixed.transpose(1, 2).reshape(length, -1), out)
+    return x + gated_mlp(F.rms_norm(x, (x.shape[-1],), mlp_gain, _EPS), gate, up, down)

@@ -108,6 +108,38 @@ def document(
     }
 
 
+def markdown(document: dict[str, Any]) -> str:
+    """Return a result file's content as a Markdown table: what the README shows."""
+    facts, roofline = document["machine"], document["roofline"]
+    memory = max(roofline["read_bytes_per_s_by_footprint"].items(), key=lambda e: int(e[0]))[1]
+    lines = [
+        f"{facts['cpu']}, {facts['threads']} threads, float32 where nothing else is said, torch "
+        f"{facts['torch']}; medians in milliseconds, all contenders in turn in one run; "
+        f"{memory / 1e9:.1f} GB/s and {roofline['flops_per_s'] / 1e9:.0f} GFLOP/s measured there.",
+        "",
+        "| program | eager | `torch.compile` | SDPA | superopt | against the best | of the bound |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for entry in document["workloads"]:
+        times = {n: t["spread"]["median"] * 1e3 for n, t in entry["timings"].items()}
+        compiled = [times[n] for n in ("compile", "max-autotune") if n in times]
+        cells = [
+            entry["name"],
+            _ms(times.get("eager")),
+            _ms(min(compiled, default=None)),
+            _ms(times.get("sdpa")),
+            _ms(times.get(SUPEROPT)),
+            f"{entry['ratio']['median']:.2f}x" if entry["ratio"] else "-",
+            f"{entry['bound_s'] * 1e3 / times[SUPEROPT]:.0%}" if SUPEROPT in times else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Geometric mean: **{document['geomean']:.2f}x**."])
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def missed_targets(suite: str, results: Sequence[WorkloadResult]) -> list[str]:
     """Return one line for each target that these results miss."""
     targets = TARGETS[suite]

@@ -53,7 +53,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class Workload:
-    """One program at one size; `library` is the same program through the library's own kernel."""
+    """One program at one size; `library` is the same program through the library's own kernel.
+
+    The search gets its budget `kernels` times over: a whole block has several to find.
+    """
 
     name: str
     program: Program
@@ -61,6 +64,7 @@ class Workload:
     flops: int
     library: Program | None = None
     quick: bool = False
+    kernels: int = 1
 
     def inputs(self, device: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
         """Make the inputs; the same seed gives the same values."""
@@ -250,6 +254,33 @@ def rope_scale(name: str, heads: int, length: int, width: int) -> Workload:
     )
 
 
+def decoder_block(
+    name: str, length: int, size: int, heads: int, kv_heads: int, inner: int
+) -> Workload:
+    """Run a Llama-style decoder block on a prompt."""
+    width = size // heads
+    projections = 2 * length * size * (2 * size + 2 * kv_heads * width + 3 * inner)
+    return Workload(
+        name,
+        programs.decoder_block,
+        lambda d: (
+            d.normal(length, size),
+            d.gain(size),
+            d.weight(size, size),
+            d.weight(kv_heads * width, size),
+            d.weight(kv_heads * width, size),
+            d.weight(size, size),
+            d.gain(size),
+            d.weight(inner, size),
+            d.weight(inner, size),
+            d.weight(size, inner),
+            *d.rotary(length, width),
+        ),
+        projections + 4 * size * (length * (length + 1) // 2),
+        kernels=4,
+    )
+
+
 def _quick(workload: Workload) -> Workload:
     """Put a workload into the `--quick` subset."""
     return replace(workload, quick=True)
@@ -274,6 +305,8 @@ CPU: Final = (
     residual_rms_norm("residual-rms-norm", 1024, 4096),
     softmax_cross_entropy("softmax-cross-entropy", 256, 32000),
     rope_scale("rope-scale", 32, 2048, 128),
+    decoder_block("decoder-block-16", 16, 1024, 16, 4, 2816),
+    decoder_block("decoder-block-128", 128, 512, 8, 2, 1408),
 )
 
 CUDA: Final = (
@@ -295,4 +328,5 @@ CUDA: Final = (
     residual_rms_norm("residual-rms-norm", 16384, 4096),
     softmax_cross_entropy("softmax-cross-entropy", 4096, 32000),
     rope_scale("rope-scale", 32, 16384, 128),
+    decoder_block("decoder-block", 512, 4096, 32, 8, 14336),
 )

@@ -23,6 +23,7 @@ TINY = (
     workloads.residual_rms_norm("residual", 3, 8),
     workloads.softmax_cross_entropy("loss", 3, 8),
     workloads.rope_scale("rope", 2, 5, 4),
+    workloads.decoder_block("decoder", 6, 32, 4, 2, 24),
 )
 BY_NAME = pytest.mark.parametrize("workload", TINY, ids=lambda w: w.name)
 
@@ -35,6 +36,8 @@ def test_flops_are_those_of_the_contractions(workload: Workload) -> None:
     counted = counter.get_total_flops()
     if workload.name == "causal":  # of 6 x 6 scores, 21 are visible
         counted = counted * 21 // 36
+    if workload.name == "decoder":  # the counter does not know the CPU's fused attention
+        counted += 4 * 32 * 21
     assert workload.flops == counted
 
 
