@@ -147,11 +147,8 @@ class _Dispatcher:
     def current(self) -> bool:
         """Say whether the guards hold; where they do not, plans are forgotten."""
         guards = self.guards
-        try:
-            if guards is None or guards.hold():
-                return True
-        except (RuntimeError, TypeError, ValueError):
-            pass
+        if guards is None or guards.hold():
+            return True
         with self.lock:
             if self.guards is guards:
                 logger.info("%s: what its plans depend on has changed", _name(self.original))

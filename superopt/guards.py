@@ -11,6 +11,7 @@ import builtins
 import hashlib
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, final
@@ -66,6 +67,12 @@ class Guards:
 
     def hold(self) -> bool:
         """Say whether nothing has changed since the guards were taken."""
+        try:
+            return self._unchanged()
+        except (RuntimeError, TypeError, ValueError):  # tensors that are not the same ones
+            return False
+
+    def _unchanged(self) -> bool:
         for place, name, value in self.identities:
             if place.get(name, _MISSING) is not value:
                 return False
@@ -117,6 +124,7 @@ class _Walk:
         self.digest = hashlib.sha256()
         self.seen: set[int] = set()
         self.kept: list[Any] = []
+        self.held: dict[int, tuple[int, str]] = {}
 
     def note(self, *parts: Any) -> None:
         self.digest.update(repr(parts).encode())
@@ -128,6 +136,8 @@ class _Walk:
         value = where[name]
         if _is_plain(value):
             self.guards.values.append((where, name, value))
+        elif type(value) in (list, dict, set):  # an equal one is as good: export makes copies
+            self.guards.values.append((where, name, value.copy()))
         else:
             self.guards.identities.append((where, name, value))
         self.value(name, value, depth)
@@ -144,8 +154,12 @@ class _Walk:
         self.kept.append(value)
         if depth > _DEPTH:
             self.guards.unknown.append(f"{name} lies too deep")
+        elif isinstance(value, weakref.ref):
+            self.value(name, value(), depth + 1)
         elif isinstance(value, types.ModuleType):
             self.note(name, value.__name__, _version_of(value.__name__))
+        elif id(value) in self.held:
+            self.note(name, self.held[id(value)])
         elif isinstance(value, torch.Tensor):
             if not value.is_inference():  # those have no version, and are not folded into plans
                 self.guards.tensors.append((value, value._version))
@@ -273,6 +287,9 @@ class _Walk:
             self.note("a module again")
             return
         self.guards.modules.append(module)
+        # parameters and buffers are found by their place at every call, wherever else they are kept
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            self.held.setdefault(id(tensor), (len(self.guards.modules), name))
         self.class_(type(module), depth)
         inside = module.__dict__
         self.guards.sizes.append((inside, _size(inside)))

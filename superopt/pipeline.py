@@ -37,7 +37,7 @@ from superopt.search.driver import Event, SearchResult, search
 from superopt.verify.certificate import certify
 from superopt.verify.equivalence import Verdict, verify_field
 from superopt.verify.floating import FloatTest, FloatVerdict
-from superopt.verify.opaque import operator
+from superopt.verify.opaque import draws_random_numbers
 
 logger = logging.getLogger("superopt")
 
@@ -238,10 +238,8 @@ def device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
 
 def _refuse_random(graph: Graph) -> None:
     for node in graph.nodes():
-        if node.op is library.OPAQUE:
-            tags = operator(node.attrs.target).tags
-            if torch.Tag.nondeterministic_seeded in tags:
-                raise Unsupported(f"{node.attrs.target} draws random numbers: it runs as it was")
+        if node.op is library.OPAQUE and draws_random_numbers(node.attrs):
+            raise Unsupported(f"{node.attrs.target} draws random numbers: it runs as it was")
 
 
 def _search(request: Request, options: Options, store: Cache, on_event: OnEvent) -> Planned:

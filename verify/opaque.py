@@ -17,6 +17,8 @@ from superopt.ir.errors import GraphError
 from superopt.ir.ops.library import OpaqueAttrs
 from superopt.ir.types import Type
 
+_SWITCHES = ("train", "training")
+_RATES = ("dropout", "dropout_p")
 _NAMED = {
     str(value).removeprefix("torch."): value
     for value in vars(torch).values()
@@ -97,6 +99,20 @@ def operator(target: str) -> torch._ops.OpOverload:
     if not isinstance(found, torch._ops.OpOverload):
         raise GraphError(f"{target} is not a PyTorch operator")
     return found
+
+
+def draws_random_numbers(attrs: OpaqueAttrs) -> bool:
+    """Say whether a call draws random numbers: its operator may, and no argument turns that off."""
+    overload = operator(attrs.target)
+    if torch.Tag.nondeterministic_seeded not in overload.tags:
+        return False
+    arguments = json.loads(attrs.arguments)
+    declared = overload._schema.arguments
+    given = {a.name: a.default_value for a in declared if a.has_default_value()}
+    given |= dict(zip((a.name for a in declared), arguments["args"], strict=False))
+    given |= arguments["kwargs"]
+    off = any(given.get(name) is False for name in _SWITCHES)
+    return not off and all(given.get(name) != 0 for name in _RATES)
 
 
 def flatten_result(result: Any) -> list[Any]:

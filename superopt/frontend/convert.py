@@ -27,8 +27,7 @@ from superopt.ir.errors import GraphError
 from superopt.ir.node import Node, make
 from superopt.ir.ops import library
 from superopt.ir.types import TensorType, TupleType, Type
-from superopt.verify.opaque import encode_call
-from superopt.verify.opaque import operator as resolve
+from superopt.verify.opaque import draws_random_numbers, encode_call
 from superopt.verify.reference import IR_DTYPES
 
 # Checks without a result. Types are static here; a failed value check is the program's own error.
@@ -153,7 +152,7 @@ class Converter:
         args = self.value(node.args)
         kwargs = self.value(node.kwargs)
         attrs = encode_call(str(target), args, kwargs, type_, operand)
-        random = torch.Tag.nondeterministic_seeded in target.tags
+        random = draws_random_numbers(attrs)
         if random and self.last_random is not None:
             # keeps random operators apart, and in the program's order: one reads the one before
             operands.setdefault(self.last_random, len(operands))
@@ -218,7 +217,4 @@ def _agrees(lifted: Any, call: Call) -> bool:
 
 def is_random(node: Node) -> bool:
     """Say whether a node is an opaque operator that draws random numbers."""
-    if node.op is not library.OPAQUE:
-        return False
-    overload = resolve(node.attrs.target)
-    return torch.Tag.nondeterministic_seeded in overload.tags
+    return node.op is library.OPAQUE and draws_random_numbers(node.attrs)

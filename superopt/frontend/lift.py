@@ -170,6 +170,8 @@ def _without_torch_deprecations() -> Iterator[None]:
     """Hide what export warns about its own code; the caller can change nothing there."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        # modules such as LSTM set attributes of their own as they run
+        warnings.filterwarnings("ignore", message=".*assigned during export", category=UserWarning)
         yield
 
 

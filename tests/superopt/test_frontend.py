@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 from superopt import SuperoptError
 from superopt.frontend import LiftError, lift, lift_exported, lift_fx
+from superopt.frontend.convert import is_random
 from superopt.frontend.rules import common_dtype
 from superopt.ir import build as b
 from superopt.ir import composite
@@ -167,6 +168,17 @@ def test_random_operators_stay_apart_and_in_order(runner: Any) -> None:
     expected = program(x)
     torch.manual_seed(3)
     torch.testing.assert_close(runner(lifted, x), expected)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "training", "random"), [(0.0, True, False), (0.5, False, False), (0.5, True, True)]
+)
+def test_an_operator_is_random_unless_an_argument_turns_it_off(
+    dropout: float, training: bool, random: bool
+) -> None:
+    module = torch.nn.LSTM(4, 4, 2, dropout=dropout).train(training)
+    (node,) = nodes_of(lift(module, (randn(3, 2, 4),)), library.OPAQUE)
+    assert is_random(node) is random
 
 
 def test_batch_norm_in_training_updates_its_buffers(runner: Any) -> None:

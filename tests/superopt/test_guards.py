@@ -185,6 +185,18 @@ def test_attributes_of_classes_are_watched_and_so_is_what_hides_them(monkeypatch
         monkeypatch.undo()
 
 
+def test_parameters_that_a_module_keeps_in_lists_too_are_no_part_of_the_guards():
+    module = torch.nn.LSTM(4, 4)
+    guards = take_guards(module)
+    with torch.no_grad():
+        module.weight_ih_l0.add_(1)
+    module._flat_weights = list(module._flat_weights)
+    assert guards.hold()
+    assert guards.fingerprint == take_guards(torch.nn.LSTM(4, 4)).fingerprint is not None
+    module._flat_weights[0] = torch.nn.Parameter(torch.randn(16, 4))
+    assert not guards.hold()
+
+
 def test_inference_tensors_have_no_version_to_watch():
     with torch.inference_mode():
         tensor = torch.ones(3)
