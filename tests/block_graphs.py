@@ -103,13 +103,13 @@ def two_loops() -> Graph:
     return build.graph()
 
 
-def second_pass() -> Graph:
+def three_passes() -> Graph:
     x = b.input_("x", (5, 23))
-    build = BlockBuilder("softmax", grid={"m": 3}, loops={"k": 3})
-    t = build.load(x, ("m", 2), ("k", 9))
-    top = accumulate(tile.ACCUM_MAX, b.reduce_max(t, -1), "k")
-    e = b.exp(b.sub(t, top))
-    build.store(b.div(e, accum_sum(b.reduce_sum(e, -1), "k")), (5, 23), ("m", 2), ("k", 9))
+    build = BlockBuilder("softmax", grid={"m": 3}, loops={"i": 3, "j": 3, "k": 3})
+    i, j, k = (build.load(x, ("m", 2), (loop, 9)) for loop in "ijk")
+    top = accumulate(tile.ACCUM_MAX, b.reduce_max(i, -1), "i")
+    total = accum_sum(b.reduce_sum(b.exp(b.sub(j, top)), -1), "j")
+    build.store(b.div(b.exp(b.sub(k, top)), total), (5, 23), ("m", 2), ("k", 9))
     return build.graph()
 
 
@@ -126,13 +126,13 @@ def nested_loops() -> Graph:
 
 def reductions(dtype: DType) -> Graph:
     x = b.input_("x", (3, 3, 11), dtype)
-    build = BlockBuilder("reduce", grid={"a": 2, "c": 1})
-    t = build.load(x, ("a", 2), 3, ("c", 12))
+    build = BlockBuilder("reduce", grid={"a": 2})
+    t = build.load(x, ("a", 2), 3, 12)
     if dtype is F32:
         t = b.add(b.mul(t, 0.02), 1.0)
     elif dtype.is_float:
         t = b.where(b.gt(t, 0.0), b.constant(1.5, dtype), 0.75)  # products are nearly exact
-    for name in ("SUM", "MAX", "MIN", "PROD"):
+    for name in ("MAX", "MIN") if dtype is BOOL else ("SUM", "MAX", "MIN", "PROD"):
         y = b.reduce(getattr(contraction, f"REDUCE_{name}"), t, (-1, -2))
         build.store(y, (3, 1, 1), ("a", 2), 1, 1)
     return build.graph()
@@ -155,7 +155,8 @@ def accumulators(dtype: DType) -> Graph:
     x = b.input_("x", (5, 22), dtype)
     build = BlockBuilder("accumulate", grid={"m": 2}, loops={"k": 3})
     t = build.load(x, ("m", 3), ("k", 9))
-    for op in (tile.ACCUM_SUM, tile.ACCUM_MAX, tile.ACCUM_MIN, tile.ACCUM_PROD):
+    sums = () if dtype is BOOL else (tile.ACCUM_SUM, tile.ACCUM_PROD)
+    for op in (tile.ACCUM_MAX, tile.ACCUM_MIN, *sums):
         build.store(accumulate(op, t, "k"), (5, 9), ("m", 3), 9)
     if dtype is not BOOL:
         m = accumulate(tile.PREFIX_MAX, b.reduce_max(t, -1), "k")
@@ -353,7 +354,7 @@ BLOCK_GRAPHS: Final[dict[str, Callable[[], Graph]]] = {
     "norm-linear": lambda: norm_linear(F32),
     "norm-linear-f16": lambda: norm_linear(F16),
     "two-loops": two_loops,
-    "second-pass": second_pass,
+    "three-passes": three_passes,
     "nested-loops": nested_loops,
     "reductions": lambda: reductions(F32),
     "reductions-bf16": lambda: reductions(BF16),

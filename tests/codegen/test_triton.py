@@ -17,6 +17,7 @@ from superopt.codegen.errors import CodegenError
 from superopt.codegen.triton.compile import compile_ahead
 from superopt.codegen.triton.expressions import LOWER
 from superopt.codegen.triton.lower import TritonConfig, configs, lower
+from superopt.ir.check import verify_graph
 from superopt.ir.text import parse_graph
 from tests.block_graphs import BLOCK_GRAPHS
 
@@ -28,7 +29,7 @@ MUTATED = (
     "norm-linear",
     "norm-linear-f16",
     "two-loops",
-    "second-pass",
+    "three-passes",
     "nested-loops",
     "reductions",
     "reductions-i64",
@@ -124,6 +125,11 @@ def test_compiles_without_a_gpu(tmp_path, name, arch):
         skip_on_defects_of_old_versions(str(error))
         raise
     assert binary[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("name", BLOCK_GRAPHS)
+def test_the_graphs_are_legal(name):
+    verify_graph(BLOCK_GRAPHS[name]())
 
 
 def test_every_op_has_a_rule_or_a_reason():
