@@ -197,7 +197,9 @@ class _Block:
             loop = getattr(node.attrs, "loop", None)
             if loop is not None and loop not in self.order:
                 yield node, f"{op.name} closes {loop}, which is not a loop"
-        for node in self.graph.outputs:
+        for node, count in Counter(self.graph.outputs).items():
+            if count > 1:
+                yield node, "the store gives two outputs; one is enough"
             if node.op is not tile.STORE:
                 yield node, f"the output is a {node.op.name}, not a store"
 

@@ -29,7 +29,6 @@ from superopt.ir.types import DType, TensorType, TupleType
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 FLOAT_UNARY = (elementwise.EXP, elementwise.TANH, elementwise.SIGMOID, elementwise.ERF)
-EXACT_UNARY = (elementwise.NEG, elementwise.ABS, elementwise.SIGN)
 BINARY = (
     elementwise.ADD,
     elementwise.SUB,
@@ -82,13 +81,13 @@ def is_exact(node: Node) -> bool:
     return not any(n.op in _ROUNDED or n.op.kind is OpKind.COMPOSITE for n in found)
 
 
-def thread_body(random: Random, dtypes: Sequence[DType]) -> Graph:
-    """Return a thread graph that uses all of its scalar inputs."""
+def thread_body(random: Random, dtypes: Sequence[DType], *, branches: bool) -> Graph:
+    """Return a thread graph that uses all of its scalar inputs, and compares them if `branches`."""
     scalars = [b.input_(f"s{i}", (), d) for i, d in enumerate(dtypes)]
     value = b.cast(scalars[0], DType.F64)
     for scalar in scalars[1:]:
         value = b.elementwise_op(random.choice(BINARY), value, b.cast(scalar, DType.F64))
-    if random.choice((False, True)):
+    if branches:
         value = b.where(b.gt(value, 1.0), b.neg(value), b.add(value, 2.0))
     return b.thread_graph("body", scalars, [value])
 
@@ -140,8 +139,8 @@ class Grower:
         if x.tensor.dtype.is_float and self.random.choice((False, True)):
             op = self.random.choice(FLOAT_UNARY)
             return make(op, [b.minimum(x, 4.0) if op is elementwise.EXP else x])
-        op = self.random.choice(EXACT_UNARY)
-        return make(op, [x if op is not elementwise.SIGN or is_exact(x) else b.neg(x)])
+        smooth = (elementwise.NEG, elementwise.ABS)
+        return make(self.random.choice((*smooth, elementwise.SIGN) if is_exact(x) else smooth), [x])
 
     def binary(self) -> Node:
         x = self.pick(lambda n: n.tensor.dtype is not DType.BOOL)
@@ -272,9 +271,9 @@ class Grower:
     def thread(self) -> Node:
         x = self.pick()
         operands = [x, self.fitting(x)] if self.random.choice((False, True)) else [x]
-        return b.apply_graph(
-            thread_body(self.random, [o.tensor.dtype for o in operands]), operands
-        )[0]
+        dtypes = [o.tensor.dtype for o in operands]
+        body = thread_body(self.random, dtypes, branches=all(is_exact(o) for o in operands))
+        return b.apply_graph(body, operands)[0]
 
 
 _SHARED = (
@@ -460,7 +459,7 @@ def random_block_graph(random: Random, steps: int) -> Graph | None:
             grower.pool.append(value)
     kept = grower.pool[-random.randint(1, 3) :]
     stores = [grower.stored(x, random.choice) for x in kept]
-    legal = [s for s in stores if check_graph(grower.partial([s])) == []]
+    legal = [s for s in dict.fromkeys(stores) if check_graph(grower.partial([s])) == []]
     if not legal:
         return None
     needed = [n for n in topological(legal) if n.op is leaf.INPUT]

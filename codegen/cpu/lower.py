@@ -371,6 +371,9 @@ class _Kernel:
 
     def _prefix(self, node: Node) -> None:
         factors = tuple(self.factors.get(node, {}).items())
+        sources = self.context.program.sources[node.inputs[0]]
+        if any(s is not None and s.ragged and _runs_over(s, node.attrs.loop) for s in sources):
+            raise CodegenError("prefix_max of a dim that is ragged along its own loop")
         extents = tuple(self.context.extents(node.inputs[0]))
         view = self.context.views[node]
         self._add(Member("prefix", node, node.inputs[0], view, extents, factors=factors))
@@ -387,12 +390,19 @@ class _Kernel:
             shift = node.inputs[1]
             factors = ((node.attrs.power, self.factors[shift][node.attrs.power]),)
             shape = shift.shape
-        if operand not in self.plan.merged:
-            member = Member("accumulate", node, operand, view, extents, (), factors, shape)
-            self._add(member)
+        sources = self.context.program.sources[operand]
+        # what has no operand in this iteration is rescaled all the same
+        whole = tuple(
+            full if source is not None and _runs_over(source, node.attrs.loop) else extent
+            for full, extent, source in zip(self._full(node.shape), extents, sources, strict=True)
+        )
+        merged = operand in self.plan.merged
+        if factors and (merged or whole != extents):
+            self._add(Member("rescale", node, None, view, whole, (), factors, shape))
+            factors, shape = (), ()
+        if not merged:
+            self._add(Member("accumulate", node, operand, view, extents, (), factors, shape))
             return
-        if factors:
-            self._add(Member("rescale", node, None, view, extents, (), factors, shape))
         self.fused.flush()
         Product(self.context, self.plan, operand, view, accumulate=True).emit()
 
@@ -419,6 +429,10 @@ class _Kernel:
                 self.fused.flush()
                 start += part.shape[axis]
         self.fused.flush()
+
+
+def _runs_over(source: DimSource, loop: str) -> bool:
+    return any(name == loop for name, _ in source.map.axes)
 
 
 def _word(name: str) -> str:

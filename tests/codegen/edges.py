@@ -13,6 +13,18 @@ def running_maximum() -> Graph:
     return g.graph()
 
 
+def rescaled_past_the_edge() -> Graph:
+    g = BlockBuilder("rescaled_past_the_edge", loops={"n": 3})
+    t = g.load(b.input_("x", (4, 3)), 4, ("n", 2))
+    top = accumulate(tile.PREFIX_MAX, b.reduce_max(t, -1), "n")
+    g.store(b.accum_rescaled(t, top, "n", power=2), (4, 2), 4, 2)
+    rows = g.load(b.input_("y", (5, 4)), ("n", 2), 4)
+    least = accumulate(tile.PREFIX_MAX, b.reduce_max(rows, (-2, -1)), "n")
+    product = b.matmul(rows, g.load(b.input_("w", (4, 3)), 4, 3))
+    g.store(b.accum_rescaled(product, least, "n"), (2, 3), 2, 3)
+    return g.graph()
+
+
 def infinite_factor() -> Graph:
     g = BlockBuilder("infinite_factor", loops={"k": 2})
     row = b.exp(g.load(b.input_("x", (2, 5)), 2, ("k", 3)))
@@ -41,5 +53,5 @@ def thread() -> Graph:
 
 EDGES = {
     graph.__name__: graph
-    for graph in (running_maximum, infinite_factor, bounded_by_the_block, thread)
+    for graph in (rescaled_past_the_edge, infinite_factor, bounded_by_the_block, thread)
 }

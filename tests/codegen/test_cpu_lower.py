@@ -18,7 +18,7 @@ from superopt.ir.ops import contraction, elementwise, tile
 from superopt.ir.types import DType
 from superopt.verify.reference import run_reference
 from tests.block_graphs import BLOCK_GRAPHS
-from tests.codegen.edges import EDGES
+from tests.codegen.edges import EDGES, running_maximum
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
@@ -386,3 +386,8 @@ def test_refusals_and_completeness():
 @pytest.mark.parametrize("name", EDGES)
 def test_edges(name: str, folder: Path) -> None:
     check(EDGES[name](), folder)
+
+
+def test_a_running_maximum_of_ragged_tiles_stays_with_the_library() -> None:
+    with pytest.raises(CodegenError, match="ragged along its own loop"):
+        lower(running_maximum(), CpuConfig(), "g")

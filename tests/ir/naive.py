@@ -33,7 +33,7 @@ NUMPY = {
 ELEMENTWISE: dict[Any, Callable[..., Array]] = {
     elementwise.NEG: np.negative,
     elementwise.ABS: np.abs,
-    elementwise.SIGN: np.sign,
+    elementwise.SIGN: lambda x: np.where(x == x, np.sign(x), 0),  # torch: the sign of NaN is 0
     elementwise.EXP: np.exp,
     elementwise.TANH: np.tanh,
     elementwise.SIN: np.sin,
@@ -241,8 +241,10 @@ def limit(neutral: float, dtype: DType) -> Any:
     """The neutral element as a value of `dtype`."""
     if dtype is DType.BOOL:
         return neutral > 0
-    if dtype.is_float or np.isfinite(neutral):
+    if dtype.is_float:
         return neutral
+    if np.isfinite(neutral):
+        return int(neutral)
     bounds = np.iinfo(NUMPY[dtype])
     return bounds.max if neutral > 0 else bounds.min
 

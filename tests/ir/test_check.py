@@ -185,3 +185,19 @@ def test_a_loop_of_one_iteration_may_replicate_its_operand() -> None:
     t = g.load(X, ("m", 16), 64)
     g.store(b.accum_sum(t, "n"), (60, 64), ("m", 16), 64)
     assert check_graph(g.graph()) == []
+
+
+def test_a_store_is_one_output() -> None:
+    graph = attention()
+    assert "gives two outputs" in check_graph(graph.with_outputs(graph.outputs * 2))[0].message
+
+
+def test_equal_ragged_dims_are_told_apart() -> None:
+    g = b.BlockBuilder("g", grid={"m": 4})
+    square = g.load(b.input_("x", (7, 1)), ("m", 2), 2)
+    cube = g.load(b.input_("z", (1, 2, 1)), 3, 2, 3)
+    g.store(b.mul(b.transpose(square), square), (7, 1), ("m", 2), 2)
+    g.store(b.reshape(cube, (3, 6)), (1, 6), 3, 6)
+    messages = [v.message for v in check_graph(g.graph())]
+    assert any("mul loses the ragged dim" in m for m in messages)
+    assert "reshape loses the ragged dim at axis -1" in messages
