@@ -20,6 +20,7 @@ from superopt.search.errors import NotFusible
 from superopt.search.partition import is_compute
 from superopt.search.region import make_region
 from superopt.search.schedule import derive
+from tests.codegen.edges import EDGES, running_maximum
 from tests.search.programs import PROGRAMS
 
 F32, F16, BF16, BOOL, I64 = DType.F32, DType.F16, DType.BF16, DType.BOOL, DType.I64
@@ -386,6 +387,8 @@ BLOCK_GRAPHS: Final[dict[str, Callable[[], Graph]]] = {
     "half-arithmetic-bf16": lambda: half_arithmetic(BF16),
     "threads": threads,
     "scalars": scalars,
+    **EDGES,
+    "running_maximum": running_maximum,
 }
 
 
