@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, final, get_args
 
 from superopt.ir.errors import GraphError
-from superopt.ir.ops.registry import Op, OpKind, TypeRule, declare
+from superopt.ir.ops.registry import Op, OpKind, declare
 from superopt.ir.ops.shapes import broadcast_shapes, check_axis, elements, same_dtype, tensor
 from superopt.ir.types import DType, TensorType, Type
 
@@ -59,12 +59,6 @@ def _reduce(types: tuple[Type, ...], attrs: ReduceAttrs) -> Type:
     return x.with_shape(tuple(1 if i in axes else d for i, d in enumerate(x.shape)))
 
 
-def _number_reduce(types: tuple[Type, ...], attrs: ReduceAttrs) -> Type:
-    if tensor(types[0]).dtype is DType.BOOL:
-        raise GraphError("needs numbers, got bool; cast first")
-    return _reduce(types, attrs)
-
-
 def _index_reduce(types: tuple[Type, ...], attrs: AxisAttrs) -> Type:
     x = tensor(types[0])
     axis = check_axis(attrs.axis, x.rank)
@@ -98,13 +92,13 @@ MATMUL = declare(
 )
 
 
-def _reduction(name: str, meaning: str, rule: TypeRule = _reduce, *, linear: bool = False) -> Op:
+def _reduction(name: str, meaning: str, *, linear: bool = False) -> Op:
     op = Op(
         name,
         OpKind.REDUCTION,
         1,
         ReduceAttrs,
-        rule,
+        _reduce,
         meaning,
         linear_in=frozenset({0}) if linear else frozenset(),
         flops=_operand_elements,
@@ -112,10 +106,10 @@ def _reduction(name: str, meaning: str, rule: TypeRule = _reduce, *, linear: boo
     return declare(op)
 
 
-REDUCE_SUM = _reduction("reduce_sum", "torch.sum(axes, keepdim=True)", _number_reduce, linear=True)
+REDUCE_SUM = _reduction("reduce_sum", "torch.sum(axes, keepdim=True); any on bool", linear=True)
 REDUCE_MAX = _reduction("reduce_max", "torch.amax(axes, keepdim=True); any on bool")
 REDUCE_MIN = _reduction("reduce_min", "torch.amin(axes, keepdim=True); all on bool")
-REDUCE_PROD = _reduction("reduce_prod", "torch.prod(axes, keepdim=True)", _number_reduce)
+REDUCE_PROD = _reduction("reduce_prod", "torch.prod(axes, keepdim=True); all on bool")
 
 
 def _index_reduction(name: str, meaning: str) -> Op:

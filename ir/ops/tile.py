@@ -11,7 +11,7 @@ from math import prod
 from typing import final
 
 from superopt.ir.errors import GraphError
-from superopt.ir.ops.registry import Op, OpKind, TypeRule, declare
+from superopt.ir.ops.registry import Op, OpKind, declare
 from superopt.ir.ops.shapes import broadcast_shapes, same_dtype, tensor
 from superopt.ir.types import Dim, DType, TensorType, Type
 
@@ -112,12 +112,6 @@ def _accumulate(types: tuple[Type, ...], attrs: LoopAttrs) -> Type:
     return x.with_shape(x.shape)
 
 
-def _accumulate_numbers(types: tuple[Type, ...], attrs: LoopAttrs) -> Type:
-    if tensor(types[0]).dtype is DType.BOOL:
-        raise GraphError("needs numbers, got bool; cast first")
-    return _accumulate(types, attrs)
-
-
 def _rescaled(types: tuple[Type, ...], attrs: RescaleAttrs) -> Type:
     x, shift = (tensor(t) for t in types)
     if broadcast_shapes([x.shape, shift.shape]) != x.shape:
@@ -135,19 +129,15 @@ TILE_INDEX = declare(
 )
 
 
-def _accumulator(
-    name: str, meaning: str, rule: TypeRule = _accumulate, *, linear: bool = False
-) -> Op:
+def _accumulator(name: str, meaning: str, *, linear: bool = False) -> Op:
     linear_in = frozenset({0}) if linear else frozenset()
-    return declare(Op(name, _TILE, 1, LoopAttrs, rule, meaning, linear_in=linear_in))
+    return declare(Op(name, _TILE, 1, LoopAttrs, _accumulate, meaning, linear_in=linear_in))
 
 
-ACCUM_SUM = _accumulator(
-    "accum_sum", "sum of the tile over the loop's iterations", _accumulate_numbers, linear=True
-)
+ACCUM_SUM = _accumulator("accum_sum", "sum of the tile over the loop's iterations", linear=True)
 ACCUM_MAX = _accumulator("accum_max", "maximum over the loop's iterations")
 ACCUM_MIN = _accumulator("accum_min", "minimum over the loop's iterations")
-ACCUM_PROD = _accumulator("accum_prod", "product over the loop's iterations", _accumulate_numbers)
+ACCUM_PROD = _accumulator("accum_prod", "product over the loop's iterations")
 PREFIX_MAX = _accumulator("prefix_max", "running maximum, this iteration included")
 ACCUM_LAST = _accumulator("accum_last", "the value of the last iteration")
 ACCUM_RESCALED = declare(
