@@ -279,7 +279,8 @@ LOWER.register(
     contraction.SCAN,
 )("on whole tiles: codegen/triton/lower.py")
 LOWER.register(*(op for op in all_ops() if op.kind is OpKind.TILE))("codegen/triton/lower.py")
-LOWER.register(leaf.INPUT, leaf.CONSTANT, leaf.IOTA, library.THREAD)("codegen/triton/lower.py")
+LOWER.register(leaf.INPUT, leaf.CONSTANT, leaf.IOTA)("codegen/triton/lower.py")
+LOWER.register(library.THREAD)("inlined: codegen/tile_program.py")
 LOWER.refuse("blocks of a batch have no common index; gather does what it does", structural.TAKE)
 LOWER.refuse("kernels are not nested", library.CUSTOM)
 LOWER.refuse("tiles have one value each", leaf.ITEM)

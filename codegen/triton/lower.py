@@ -16,8 +16,8 @@ from superopt.codegen.triton.expressions import HALF, LOWER, TYPES, functions_of
 from superopt.codegen.triton.moves import MOVES, block, is_view, move
 from superopt.codegen.triton.writer import Writer, along, padded, word
 from superopt.ir.graph import Axis, Graph
-from superopt.ir.node import Node, topological
-from superopt.ir.ops import contraction, elementwise, leaf, library, structural, tile
+from superopt.ir.node import Node
+from superopt.ir.ops import contraction, elementwise, leaf, structural, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.tiles import DimSource
 from superopt.ir.types import DType, contiguous_strides
@@ -342,8 +342,6 @@ class _Kernel:
             self.define(node, self.reduction(node))
         elif op.kind is OpKind.ELEMENTWISE:
             self.define(node, self.elementwise(node, [self.names[i] for i in node.inputs]))
-        elif op is library.THREAD:
-            self.thread(node)
         elif op in MOVES:
             operands = [self.names[i] for i in node.inputs]
             self.dtype(node)
@@ -361,19 +359,6 @@ class _Kernel:
         rule = LOWER[node.op]
         assert not isinstance(rule, str), node.op
         return rule(node, operands)
-
-    def thread(self, node: Node) -> None:
-        graph: Graph = node.attrs.graph
-        inner = dict(zip(graph.inputs, (self.names[i] for i in node.inputs), strict=True))
-        for step in topological(graph.outputs):
-            if step in inner:
-                continue
-            if step.op is leaf.CONSTANT:
-                inner[step] = literal(step.attrs.value, step.attrs.dtype)
-                continue
-            text = self.elementwise(step, [inner[i] for i in step.inputs])
-            inner[step] = self.writer.let(step.op.name, text)
-        self.names[node] = inner[graph.outputs[0]]
 
     def matmul(self, node: Node) -> str:
         a, b = node.inputs
