@@ -161,6 +161,9 @@ class _Kernel:
                 for dim, extent in zip(node.attrs.dims, node.attrs.shape, strict=True):
                     if dim.padded > extent:
                         found.setdefault(DimSource(dim, extent))
+        if any(source.map.tile == 1 for source in found):
+            # a dim of size 1 is one element everywhere below, never none
+            raise CodegenError("tiles of one element that lie outside their tensor")
         for i, source in enumerate(found):
             self.context.ragged[source] = f"n{i}"
 

@@ -391,3 +391,10 @@ def test_edges(name: str, folder: Path) -> None:
 def test_a_running_maximum_of_ragged_tiles_stays_with_the_library() -> None:
     with pytest.raises(CodegenError, match="ragged along its own loop"):
         lower(running_maximum(), CpuConfig(), "g")
+
+
+def test_single_elements_outside_their_tensor_stay_with_the_library() -> None:
+    g = BlockBuilder("outside", grid={"m": 2, "n": 2})
+    g.store(b.exp(g.load(b.input_("x", (3,)), ("m", "n", 1))), (3,), ("m", "n", 1))
+    with pytest.raises(CodegenError, match="outside their tensor"):
+        lower(g.graph(), CpuConfig(), "g")
