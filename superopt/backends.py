@@ -8,7 +8,7 @@ with a `CodegenError`, and the caller keeps what it had.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -92,13 +92,18 @@ def timer(device: torch.device) -> Timer:
     return between_events
 
 
+def vector_bytes() -> int:
+    """Return the width of this processor's vector registers."""
+    return {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class CpuBackend:
     """C++ through the system's compiler; shared objects are kept in `folder`."""
 
     folder: Path
-    vector_bytes: int = 64
+    vector_bytes: int = field(default_factory=vector_bytes)
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from superopt.backends import Timer, timer, wall
+from superopt.backends import Timer, timer, vector_bytes, wall
 from superopt.cache import write_atomically
 from superopt.ir.errors import SuperoptError
 from superopt.ir.target import Target
@@ -77,7 +77,6 @@ def caches(folder: Path = _CACHES) -> dict[int, int]:
 
 def _measure() -> Target:
     cores = torch.get_num_threads()
-    lanes = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
     memory = torch.ones(48 << 20)
     matrix = torch.randn(1024, 1024)
     read_s = _best(lambda: memory.sum(), 4)
@@ -89,7 +88,7 @@ def _measure() -> Target:
     return Target(
         name=target_name(),
         cores=cores,
-        vector_lanes=lanes,
+        vector_lanes=vector_bytes() // 4,
         peak_flops=peak_flops,
         half_flops=peak_flops,  # kernels compute in float32
         vector_ops=vector_ops,
