@@ -6,12 +6,13 @@ round starts with another one.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+from superopt.backends import timer, wall
 
 Call = Callable[[], Any]
 
@@ -28,10 +29,7 @@ class CpuClock:
 
     def time(self, call: Call, repeat: int) -> float:
         """Return the mean seconds of one of `repeat` calls made back to back."""
-        start = time.perf_counter()
-        for _ in range(repeat):
-            call()
-        return (time.perf_counter() - start) / repeat
+        return wall(call, repeat)
 
 
 class CudaClock:
@@ -39,15 +37,7 @@ class CudaClock:
 
     def time(self, call: Call, repeat: int) -> float:
         """Return the mean seconds of one of `repeat` calls made back to back."""
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(repeat):
-            call()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop)) / 1e3 / repeat
+        return timer(torch.device("cuda", torch.cuda.current_device()))(call, repeat)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from typing import Any, Final, Protocol, final
 
 import torch
 
-from superopt.ir.composite import ATTENTION
 from superopt.ir.errors import GraphError, SuperoptError
 from superopt.ir.graph import Graph
-from superopt.ir.node import Node, rebuild, rewrite
+from superopt.ir.node import Node, rebuild, rewrite, topological
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
@@ -195,10 +194,8 @@ class Driver:
 
     def _variants(self) -> list[Graph]:
         """Algebraic variants, most promising first; duplicates dropped."""
-        found = [self._moved(expand(self.original))]
-        if any(n.op is ATTENTION for n in self.original.nodes()):
-            found.append(self._moved(_expand_but(self.original)))
-        return list({g.digest(): g for g in found}.values())
+        plain = {g.digest(): g for g in (expand(self.original), _expand_simple(self.original))}
+        return list({g.digest(): g for g in map(self._moved, plain.values())}.values())
 
     def _moved(self, plain: Graph) -> Graph:
         """Apply the algebraic moves, all of them or those that cost no accuracy.
@@ -350,18 +347,21 @@ def search(
     return Driver(graph, machine, measurer, budget_s, seed, floats, on_event, accept).run()
 
 
-def _expand_but(graph: Graph) -> Graph:
-    """Expand composites except attention, for which libraries have a kernel of their own."""
+def _expand_simple(graph: Graph) -> Graph:
+    """Expand the composites that hold no contraction.
+
+    The others are worth trying whole: a library that has a kernel for them fuses products, as search does.
+    """
 
     def step(node: Node, inputs: tuple[Node, ...]) -> Node:
         fresh = rebuild(node, inputs)
-        if fresh.op.expand is None or fresh.op is ATTENTION:
+        if fresh.op.expand is None:
             return fresh
         defined: Node = fresh.op.expand(fresh.inputs, fresh.attrs)
-        return defined
+        made = topological([defined], stop=set(fresh.inputs))
+        return fresh if any(n.op.kind is OpKind.CONTRACTION for n in made) else defined
 
-    outputs = rewrite(graph.outputs, step)
-    return graph.with_outputs(outputs)
+    return graph.with_outputs(rewrite(graph.outputs, step))
 
 
 def _worth(graph: Graph, group: Group) -> bool:

@@ -87,18 +87,10 @@ def test_nn_static_extents_and_prefetch(folder, m, n, k):
     assert (c[m * n :] == CANARY).all()
 
 
-@pytest.mark.parametrize("width", [64, 32, 16])
-@pytest.mark.parametrize("element", TYPES)
-def test_dot_any_extent(folder, width, element):
-    kernel = build(
-        f"auto a = (const {element}*)va; auto b = (const {element}*)vb;\n"
-        "if (e[3]) gemm_dot<4, 3, true>(m, n, k, a, k, b, k, c, e[4]);\n"
-        "else gemm_dot<4, 3, false, true>(m, n, k, a, k, b, k, c, e[4]);",
-        folder,
-        width,
-    )
+def check_rows_by_rows(kernel, element, large):
+    """Compare a product of rows with rows, stored and accumulated, and what lies around it."""
     rng = np.random.default_rng(9)
-    for m, n, k in [*EXTENTS, (37, 5, 530)]:
+    for m, n, k in [*EXTENTS, large]:
         a = rng.standard_normal((m, k)).astype(TYPES[element])
         b = rng.standard_normal((n, k)).astype(TYPES[element])
         c = np.full((m + 1, n + 3), CANARY)
@@ -109,6 +101,19 @@ def test_dot_any_extent(folder, width, element):
         np.testing.assert_allclose(c[:m, :n], 2 * before, rtol=1e-5, atol=1e-5)
         assert (c[m:] == CANARY).all()
         assert (c[:, n:] == CANARY).all()
+
+
+@pytest.mark.parametrize("width", [64, 32, 16])
+@pytest.mark.parametrize("element", TYPES)
+def test_dot_any_extent(folder, width, element):
+    kernel = build(
+        f"auto a = (const {element}*)va; auto b = (const {element}*)vb;\n"
+        "if (e[3]) gemm_dot<4, 3, true>(m, n, k, a, k, b, k, c, e[4]);\n"
+        "else gemm_dot<4, 3, false, true>(m, n, k, a, k, b, k, c, e[4]);",
+        folder,
+        width,
+    )
+    check_rows_by_rows(kernel, element, (37, 5, 530))
 
 
 @pytest.mark.parametrize("width", [64, 16])
@@ -122,18 +127,7 @@ def test_packed_any_extent(folder, width, element):
         folder,
         width,
     )
-    rng = np.random.default_rng(11)
-    for m, n, k in [*EXTENTS, (37, 70, 131)]:
-        a = rng.standard_normal((m, k)).astype(TYPES[element])
-        b = rng.standard_normal((n, k)).astype(TYPES[element])
-        c = np.full((m + 1, n + 3), CANARY)
-        call(kernel, a, b, c, [m, n, k, 0, n + 3])
-        close(c[:m, :n], a, b.T)
-        before = c[:m, :n].copy()
-        call(kernel, a, b, c, [m, n, k, 1, n + 3])
-        np.testing.assert_allclose(c[:m, :n], 2 * before, rtol=1e-5, atol=1e-5)
-        assert (c[m:] == CANARY).all()
-        assert (c[:, n:] == CANARY).all()
+    check_rows_by_rows(kernel, element, (37, 70, 131))
 
 
 @pytest.mark.parametrize("width", [64, 32, 16])
