@@ -127,7 +127,9 @@ def _logsumexp(inputs: tuple[Node, ...], attrs: AxisAttrs) -> Node:
     x = inputs[0]
     top = b.reduce_max(x, attrs.axis)
     shift = b.finite_or_zero(top)
-    return b.add(shift, b.log(b.reduce_sum(b.exp(b.sub(x, shift)), attrs.axis)))
+    total = b.add(shift, b.log(b.reduce_sum(b.exp(b.sub(x, shift)), attrs.axis)))
+    # infinity less itself is not a number, but the logarithm of its exponential is infinity
+    return b.where(b.eq(top, float("inf")), top, total)
 
 
 def _kept(types: tuple[Type, ...], attrs: AxisAttrs) -> Type:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import final
 
-from superopt.ir.node import Node
+from superopt.ir.node import Node, topological
 from superopt.ir.ops import contraction, leaf
 from superopt.search.errors import NotFusible
 from superopt.search.indices import Atom, IndexSpace
@@ -165,7 +165,9 @@ def _usable(shift: Node, region: Region, varies: frozenset[Node], found: Homogen
         state = found.degree.get(output)
         if output in varies and (state is None or state.power != 0 or state.additive):
             return False
-    return all(found.degree[n] is not None for n in _consumers(shift, region))
+    # what only reads the final maximum may do with it what it likes
+    feeds = set(topological([n for n in region.body if n in varies]))
+    return all(found.degree[n] is not None for n in _consumers(shift, region) if n in feeds)
 
 
 def _consumers(shift: Node, region: Region) -> list[Node]:

@@ -190,3 +190,13 @@ def test_tensors_read_twice_stay_apart() -> None:
             placed = place(schedule, block_graph(schedule, tiles, "kernel"), region.inputs)
             candidate = substitute(original, dict(zip(region.outputs, placed, strict=True)))
             assert verify_field(original, candidate, seed=1)
+
+
+def test_what_reads_only_the_final_maximum_leaves_it_a_running_one() -> None:
+    x = b.input_("x", (8, 64))
+    top = b.reduce_max(x, -1)
+    total = b.reduce_sum(b.exp(b.sub(x, top)), -1)
+    graph = b.kernel_graph("g", [x], [b.where(b.eq(top, 3.0), top, b.add(top, b.log(total)))])
+    (looped,) = [s for s in derive(whole_region(graph)) if s.loop is not None]
+    assert looped.passes.count == 1
+    assert looped.passes.shifts

@@ -250,3 +250,13 @@ def test_wrong_shape_is_named() -> None:
 
 def test_every_element_type_has_a_torch_type() -> None:
     assert set(DTYPES) == set(DType)
+
+
+def test_logsumexp_of_infinities_is_that_of_pytorch() -> None:
+    inf, nan = float("inf"), float("nan")
+    rows = [[inf, 1.0], [-inf, -inf], [inf, inf], [inf, -inf], [nan, inf], [0.0, -inf]]
+    values = torch.tensor(rows)
+    x = b.input_("x", (6, 2))
+    graph = b.kernel_graph("g", [x], [make(composite.LOGSUMEXP, [x], AxisAttrs(-1))])
+    (found,) = run_reference(expand(graph), [values])
+    torch.testing.assert_close(found, torch.logsumexp(values, -1, keepdim=True), equal_nan=True)
