@@ -1,4 +1,4 @@
-"""`python -m benchmarks cpu|cuda`: run a suite, print the table, write the JSON, check the targets."""
+"""`python -m benchmarks cpu|programs|cuda`: run a suite, print the table, write the JSON, check the targets."""
 
 import argparse
 import json
@@ -16,11 +16,12 @@ import torch
 from benchmarks import machine, report
 from benchmarks.contenders import NAMES, SearchOptions, quiet_compilers
 from benchmarks.runner import Job, WorkloadResult, run_workload, set_bound
+from benchmarks.suites import SUITES
 from benchmarks.timing import CpuClock, CudaClock, Effort
-from benchmarks.workloads import CPU, CUDA, Workload
+from benchmarks.workloads import Workload
 
 _RESULTS = Path(__file__).resolve().parent / "results"
-_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float16")}
+_DTYPES = {"cpu": ("float32",), "programs": ("float32",), "cuda": ("bfloat16", "float16")}
 _BUDGET_S = {"cpu": 20.0, "cuda": 8.0}
 # eager, max-autotune and the library's kernels on a GPU: the whole suite is to take 20 minutes there
 _CONTENDERS = {"cpu": NAMES, "cuda": tuple(name for name in NAMES if name != "compile")}
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.suite == "cuda":
         machine.require_cuda()
-    workloads = _select(CPU if options.suite == "cpu" else CUDA, options)
+    workloads = _select(SUITES[options.suite][1], options)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     quiet_compilers()
@@ -94,7 +95,7 @@ def _heading(facts: dict[str, object], job: Job, dtype: str) -> str:
 
 
 def _job(options: argparse.Namespace, dtype: torch.dtype, cache: Path) -> Job:
-    device = options.suite
+    device = SUITES[options.suite][0]
     clock = CudaClock() if device == "cuda" else CpuClock()
     effort = _QUICK if options.quick else _FULL
     return Job(
@@ -105,7 +106,7 @@ def _job(options: argparse.Namespace, dtype: torch.dtype, cache: Path) -> Job:
         clock=clock,
         effort=_on_gpu(effort) if device == "cuda" else effort,
         roofline=machine.Roofline(device, dtype, clock),
-        search=SearchOptions(cache, options.budget_s or _BUDGET_S[options.suite]),
+        search=SearchOptions(cache, options.budget_s or _BUDGET_S[device]),
     )
 
 
@@ -138,7 +139,7 @@ def _suffixed(out: Path, dtype: str) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", choices=("cpu", "cuda"))
+    parser.add_argument("suite", choices=tuple(SUITES))
     parser.add_argument("--quick", action="store_true", help="a few workloads, fewer rounds")
     parser.add_argument(
         "--check", action="store_true", help="exit with 1 and a line for each missed target"

@@ -28,6 +28,7 @@ class Targets:
 
 TARGETS = {
     "cpu": Targets(0.97, 1.1, 180.0, 1.0),
+    "programs": Targets(0.97, 1.5, 180.0, 1.0),
     "cuda": Targets(0.0, 1.0, math.inf, math.inf),
 }
 

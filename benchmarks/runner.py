@@ -4,6 +4,7 @@ In: a workload and what to do with it. Out: a `WorkloadResult`, from which the t
 the check are made. A contender with a wrong result is reported and never timed.
 """
 
+import copy
 import gc
 import json
 import math
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.contenders import SUPEROPT, Contender, Failure, Search, SearchOptions, build
 from benchmarks.machine import OtherLoad, Roofline
 from benchmarks.timing import Clock, Effort, Spread, interleave, paired_ratio
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Program, Workload
 
 # A contender may be this many times less exact than eager, plus this many roundings.
 _ERROR_FACTOR = 4.0
@@ -97,12 +98,14 @@ class WorkloadResult:
 def run_workload(workload: Workload, job: Job) -> WorkloadResult:
     """Build, check and time all contenders of one workload."""
     torch._dynamo.reset()
+    workload = workload.ready(job.device, job.dtype)
     inputs = workload.inputs(job.device, job.dtype, _INPUT_SEEDS[0])
+    outputs = _tensors(workload.program(*inputs))
     result = WorkloadResult(
         workload.name,
         str(job.dtype).removeprefix("torch."),
-        moved_bytes=_size(inputs) + _size(_tensors(workload.program(*inputs))),
-        flops=workload.flops,
+        moved_bytes=_size((*inputs, *_parameters(workload.program), *outputs)),
+        flops=workload.operations(inputs),
     )
     built: list[Contender] = []
     for name in job.contenders:
@@ -181,9 +184,10 @@ def _check(
     Fresh inputs catch a contender that answers from what it remembers.
     """
     errors: dict[str, Errors] = {}
+    wide = _widened(workload.program)
     for seed in reversed(_INPUT_SEEDS):
         inputs = _redraw(workload, job, first_inputs, seed)
-        exact = _tensors(workload.program(*(_widen(tensor) for tensor in inputs)))
+        exact = _tensors(wide(*(_widen(tensor) for tensor in inputs)))
         eager = _errors(_tensors(workload.program(*inputs)), exact)
         for contender in built:
             try:
@@ -236,6 +240,16 @@ def _over(difference: Tensor, size: Tensor) -> float:
 
 def _widen(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _widened(program: Program) -> Program:
+    return copy.deepcopy(program).double() if isinstance(program, nn.Module) else program
+
+
+def _parameters(program: Program) -> tuple[Tensor, ...]:
+    if not isinstance(program, nn.Module):
+        return ()
+    return (*program.parameters(), *program.buffers())
 
 
 def _tensors(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -13,23 +13,24 @@ from pathlib import Path
 import torch
 
 from benchmarks.contenders import SearchOptions, optimized
-from benchmarks.workloads import CPU, CUDA
+from benchmarks.suites import SUITES
 
 
 def main(arguments: list[str]) -> None:
     """Measure one warm start and print it."""
     suite, name, dtype, cache, budget_s, threads = arguments
     torch.set_num_threads(int(threads))
-    workload = next(w for w in (CPU if suite == "cpu" else CUDA) if w.name == name)
-    inputs = workload.inputs(suite, getattr(torch, dtype), seed=0)
-    if suite == "cuda":
+    device, workloads = SUITES[suite]
+    workload = next(w for w in workloads if w.name == name).ready(device, getattr(torch, dtype))
+    inputs = workload.inputs(device, getattr(torch, dtype), seed=0)
+    if device == "cuda":
         torch.cuda.synchronize()
     assert "superopt" not in sys.modules, "superopt was imported before the clock started"
     with torch.no_grad():
         start = time.perf_counter()
         call = optimized(workload, SearchOptions(Path(cache), float(budget_s)))
         call(*inputs)
-        if suite == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds}))

@@ -1,9 +1,9 @@
 """The workloads: each program at one size, with its inputs and its count of operations.
 
 Inputs are drawn at the scales that real models have, from a seed. `flops` counts the multiplications
-and additions of contractions only, and of the visible half where a mask hides the rest; bytes are
-counted by the runner from the tensors that go in and come out. A builder takes sizes, so the two
-suites and the tests share one definition.
+and additions of contractions only, and of the visible half where a mask hides the rest; where it is not
+given, the contractions of an eager run are counted. Bytes are counted by the runner from the tensors that
+go in and come out. A builder takes sizes, so the two suites and the tests share one definition.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import programs
 
@@ -23,13 +24,13 @@ class Draw:
 
     def __init__(self, device: str, dtype: torch.dtype, seed: int) -> None:
         self._device = device
-        self._dtype = dtype
+        self.dtype = dtype
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
         """Draw from a normal distribution."""
-        raw = torch.randn(*shape, generator=self._generator, device=self._device)
-        return (raw * scale + mean).to(self._dtype)
+        raw = torch.randn(shape, generator=self._generator, device=self._device)
+        return (raw * scale + mean).to(self.dtype)
 
     def weight(self, rows: int, columns: int) -> Tensor:
         """Draw a [rows, columns] projection that keeps the scale of its input."""
@@ -43,12 +44,34 @@ class Draw:
         """Draw class numbers below `count`."""
         return torch.randint(count, (rows,), generator=self._generator, device=self._device)
 
+    def lengths(self, count: int, low: int, high: int) -> Tensor:
+        """Draw lengths from `low` to `high`."""
+        size = (count,)
+        return torch.randint(low, high + 1, size, generator=self._generator, device=self._device)
+
     def rotary(self, length: int, width: int) -> tuple[Tensor, Tensor]:
         """Make the cosine and sine tables of a rotary embedding, each [length, width]."""
         frequency = 10000.0 ** (-torch.arange(0, width, 2, device=self._device) / width)
         angle = torch.outer(torch.arange(length, device=self._device).float(), frequency)
         angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos().to(self._dtype), angle.sin().to(self._dtype)
+        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A program that is a module, in evaluation; its parameters are drawn when it is first needed."""
+
+    make: Callable[[], nn.Module]
+
+    def on(self, device: str, dtype: torch.dtype) -> nn.Module:
+        """Make the module; the same parameters every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.make().eval().to(device, dtype)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run it where the first input lies."""
+        return self.on(inputs[0].device.type, inputs[0].dtype)(*inputs)
 
 
 @dataclass(frozen=True)
@@ -61,7 +84,7 @@ class Workload:
     name: str
     program: Program
     draw: Callable[[Draw], tuple[Tensor, ...]]
-    flops: int
+    flops: int | None = None
     library: Program | None = None
     quick: bool = False
     kernels: int = 1
@@ -69,6 +92,20 @@ class Workload:
     def inputs(self, device: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
         """Make the inputs; the same seed gives the same values."""
         return self.draw(Draw(device, dtype, seed))
+
+    def ready(self, device: str, dtype: torch.dtype) -> "Workload":
+        """Return the workload with its module made, where it is one."""
+        if not isinstance(self.program, Module):
+            return self
+        return replace(self, program=self.program.on(device, dtype))
+
+    def operations(self, inputs: tuple[Tensor, ...]) -> int:
+        """Return the multiplications and additions of contractions in one run."""
+        if self.flops is not None:
+            return self.flops
+        with FlopCounterMode(display=False) as counter:
+            self.program(*inputs)
+        return int(counter.get_total_flops())
 
 
 def attention(name: str, heads: int, queries: int, keys: int, width: int) -> Workload:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks import __main__ as cli
 from benchmarks import contenders, machine, runner
+from benchmarks.suites import SUITES
 from benchmarks.timing import CudaClock, Effort
 from benchmarks.workloads import Workload
 
@@ -51,8 +52,8 @@ def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sizes = {"cpu": 1 << 21, "cuda": 1 << 21}
     monkeypatch.setattr(machine, "_LARGEST_READ_BYTES", sizes)
     monkeypatch.setattr(machine, "_MATMUL_SIZE", {"cpu": 64, "cuda": 64})
-    monkeypatch.setattr(cli, "CPU", (TINY,))
-    monkeypatch.setattr(cli, "CUDA", (TINY,))
+    tiny = {name: (device, (TINY,)) for name, (device, _) in SUITES.items()}
+    monkeypatch.setattr(cli, "SUITES", tiny)
     monkeypatch.setattr(cli, "_FULL", Effort(budget_s=0.05, min_rounds=3, max_rounds=5))
     threads = torch.get_num_threads()
     yield

@@ -1,0 +1,16 @@
+"""Programs beside the suite: five families, written as users write them, at sizes that divide nothing.
+
+The suite holds what everybody knows; these hold what a user brings. Nothing may be tuned to one of them.
+"""
+
+from typing import Final
+
+from benchmarks.families import attention, gates, kernel_methods, losses, norms
+
+PROGRAMS: Final = (
+    *attention.WORKLOADS,
+    *losses.WORKLOADS,
+    *gates.WORKLOADS,
+    *norms.WORKLOADS,
+    *kernel_methods.WORKLOADS,
+)
