@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import machine, report
+from benchmarks import machine, report, roofline
 from benchmarks.contenders import NAMES, SearchOptions, quiet_compilers
 from benchmarks.runner import Job, WorkloadResult, run_workload, set_bound
 from benchmarks.suites import SUITES
@@ -21,7 +22,11 @@ from benchmarks.timing import CpuClock, CudaClock, Effort
 from benchmarks.workloads import Workload
 
 _RESULTS = Path(__file__).resolve().parent / "results"
-_DTYPES = {"cpu": ("float32",), "programs": ("float32",), "cuda": ("bfloat16", "float16")}
+_DTYPES = {
+    "cpu": ("float32", "bfloat16"),
+    "programs": ("float32",),
+    "cuda": ("bfloat16", "float16"),
+}
 _BUDGET_S = {"cpu": 20.0, "cuda": 8.0}
 # eager, max-autotune and the library's kernels on a GPU: the whole suite is to take 20 minutes there
 _CONTENDERS = {"cpu": NAMES, "cuda": tuple(name for name in NAMES if name != "compile")}
@@ -65,7 +70,8 @@ def _run(
         print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         _write(out, job, facts, results)
     job.roofline.refresh()
-    _write(out, job, facts, results)
+    content = _write(out, job, facts, results)
+    out.with_suffix(".svg").write_text(roofline.svg(content))
     print(_heading(facts, job, dtype))
     print(report.table(results))
     print(f"written to {os.path.relpath(out)}")
@@ -74,13 +80,14 @@ def _run(
 
 def _write(
     out: Path, job: Job, facts: dict[str, object], results: Sequence[WorkloadResult]
-) -> None:
+) -> dict[str, Any]:
     """Write what there is so far, so that an interrupted run leaves its results."""
     for result in results:
         set_bound(result, job.roofline)
     content = report.document(job.suite, facts, job.roofline, results)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")
+    return content
 
 
 def _heading(facts: dict[str, object], job: Job, dtype: str) -> str:

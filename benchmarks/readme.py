@@ -1,6 +1,7 @@
-"""`python -m benchmarks.readme`: put the newest full CPU result file into the README as a table.
+"""`python -m benchmarks.readme`: put the newest full CPU result files into the README as tables.
 
-The table stands between two comments; a test fails when it is not what the file says.
+The tables, one per type, stand between two comments; a test fails when they are not what the files
+say.
 """
 
 import json
@@ -14,25 +15,31 @@ START: Final = "<!-- results: python -m benchmarks.readme -->"
 END: Final = "<!-- end of results -->"
 
 
-def newest(suite: str, dtype: str) -> Path:
-    """Return the newest result file of a whole suite."""
-    found = sorted((ROOT / "benchmarks" / "results").glob(f"{suite}-{dtype}-2*.json"))
-    if not found:
-        raise FileNotFoundError(
-            f"no {suite}-{dtype} result file: run `python -m benchmarks {suite}`"
-        )
-    return found[-1]
+def newest(suite: str) -> list[Path]:
+    """Return the newest result file of a whole suite for each type that was measured."""
+    folder = ROOT / "benchmarks" / "results"
+    found = (sorted(folder.glob(f"{suite}-{d}-2*.json"))[-1:] for d in ("float32", "bfloat16"))
+    files = [path for newest_of_type in found for path in newest_of_type]
+    if not files:
+        raise FileNotFoundError(f"no {suite} result file: run `python -m benchmarks {suite}`")
+    return files
 
 
 def filled(text: str) -> str:
-    """Return the README's text with the table of the newest results."""
+    """Return the README's text with the tables of the newest results."""
     head, _, rest = text.partition(START)
     if START not in text or END not in rest:
         raise ValueError(f"the README has no lines {START} and {END}")
-    path = newest("cpu", "float32")
+    tables = "\n\n".join(map(_table, newest("cpu")))
+    return f"{head}{START}\n{tables}\n{END}{rest.partition(END)[2]}"
+
+
+def _table(path: Path) -> str:
     table = markdown(json.loads(path.read_text()))
-    source = f"From [{path.name}](benchmarks/results/{path.name})."
-    return f"{head}{START}\n{table} {source}\n{END}{rest.partition(END)[2]}"
+    plot = path.with_suffix(".svg").name
+    folder = "benchmarks/results"
+    source = f"From [{path.name}]({folder}/{path.name}); [roofline plot]({folder}/{plot})."
+    return f"{table} {source}"
 
 
 if __name__ == "__main__":

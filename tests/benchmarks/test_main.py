@@ -66,7 +66,18 @@ def run_with(program: Any, monkeypatch: pytest.MonkeyPatch, out: Path, warm_s: f
 
     monkeypatch.setattr(contenders, "optimized", lambda workload, options: Optimized(program))
     monkeypatch.setattr(runner, "_warm_start", measured)
-    return cli.main(["cpu", "--check", "--skip", "compile,max-autotune", "--out", str(out)])
+    return cli.main(
+        [
+            "cpu",
+            "--dtype",
+            "float32",
+            "--check",
+            "--skip",
+            "compile,max-autotune",
+            "--out",
+            str(out),
+        ]
+    )
 
 
 def test_faster_and_right_passes_the_check(
@@ -136,7 +147,15 @@ def test_a_contender_that_raises_is_reported(
 
 
 def test_skipping_superopt_misses_the_check_only_when_asked(tmp_path: Path) -> None:
-    skip = ["cpu", "--skip", "compile,max-autotune,superopt", "--out", str(tmp_path / "out.json")]
+    skip = [
+        "cpu",
+        "--dtype",
+        "float32",
+        "--skip",
+        "compile,max-autotune,superopt",
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
     assert cli.main(skip) == 0
     assert cli.main([*skip, "--check"]) == 1
 

@@ -37,7 +37,7 @@ def test_geomean_ignores_workloads_without_a_ratio() -> None:
 
 
 def test_targets_are_met() -> None:
-    assert missed_targets("cpu", [result("a", 0.97), result("b", 1.5)]) == []
+    assert missed_targets("cpu", [result("a", 0.97), result("b", 3.0)]) == []
 
 
 def test_each_target_is_missed_on_its_own_line() -> None:
@@ -47,10 +47,10 @@ def test_each_target_is_missed_on_its_own_line() -> None:
         "a: warm start 1.01 s": result("a", 2.0, warm_s=1.01),
     }
     for line, missing in cases.items():
-        (missed,) = missed_targets("cpu", [missing, result("b", 2.0)])
+        (missed,) = missed_targets("cpu", [missing, result("b", 4.0)])
         assert missed.startswith(line)
-    (missed,) = missed_targets("cpu", [result("a", 1.0), result("b", 1.2)])
-    assert missed.startswith("geometric mean 1.095x")
+    (missed,) = missed_targets("cpu", [result("a", 1.0), result("b", 2.0)])
+    assert missed.startswith("geometric mean 1.414x")
     assert missed_targets("cpu", []) == ["no workload was run"]
 
 
