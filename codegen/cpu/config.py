@@ -66,14 +66,14 @@ def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]
         first = found[0]
         found[1:1] = [replace(first, contraction="dot"), replace(first, contraction="pack")]
         if wide:
-            found.append(replace(first, contraction="dot", dot_columns=6))
+            found.append(replace(first, contraction="dot", dot_columns=4))
     if rows <= _SKINNY:
         found += [replace(found[0], stream_rows=16), replace(found[0], prefetch=False)]
     return list(dict.fromkeys(found))
 
 
 def _tile(rows: int, vectors: int, *, wide: bool) -> CpuConfig:
-    return CpuConfig(rows, vectors, dot_rows=4 if wide else 2)
+    return CpuConfig(rows, vectors, dot_rows=4 if wide else 2, dot_columns=6 if wide else 4)
 
 
 def _register_tiles(rows: int, *, wide: bool) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ _SHORT_DOT = 64
 _FEW_ROWS = 4
 _PANEL_DEPTH = 512
 _MOST_LANES = 16
+_STRETCH, _LINE, _CACHE_WAY = 256, 16, 1024  # floats: gemm_dot's stretch of k, a line, 64 sets
 
 
 @final
@@ -231,7 +232,9 @@ class Product:
         )
 
     def _copied_rows(self, a: _Matrix, m: Extent, k: Extent) -> _Matrix:
-        view = self.context.allocate((m.full, k.full), DType.F32, "rows")
+        # rows start a stretch and a line apart in the cache: over one stretch they never share sets
+        length = k.full + (_STRETCH + _LINE - k.full) % _CACHE_WAY
+        view = self.context.allocate((m.full, length), DType.F32, "rows")
         self.context.write(
             f"pack_rows({a.text}, {a.row}L, {k.text}, {m.text}, {view.pointer}, {view.strides[0]}L);"
         )
