@@ -31,6 +31,7 @@ ERROR_MULTIPLE = 4.0
 SLACK_ULPS = 16.0
 """Errors below this many units in the last place of the output's scale are never held against it."""
 
+_HOST: Final = "cpu"
 _ROUNDS: Final = (OpKind.ELEMENTWISE, OpKind.REDUCTION, OpKind.CONTRACTION)
 _EXACT: Final = (
     elementwise.NEG,
@@ -52,6 +53,31 @@ DISTRIBUTIONS = ("normal", "uniform", "large", "tiny", "constant-rows", "mixed",
 
 HARDEST: Final = ("constant-rows", "overflow-edge")
 """Where algebra that is right in a field first fails: enough to choose between variants."""
+
+
+@final
+class Source:
+    """Seeded random numbers, drawn where they are used: a GPU draws faster than it is sent them."""
+
+    def __init__(self, seed: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.host = np.random.default_rng(seed)
+        self.device = torch.device(device)
+        self._there: torch.Generator | None = None
+        if self.device.type != _HOST:
+            self._there = torch.Generator(self.device).manual_seed(int(self.host.integers(1 << 62)))
+
+    def normal(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Draw float32 numbers from the standard normal distribution."""
+        if self._there is not None:
+            return torch.randn(shape, generator=self._there, device=self.device)
+        drawn = self.host.standard_normal(shape, dtype=np.float32)
+        return torch.from_numpy(drawn.reshape(shape))
+
+    def whole(self, low: int, high: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """Draw integers, low <= i < high."""
+        if self._there is not None:
+            return torch.randint(low, high, shape, generator=self._there, device=self.device)
+        return torch.from_numpy(self.host.integers(low, high, size=shape).reshape(shape))
 
 
 @final
@@ -79,9 +105,11 @@ class FloatVerdict:
         return self.accurate
 
 
-def draw_inputs(graph: Graph, distribution: str, seed: int) -> list[torch.Tensor]:
+def draw_inputs(
+    graph: Graph, distribution: str, seed: int, device: torch.device | str = "cpu"
+) -> list[torch.Tensor]:
     """Draw one tensor per input: floats of the distribution, integers valid as indices."""
-    source = np.random.default_rng([seed, DISTRIBUTIONS.index(distribution)])
+    source = Source([seed, DISTRIBUTIONS.index(distribution)], device)
     limits = integer_limits(graph)
     return [
         _draw(i.tensor, distribution, limits[i.attrs.name], source, position)
@@ -90,13 +118,13 @@ def draw_inputs(graph: Graph, distribution: str, seed: int) -> list[torch.Tensor
 
 
 def _draw(
-    type_: TensorType, distribution: str, limit: int, source: np.random.Generator, position: int
+    type_: TensorType, distribution: str, limit: int, source: Source, position: int
 ) -> torch.Tensor:
     shape = type_.shape
     if type_.dtype is DType.BOOL:
-        return _strided(torch.from_numpy(source.integers(0, 2, size=shape) != 0), type_)
+        return _strided(source.whole(0, 2, shape) != 0, type_)
     if not type_.dtype.is_float:
-        drawn = torch.from_numpy(draw_integers(source, shape, limit))
+        drawn = torch.from_numpy(draw_integers(source.host, shape, limit)).to(source.device)
         return _strided(drawn.to(DTYPES[type_.dtype]), type_)
     values = _floats(distribution, shape, source, position, type_.dtype)
     return _strided(values.to(DTYPES[type_.dtype]), type_)
@@ -106,19 +134,15 @@ def _strided(x: torch.Tensor, type_: TensorType) -> torch.Tensor:
     if type_.strides is None:
         return x
     size = 1 + sum((d - 1) * s for d, s in zip(type_.shape, type_.strides, strict=True) if d > 0)
-    memory = torch.zeros(size, dtype=x.dtype).as_strided(type_.shape, type_.strides)
+    memory = x.new_zeros(size).as_strided(type_.shape, type_.strides)
     memory.copy_(x)
     return memory
 
 
 def _floats(
-    distribution: str,
-    shape: tuple[int, ...],
-    source: np.random.Generator,
-    position: int,
-    dtype: DType,
+    distribution: str, shape: tuple[int, ...], source: Source, position: int, dtype: DType
 ) -> torch.Tensor:
-    x = torch.from_numpy(source.standard_normal(shape, dtype=np.float32).reshape(shape))
+    x = source.normal(shape)
     match distribution:
         case "uniform":
             return x.abs() % 1.0
@@ -129,8 +153,7 @@ def _floats(
         case "constant-rows":
             return (x[..., :1] * 10.0 + x * 1e-3) if shape else x
         case "mixed":
-            exponents = torch.from_numpy(source.integers(-6, 7, size=shape).reshape(shape))
-            return x * torch.exp2(exponents.to(torch.float32))
+            return x * torch.exp2(source.whole(-6, 7, shape).to(torch.float32))
         case "overflow-edge":
             # squares of float32 stay finite, sums of squares may not; float16 is less wide
             return x * (60.0 if dtype is DType.F16 else 1e18) if position == 0 else x
@@ -158,8 +181,7 @@ class FloatTest:
         errors: list[FloatError] = []
         reason = ""
         for distribution in distributions:
-            drawn = draw_inputs(self.original, distribution, self.seed)
-            inputs = [on(i, self.device) for i in drawn]
+            inputs = draw_inputs(self.original, distribution, self.seed, self.device)
             reference = self._reference(distribution, inputs)
             found = list(run_candidate([on(i, self.device) for i in inputs]))
             reason = _shape_mismatch(reference.own, found)
@@ -215,8 +237,9 @@ class _Rounding:
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self._exact = TorchDomain(torch.float64, device)
-        self._source = torch.Generator().manual_seed(seed)
-        self._signs = torch.empty(0, dtype=torch.float64)
+        self._device = device
+        self._source = torch.Generator(device).manual_seed(seed)
+        self._signs = torch.empty(0, dtype=torch.float64, device=device)
 
     def has_rule(self, op: Op) -> bool:
         """Composites are expanded: each of their steps rounds."""
@@ -236,12 +259,16 @@ class _Rounding:
         """Return float64 `value`, each number moved up or down by one unit of `dtype`."""
         count = value.numel()
         if len(self._signs) < 2 * count + 1:
-            drawn = torch.randint(0, 2, (2 * count + 1,), generator=self._source, dtype=torch.int8)
+            drawn = self._drawn(2, (2 * count + 1,), torch.int8)
             self._signs = drawn.to(torch.float64) * 2.0 - 1.0
         # nodes of one shape get different signs: each starts elsewhere
-        start = int(torch.randint(0, count + 1, (), generator=self._source))
-        signs = self._signs[start : start + count].view(value.shape).to(value.device)
+        start = int(self._drawn(count + 1, (), torch.int64))
+        signs = self._signs[start : start + count].view(value.shape)
         return value * torch.add(1.0, signs, alpha=torch.finfo(DTYPES[dtype]).eps)
+
+    def _drawn(self, high: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        source = self._source
+        return torch.randint(high, shape, generator=source, dtype=dtype, device=self._device)
 
 
 def _run_rounded(graph: Graph, inputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
