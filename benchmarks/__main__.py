@@ -2,24 +2,30 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import machine, report, roofline
-from benchmarks.contenders import NAMES, SearchOptions, quiet_compilers
-from benchmarks.runner import Job, WorkloadResult, run_workload, set_bound
+from benchmarks import machine, report
+from benchmarks.contenders import NAMES
+from benchmarks.isolation import Isolated
+from benchmarks.machine import Roofline
+from benchmarks.measurement import Measurement, clock_of
+from benchmarks.roofline import svg
+from benchmarks.runner import WorkloadResult, failed, set_bound
 from benchmarks.suites import SUITES
-from benchmarks.timing import CpuClock, CudaClock, Effort
 from benchmarks.workloads import Workload
+
+_Call = Callable[[str], tuple[WorkloadResult, Roofline | None]]
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 _DTYPES = {
@@ -27,11 +33,9 @@ _DTYPES = {
     "programs": ("float32",),
     "cuda": ("bfloat16", "float16"),
 }
-_BUDGET_S = {"cpu": 20.0, "cuda": 8.0}
-# eager, max-autotune and the library's kernels on a GPU: the whole suite is to take 20 minutes there
-_CONTENDERS = {"cpu": NAMES, "cuda": tuple(name for name in NAMES if name != "compile")}
-_FULL = Effort(budget_s=6.0, min_rounds=7, max_rounds=60)
-_QUICK = Effort(budget_s=2.0, min_rounds=5, max_rounds=20)
+# The first product that is autotuned takes a minute, most workloads take 30 s.
+_WORKLOAD_LIMIT_S = 180.0
+_LIMIT_S = {"cpu": math.inf, "cuda": 1200.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,97 +43,118 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.suite == "cuda":
         machine.require_cuda()
-    workloads = _select(SUITES[options.suite][1], options)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    quiet_compilers()
+    names = [workload.name for workload in _select(options)]
     dtypes = [options.dtype] if options.dtype else _DTYPES[options.suite]
+    end = time.monotonic() + (options.limit_s or _LIMIT_S[SUITES[options.suite][0]])
     missed: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="superopt-bench-") as cache, torch.no_grad():
-        for dtype in dtypes:
-            job = _job(options, getattr(torch, dtype), Path(cache) / dtype)
-            results = _run(workloads, job, options, dtype)
-            missed += [f"{dtype}: {line}" for line in report.missed_targets(job.suite, results)]
+    with tempfile.TemporaryDirectory(prefix="superopt-bench-") as cache:
+        for number, dtype in enumerate(dtypes):
+            share_s = (end - time.monotonic()) / (len(dtypes) - number)
+            measure = Measurement(options, dtype, Path(cache) / dtype)
+            results = _run(names, measure, time.monotonic() + share_s)
+            missed += [f"{dtype}: {line}" for line in report.missed_targets(options.suite, results)]
+            left = names[len(results) :]
+            missed += [f"{dtype}: no time was left for {name}" for name in left]
     if not options.check:
         return 0
     print("\n".join(f"missed: {line}" for line in missed) or "every target is met")
     return 1 if missed else 0
 
 
-def _run(
-    workloads: Sequence[Workload], job: Job, options: argparse.Namespace, dtype: str
-) -> list[WorkloadResult]:
-    facts = machine.facts(job.device, options.threads)
-    out = _out_path(options, dtype)
+def _run(names: Sequence[str], measure: Measurement, end: float) -> list[WorkloadResult]:
+    """Measure one workload after the other until `end`; what has been measured is written at once."""
+    options, dtype = measure.options, measure.dtype
+    device, out = SUITES[options.suite][0], _out_path(options, dtype)
+    facts = machine.facts(device, options.threads)
+    roofline = Roofline(device, getattr(torch, dtype), clock_of(device))
     results: list[WorkloadResult] = []
-    job.roofline.refresh()
-    for workload in workloads:
-        start = time.perf_counter()
-        print(f"{workload.name} ...", end="", file=sys.stderr, flush=True)
-        results.append(run_workload(workload, job))
-        print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-        _write(out, job, facts, results)
-    job.roofline.refresh()
-    content = _write(out, job, facts, results)
-    out.with_suffix(".svg").write_text(roofline.svg(content))
-    print(_heading(facts, job, dtype))
+    with _caller(measure) as call:
+        for name in names:
+            start = time.monotonic()
+            if start > end:
+                print(f"no time is left for {name}", file=sys.stderr)
+                break
+            print(f"{name} ...", end="", file=sys.stderr, flush=True)
+            result, seen = call(name)
+            if seen is not None:
+                roofline.merge(seen)
+            results.append(result)
+            taken = f"{time.monotonic() - start:.1f} s"
+            print(f" {taken}; {_summary(result)}", file=sys.stderr, flush=True)
+            _write(out, options.suite, roofline, facts, results)
+    if measure.job is not None:
+        measure.job.roofline.refresh()
+        roofline.merge(measure.job.roofline)
+    content = _write(out, options.suite, roofline, facts, results)
+    if any(result.timings for result in results):
+        out.with_suffix(".svg").write_text(svg(content))
+    print(_heading(facts, roofline, dtype, options.suite))
     print(report.table(results))
     print(f"written to {os.path.relpath(out)}")
     return results
 
 
+@contextmanager
+def _caller(measure: Measurement) -> Iterator[_Call]:
+    """Give what measures a workload: in a process of its own on a GPU, which a bad kernel spoils."""
+    if SUITES[measure.options.suite][0] == "cpu":
+        yield measure
+        return
+    isolated = Isolated(measure, machine.usable)
+
+    def call(name: str) -> tuple[WorkloadResult, Roofline | None]:
+        answer, reason = isolated.call(name, _WORKLOAD_LIMIT_S)
+        return answer or (failed(name, measure.dtype, reason), None)
+
+    try:
+        yield call
+    finally:
+        isolated.close()
+
+
+def _summary(result: WorkloadResult) -> str:
+    times = [f"{name} {t.spread.median * 1e3:.3f} ms" for name, t in result.timings.items()]
+    if result.ratio is not None:
+        times.append(f"{result.ratio.median:.2f}x")
+    return "; ".join([*times, *(f"{name}: {why}" for name, why in result.failures.items())])
+
+
 def _write(
-    out: Path, job: Job, facts: dict[str, object], results: Sequence[WorkloadResult]
+    out: Path,
+    suite: str,
+    roofline: Roofline,
+    facts: dict[str, object],
+    results: Sequence[WorkloadResult],
 ) -> dict[str, Any]:
     """Write what there is so far, so that an interrupted run leaves its results."""
     for result in results:
-        set_bound(result, job.roofline)
-    content = report.document(job.suite, facts, job.roofline, results)
+        set_bound(result, roofline)
+    content = report.document(suite, facts, roofline, results)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")
     return content
 
 
-def _heading(facts: dict[str, object], job: Job, dtype: str) -> str:
+def _heading(facts: dict[str, object], roofline: Roofline, dtype: str, suite: str) -> str:
     device = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
-    memory = job.roofline.bytes_per_s[max(job.roofline.bytes_per_s)]
+    memory = roofline.bytes_per_s.get(max(roofline.bytes_per_s, default=0), 0.0)
     return (
-        f"\n{job.suite} {dtype}: {device}; torch {facts['torch']}, triton {facts['triton']}, "
+        f"\n{suite} {dtype}: {device}; torch {facts['torch']}, triton {facts['triton']}, "
         f"commit {facts['commit']}, {facts['date']}\n"
         f"measured: read {memory / 1e9:.1f} GB/s from memory, "
-        f"matrix product {job.roofline.flops_per_s / 1e9:.0f} GFLOP/s\n"
+        f"matrix product {roofline.flops_per_s / 1e9:.0f} GFLOP/s\n"
     )
 
 
-def _job(options: argparse.Namespace, dtype: torch.dtype, cache: Path) -> Job:
-    device = SUITES[options.suite][0]
-    clock = CudaClock() if device == "cuda" else CpuClock()
-    effort = _QUICK if options.quick else _FULL
-    return Job(
-        suite=options.suite,
-        device=device,
-        dtype=dtype,
-        contenders=[name for name in _CONTENDERS[device] if name not in options.skip],
-        clock=clock,
-        effort=_on_gpu(effort) if device == "cuda" else effort,
-        roofline=machine.Roofline(device, dtype, clock),
-        search=SearchOptions(cache, options.budget_s or _BUDGET_S[device]),
-    )
-
-
-def _on_gpu(effort: Effort) -> Effort:
-    """Return the effort for a GPU, whose timings spread less and whose clock needs to rise first."""
-    return replace(effort, warm_up=10, budget_s=effort.budget_s / 2)
-
-
-def _select(suite: Sequence[Workload], options: argparse.Namespace) -> list[Workload]:
+def _select(options: argparse.Namespace) -> list[Workload]:
+    _, workloads = SUITES[options.suite]
     if options.only:
-        unknown = set(options.only) - {workload.name for workload in suite}
+        unknown = set(options.only) - {workload.name for workload in workloads}
         if unknown:
-            names = ", ".join(workload.name for workload in suite)
+            names = ", ".join(workload.name for workload in workloads)
             sys.exit(f"benchmarks: no workload {', '.join(sorted(unknown))}; there are: {names}")
-        return [workload for workload in suite if workload.name in options.only]
-    return [workload for workload in suite if workload.quick or not options.quick]
+        return [workload for workload in workloads if workload.name in options.only]
+    return [workload for workload in workloads if workload.quick or not options.quick]
 
 
 def _out_path(options: argparse.Namespace, dtype: str) -> Path:
@@ -165,6 +190,11 @@ def _parser() -> argparse.ArgumentParser:
         "--budget-s",
         type=float,
         help="superopt's search, per workload (default 20 on a CPU, 8 on a GPU)",
+    )
+    parser.add_argument(
+        "--limit-s",
+        type=float,
+        help="begin no workload after this long, shared by the dtypes (default 1200 on a GPU)",
     )
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     return parser

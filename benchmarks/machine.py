@@ -76,6 +76,12 @@ class Roofline:
             self.bytes_per_s[size] = max(self.bytes_per_s.get(size, 0.0), rate)
             size *= 2
 
+    def merge(self, other: "Roofline") -> None:
+        """Keep the best of both."""
+        self.flops_per_s = max(self.flops_per_s, other.flops_per_s)
+        for size, rate in other.bytes_per_s.items():
+            self.bytes_per_s[size] = max(self.bytes_per_s.get(size, 0.0), rate)
+
     def bound(self, moved_bytes: int, flops: int) -> Bound:
         """Return the least time for this much traffic and arithmetic."""
         fitting = [size for size in self.bytes_per_s if size >= moved_bytes]
@@ -188,3 +194,12 @@ def require_cuda() -> None:
             f"benchmarks cuda: no CUDA device (torch {torch.__version__}, built with {built}). "
             "Run `python -m benchmarks cpu` here."
         )
+
+
+def usable() -> bool:
+    """Say whether the GPU still answers: after a fault in a kernel it does not, in that process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True

@@ -128,8 +128,14 @@ def run_workload(workload: Workload, job: Job) -> WorkloadResult:
 
 def set_bound(result: WorkloadResult, roofline: Roofline) -> None:
     """Fill in the bound; done last, when the roofline has seen the whole run."""
-    bound = roofline.bound(result.moved_bytes, result.flops)
-    result.bound_s, result.bound_kind = bound.seconds, bound.kind
+    if roofline.bytes_per_s:
+        bound = roofline.bound(result.moved_bytes, result.flops)
+        result.bound_s, result.bound_kind = bound.seconds, bound.kind
+
+
+def failed(name: str, dtype: str, reason: str) -> WorkloadResult:
+    """Return the result of a workload of which nothing could be measured."""
+    return WorkloadResult(name, dtype, 0, 0, failures={SUPEROPT: reason})
 
 
 def _time(
@@ -157,7 +163,8 @@ def _quietest(calls: dict[str, Any], job: Job) -> tuple[dict[str, list[float]], 
     for _ in range(_TRIES):
         load = OtherLoad()
         samples = interleave(calls, job.clock, job.effort)
-        cores = load.cores()
+        # a GPU is not shared
+        cores = load.cores() if job.device == "cpu" else None
         if cores is None:
             return samples, None
         tries.append((cores, samples))

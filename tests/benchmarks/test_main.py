@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as cli
-from benchmarks import contenders, machine, runner
+from benchmarks import contenders, machine, measurement, runner
 from benchmarks.suites import SUITES
 from benchmarks.timing import CudaClock, Effort
 from benchmarks.workloads import Workload
@@ -54,7 +54,8 @@ def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(machine, "_MATMUL_SIZE", {"cpu": 64, "cuda": 64})
     tiny = {name: (device, (TINY,)) for name, (device, _) in SUITES.items()}
     monkeypatch.setattr(cli, "SUITES", tiny)
-    monkeypatch.setattr(cli, "_FULL", Effort(budget_s=0.05, min_rounds=3, max_rounds=5))
+    monkeypatch.setattr(measurement, "SUITES", tiny)
+    monkeypatch.setattr(measurement, "_FULL", Effort(budget_s=0.05, min_rounds=3, max_rounds=5))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -173,7 +174,7 @@ def test_cuda_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_cuda_suite_compares_what_a_gpu_user_would_run(tmp_path: Path) -> None:
     options = cli._parser().parse_args(["cuda", "--skip", "sdpa"])
-    job = cli._job(options, torch.float16, tmp_path)
+    job = measurement.job_of(options, torch.float16, tmp_path)
     assert job.contenders == ["eager", "max-autotune", "superopt"]
     assert (job.device, job.effort.warm_up) == ("cuda", 10)
     assert isinstance(job.clock, CudaClock)
