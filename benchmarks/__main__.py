@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine.require_cuda()
     names = [workload.name for workload in _select(options)]
     dtypes = [options.dtype] if options.dtype else _DTYPES[options.suite]
-    end = time.monotonic() + (options.limit_s or _LIMIT_S[SUITES[options.suite][0]])
+    limit_s = options.limit_s
+    end = time.monotonic() + (_LIMIT_S[SUITES[options.suite][0]] if limit_s is None else limit_s)
     missed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="superopt-bench-") as cache:
         for number, dtype in enumerate(dtypes):

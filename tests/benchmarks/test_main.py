@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +53,9 @@ def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sizes = {"cpu": 1 << 21, "cuda": 1 << 21}
     monkeypatch.setattr(machine, "_LARGEST_READ_BYTES", sizes)
     monkeypatch.setattr(machine, "_MATMUL_SIZE", {"cpu": 64, "cuda": 64})
-    tiny = {name: (device, (TINY,)) for name, (device, _) in SUITES.items()}
+    # the suite for GPUs runs in a process of its own, which knows nothing of this
+    tiny = {n: (device, (TINY,)) for n, (device, _) in SUITES.items() if n != "cuda"}
+    tiny["cuda"] = SUITES["cuda"]
     monkeypatch.setattr(cli, "SUITES", tiny)
     monkeypatch.setattr(measurement, "SUITES", tiny)
     monkeypatch.setattr(measurement, "_FULL", Effort(budget_s=0.05, min_rounds=3, max_rounds=5))
@@ -161,6 +164,30 @@ def test_skipping_superopt_misses_the_check_only_when_asked(tmp_path: Path) -> N
     assert cli.main([*skip, "--check"]) == 1
 
 
+def test_a_workload_that_cannot_run_ends_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def draw(d: Any) -> Any:
+        raise torch.OutOfMemoryError("too large")
+
+    both = {"cpu": ("cpu", (replace(TINY, name="huge", draw=draw), TINY))}
+    monkeypatch.setattr(cli, "SUITES", both)
+    monkeypatch.setattr(measurement, "SUITES", both)
+    assert run_with(quick_scale, monkeypatch, tmp_path / "out.json") == 1
+    huge, tiny = json.loads((tmp_path / "out.json").read_text())["workloads"]
+    assert huge["failures"] == {"superopt": "OutOfMemoryError: too large"}
+    assert tiny["ratio"]["median"] > 2.0
+    assert "missed: float32: huge: superopt did not run" in capsys.readouterr().out
+
+
+def test_what_no_time_is_left_for_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["cpu", "--dtype", "float32", "--check", "--limit-s", "0"]
+    assert cli.main([*command, "--out", str(tmp_path / "out.json")]) == 1
+    assert "missed: float32: no time was left for tiny" in capsys.readouterr().out
+
+
 def test_unknown_workload_is_named() -> None:
     with pytest.raises(SystemExit, match=r"no workload nonesuch; there are: tiny"):
         cli.main(["cpu", "--only", "nonesuch"])
@@ -183,8 +210,12 @@ def test_the_cuda_suite_compares_what_a_gpu_user_would_run(tmp_path: Path) -> No
 
 @pytest.mark.gpu
 def test_cuda_suite_on_a_gpu(tmp_path: Path) -> None:
+    """In a process of its own, so at the suite's sizes."""
     out = tmp_path / "out.json"
-    assert cli.main(["cuda", "--skip", "compile,superopt", "--out", str(out)]) == 0
+    command = ["cuda", "--quick", "--only", "n-trans-16", "--budget-s", "4", "--out", str(out)]
+    assert cli.main(command) == 0
     for dtype in ("bfloat16", "float16"):
         written = json.loads(out.with_name(f"out-{dtype}.json").read_text())
-        assert set(written["workloads"][0]["timings"]) == {"eager", "max-autotune"}
+        (workload,) = written["workloads"]
+        assert workload["failures"] == {}
+        assert set(workload["timings"]) == {"eager", "max-autotune", "superopt"}
