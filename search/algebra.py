@@ -5,9 +5,11 @@
 - `scale-out-of-sum`: reduce_sum(a * r) => reduce_sum(a) * r where r does not vary along the axes.
 - `view-below-leaf`: a view of index arithmetic => index arithmetic of that shape, so that rows
   and columns of a mask that come from one arange are two indices.
+- `broadcast-into-elementwise`: f(x, broadcast(y)) => f(x, y) where x has the shape of the result.
 - `gather-below-elementwise`: gather(f(x), i) => f(gather(x, i)).
 - `gather-to-select`: gather(x, i) of one element per row => reduce_sum(where(iota == i, x, 0)),
   which lets a loss read its logits once.
+- those of `superopt.search.reductions`.
 
 Only factors that come out of a reduction of as many elements are moved: those are what would force
 a second pass over the loop. (Moving others would square magnitudes for nothing: a norm's divisor out of a
@@ -24,6 +26,12 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import Node, rebuild, rewrite
 from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
+from superopt.search.reductions import (
+    maximum_out_of_shift,
+    reduce_in_stages,
+    reduce_of_concat,
+    slice_of_concat,
+)
 from superopt.search.region import is_leaf
 
 
@@ -263,10 +271,28 @@ def _gather_below_elementwise(node: Node) -> Node | None:
     axis = node.attrs.axis
     if x.op.kind is not OpKind.ELEMENTWISE or index.shape[axis] != 1:
         return None
-    parts = [b.gather(i, index, axis) if i.shape and i.shape[axis] != 1 else i for i in x.inputs]
+    parts = []
+    for i in x.inputs:
+        if i.shape and i.shape[axis] != 1:
+            # the index is as long as the result along the other dims, where the operand may be one
+            across = [
+                d if n == axis % len(x.shape) else w
+                for n, (d, w) in enumerate(zip(i.shape, x.shape, strict=True))
+            ]
+            i = b.gather(b.broadcast(i, across), index, axis)
+        parts.append(i)
     if any(p.shape and p.shape != node.shape for p in parts):
         return None
     return rebuild(x, tuple(parts))
+
+
+def _broadcast_into_elementwise(node: Node) -> Node | None:
+    if node.op.kind is not OpKind.ELEMENTWISE:
+        return None
+    parts = [i.inputs[0] if i.op is structural.BROADCAST else i for i in node.inputs]
+    if parts == list(node.inputs) or not any(p.shape == node.shape for p in parts):
+        return None
+    return rebuild(node, tuple(parts))
 
 
 def _view_below_leaf(node: Node) -> Node | None:
@@ -319,10 +345,20 @@ SCALE_OUT_OF_SUM: Final = Rule("scale-out-of-sum", _scale_out_of_sum, exact=Fals
 GATHER_TO_SELECT: Final = Rule("gather-to-select", _gather_to_select)
 GATHER_BELOW_ELEMENTWISE: Final = Rule("gather-below-elementwise", _gather_below_elementwise)
 VIEW_BELOW_LEAF: Final = Rule("view-below-leaf", _view_below_leaf)
+BROADCAST_INTO_ELEMENTWISE: Final = Rule("broadcast-into-elementwise", _broadcast_into_elementwise)
+REDUCE_IN_STAGES: Final = Rule("reduce-in-stages", reduce_in_stages, exact=False)
+REDUCE_OF_CONCAT: Final = Rule("reduce-of-concat", reduce_of_concat, exact=False)
+SLICE_OF_CONCAT: Final = Rule("slice-of-concat", slice_of_concat)
+MAXIMUM_OUT_OF_SHIFT: Final = Rule("maximum-out-of-shift", maximum_out_of_shift, exact=False)
 FUSION_RULES: Final = (
     VIEW_BELOW_LEAF,
+    BROADCAST_INTO_ELEMENTWISE,
+    SLICE_OF_CONCAT,
+    REDUCE_OF_CONCAT,
+    MAXIMUM_OUT_OF_SHIFT,
     SCALE_OUT_OF_CONTRACTION,
     SCALE_OUT_OF_SUM,
     GATHER_BELOW_ELEMENTWISE,
     GATHER_TO_SELECT,
+    REDUCE_IN_STAGES,
 )

@@ -26,7 +26,6 @@ from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
 from superopt.search.algebra import FUSION_RULES, apply_accepted, apply_rules
-from superopt.search.cost import library_cost
 from superopt.search.emit import block_graph, place
 from superopt.search.errors import NotFusible
 from superopt.search.indices import Atom
@@ -39,7 +38,9 @@ from superopt.verify.floating import HARDEST, FloatTest
 from superopt.verify.reference import run_reference
 
 _CLEAR: Final = 0.7
-"""A kernel this much faster than its products alone would be in a library needs no comparison."""
+"""A kernel this much faster than its products alone are in a library needs no comparison."""
+_MINOR: Final = 0.02
+"""The share of a program's predicted time below which a kernel is not tuned."""
 
 
 class Measurer(Protocol):
@@ -217,44 +218,47 @@ class Driver:
     def _assemble(self, variant: Graph, deadline: float) -> Graph | None:
         """Choose a kernel or the library for every part of a variant.
 
-        The first part is tried however late it is, so that a small budget finds something.
+        Time is shared by predicted cost. However late it is every part gets a kernel, if only the first
+        that comes to mind: op by op it would be slower than the original.
         """
-        groups = [g for g in partition(variant, self.machine) if _worth(variant, g)]
-        self._tell("partition", f"{len(groups)} kernels to generate", kernels=len(groups))
+        costs = {g: c for g, c in partition(variant, self.machine).items() if _worth(variant, g)}
+        self._tell("partition", f"{len(costs)} kernels to generate", kernels=len(costs))
         replacements: dict[Node, Node] = {}
-        for number, group in enumerate(groups):
+        total = missing = sum(costs.values())
+        for group, cost in costs.items():
             left = deadline - time.monotonic()
             if left <= 0:
                 self.statistics.stopped = "budget"
-            if left <= 0 and number:
-                break
-            until = time.monotonic() + left / (len(groups) - number)
-            for region, choice in self._kernels_of(variant, group, until):
+            until = time.monotonic() + left * cost / max(missing, cost)
+            missing -= cost
+            minor = left <= 0 or cost < _MINOR * total
+            for region, choice in self._kernels_of(variant, group, until, minor):
                 results = place(choice.schedule, choice.graph, region.inputs)
                 replacements.update(zip(region.outputs, results, strict=True))
                 self.notes.append(f"{choice.graph.name}: {choice.schedule.describe()}")
         return substitute(variant, replacements) if replacements else None
 
     def _kernels_of(
-        self, variant: Graph, group: Group, until: float
+        self, variant: Graph, group: Group, until: float, minor: bool
     ) -> list[tuple[Region, _Choice]]:
         """Return the kernels for a group: one, or those of its parts around library calls."""
         region = make_region(variant, group)
-        whole = self._tune(region, until)
-        if not any(n.op.kind is OpKind.CONTRACTION for n in group):
-            return [] if whole is None else [(region, whole)]
         products = [n for n in group if n.op.kind is OpKind.CONTRACTION]
-        library_s = sum(library_cost(n, self.machine) for n in products)
-        if whole is not None and whole.seconds < _CLEAR * library_s:
+        # what is around the products needs half of the time where they stay in the library
+        half = (time.monotonic() + until) / 2 if products else until
+        whole = self._tune(region, half, minor)
+        if not products:
+            return [] if whole is None else [(region, whole)]
+        if whole is not None and whole.seconds < _CLEAR * self._library_s(variant, products):
             return [(region, whole)]
         # the alternative: contractions in the library, what is around them fused
         subgraph = extract(region, "part")
         parts = []
         for part in partition(subgraph, self.machine, fuse_contractions=False):
-            if not _worth(subgraph, part):
+            if not _worth(subgraph, part) or any(n.op.kind is OpKind.CONTRACTION for n in part):
                 continue
             inner = make_region(subgraph, part)
-            choice = self._tune(inner, until)
+            choice = self._tune(inner, until, minor)
             if choice is not None:
                 parts.append((inner, choice))
         library = _replaced(subgraph, parts)
@@ -270,10 +274,15 @@ class Driver:
             return [(region, whole)]
         return _moved(variant, region, parts)
 
+    def _library_s(self, variant: Graph, products: Sequence[Node]) -> float:
+        """Return the seconds of products alone, each by the library."""
+        alone = [extract(make_region(variant, [n]), "product") for n in products]
+        return sum(self.measurer.programs([graph])[0] for graph in alone)
+
     # -- tuning one kernel ---------------------------------------------------------------------
 
-    def _tune(self, region: Region, until: float) -> _Choice | None:
-        """Return the fastest kernel found for a region before `until`."""
+    def _tune(self, region: Region, until: float, minor: bool) -> _Choice | None:
+        """Return the fastest kernel found for a region before `until`; the first for a minor one."""
         self.region_number += 1
         schedules = derive(region)
         ranked: list[tuple[float, Schedule, dict[Atom, int]]] = []
@@ -284,6 +293,9 @@ class Driver:
             return None
         first = [entry for entry in ranked if entry[0] <= 2.5 * ranked[0][0]]
         batch = _diverse(first, 6)
+        if minor:
+            found = (self._measure([(s, t)], None) for _, s, t in batch)
+            return next((choice for choice in found if choice is not None), None)
         best = self._measure([(s, t) for _, s, t in batch], None)
         random_ = random.Random(self.seed)
         tried = {_key(s, t) for _, s, t in batch}

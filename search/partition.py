@@ -41,8 +41,10 @@ def is_compute(node: Node) -> bool:
     return not (node.op in (leaf.INPUT, leaf.ITEM) or is_leaf(node) or is_view(node))
 
 
-def partition(graph: Graph, machine: Target, *, fuse_contractions: bool = True) -> list[Group]:
-    """Return groups of compute nodes, each one kernel, in topological order."""
+def partition(
+    graph: Graph, machine: Target, *, fuse_contractions: bool = True
+) -> dict[Group, float]:
+    """Return groups of compute nodes, each one kernel, in topological order, with predicted seconds."""
     return _Partition(graph, machine, fuse_contractions).run()
 
 
@@ -55,7 +57,7 @@ class _Partition:
     owner: dict[Node, Group] = field(default_factory=dict)
     costs: dict[Group, float] = field(default_factory=dict)
 
-    def run(self) -> list[Group]:
+    def run(self) -> dict[Group, float]:
         order = [n for n in topological(self.graph.outputs) if is_compute(n)]
         self.owner = {n: frozenset([n]) for n in order}
         gains: dict[tuple[Group, Group], float] = {}
@@ -71,7 +73,7 @@ class _Partition:
                 self.owner[node] = union
         self._merge_components(order)
         groups = dict.fromkeys(self.owner[n] for n in order)
-        return _sorted(self.graph, list(groups))
+        return {g: self._cost(g) for g in _sorted(self.graph, groups)}
 
     def _merge_components(self, order: list[Node]) -> None:
         """Merge whole neighbourhoods where pairs did not pay but all together do."""

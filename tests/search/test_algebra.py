@@ -8,11 +8,16 @@ from superopt.ir.graph import Graph
 from superopt.ir.ops import contraction, structural
 from superopt.ir.types import DType
 from superopt.search.algebra import (
+    BROADCAST_INTO_ELEMENTWISE,
     FUSION_RULES,
     GATHER_BELOW_ELEMENTWISE,
     GATHER_TO_SELECT,
+    MAXIMUM_OUT_OF_SHIFT,
+    REDUCE_IN_STAGES,
+    REDUCE_OF_CONCAT,
     SCALE_OUT_OF_CONTRACTION,
     SCALE_OUT_OF_SUM,
+    SLICE_OF_CONCAT,
     Rule,
     apply_rules,
 )
@@ -22,6 +27,13 @@ x, y = b.input_("x", (5, 6)), b.input_("y", (6, 7))
 label = b.input_("label", (5, 1), DType.I64)
 row = b.reduce_sum(x, -1)
 column = b.reduce_sum(y, -2)
+bias = b.input_("bias", (1, 6))
+sink = b.input_("sink", (5, 1))
+joined = b.concat([sink, x], -1)
+top = b.maximum(b.reduce_max(x, -1), sink)
+deep = b.input_("deep", (3, 9, 11))
+long = b.input_("long", (5, 7))
+wide = b.input_("wide", (70, 3, 4))
 
 
 def case(inputs: list[object], output: object) -> Graph:
@@ -36,6 +48,20 @@ FIRES = [
     (SCALE_OUT_OF_SUM, case([x], b.reduce_sum(b.div(b.exp(x), row), -1))),
     (GATHER_TO_SELECT, case([x, label], b.gather(x, label, -1))),
     (GATHER_BELOW_ELEMENTWISE, case([x, label], b.gather(b.sub(x, row), label, -1))),
+    (GATHER_BELOW_ELEMENTWISE, case([x, bias, label], b.gather(b.sub(x, bias), label, -1))),
+    (REDUCE_IN_STAGES, case([deep], b.reduce_sum(deep, (-3, -2, -1)))),
+    (REDUCE_IN_STAGES, case([deep], b.reduce_max(deep, (-2, -1)))),
+    (REDUCE_OF_CONCAT, case([sink, x], b.reduce_sum(b.exp(b.sub(joined, row)), -1))),
+    (REDUCE_OF_CONCAT, case([sink, x], b.reduce_max(b.mul(joined, joined), (-2, -1)))),
+    (
+        REDUCE_OF_CONCAT,
+        case([sink, x, long], b.reduce_sum(b.mul(joined, b.add(long, joined)), -1)),
+    ),
+    (SLICE_OF_CONCAT, case([sink, x], b.slice_(joined, -1, 2, 6, 2))),
+    (SLICE_OF_CONCAT, case([sink, x], b.slice_(b.div(joined, row), -1, 0, 1))),
+    (BROADCAST_INTO_ELEMENTWISE, case([x, sink], b.div(x, b.broadcast(sink, (5, 6))))),
+    (MAXIMUM_OUT_OF_SHIFT, case([x, sink], b.exp(b.sub(x, b.finite_or_zero(top))))),
+    (MAXIMUM_OUT_OF_SHIFT, case([x, sink], b.exp(b.sub(x, top)))),
 ]
 STAYS = [
     # a factor along the contracted dim cannot leave
@@ -46,6 +72,18 @@ STAYS = [
     # a plain input costs nothing inside the loop
     (SCALE_OUT_OF_CONTRACTION, case([x, y], b.matmul(b.mul(x, b.input_("r", (5, 1))), y))),
     (SCALE_OUT_OF_SUM, case([x], b.reduce_sum(b.div(b.exp(x), row), -2))),
+    # one axis has no stages, and many results need none
+    (REDUCE_IN_STAGES, case([x], b.reduce_sum(x, -1))),
+    (REDUCE_IN_STAGES, case([wide], b.reduce_sum(wide, (-2, -1)))),
+    # joined along another axis, or read as a whole
+    (REDUCE_OF_CONCAT, case([sink, x], b.reduce_sum(joined, -2))),
+    # nothing else gives the result its shape
+    (BROADCAST_INTO_ELEMENTWISE, case([sink], b.exp(b.broadcast(sink, (5, 6))))),
+    # the slice meets both parts
+    (SLICE_OF_CONCAT, case([sink, x], b.slice_(joined, -1, 0, 4))),
+    # the maximum of something else, or alone
+    (MAXIMUM_OUT_OF_SHIFT, case([x, sink], b.exp(b.sub(b.mul(x, 2.0), top)))),
+    (MAXIMUM_OUT_OF_SHIFT, case([x], b.exp(b.sub(x, b.reduce_max(x, -1))))),
 ]
 
 

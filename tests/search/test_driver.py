@@ -150,3 +150,39 @@ def test_a_decoder_block_is_proven_in_pieces() -> None:
     assert result.verdict is not None
     assert result.verdict.pieces
     assert sum(n.op is library.CUSTOM for n in result.graph.nodes()) > 1
+
+
+class LibraryWins(Predicted):
+    """Every program is the slower the more products its kernels hold, and kernels alone are slow."""
+
+    def kernels(self, graphs: Sequence[Graph]) -> list[float]:
+        return [1e-2 / (1 + len(g.loops)) for g in graphs]
+
+    def programs(self, graphs: Sequence[Graph]) -> list[float]:
+        kernels = [[n.attrs.graph for n in g.nodes() if n.op is library.CUSTOM] for g in graphs]
+        return [
+            1e-3 * (1 + sum(n.op is contraction.MATMUL for k in own for n in k.nodes()))
+            for own in kernels
+        ]
+
+
+def test_a_product_stays_in_the_library_where_that_is_faster() -> None:
+    x, w = b.input_("x", (64, 96)), b.input_("w", (96, 128))
+    graph = b.kernel_graph("g", [x, w], [b.exp(b.matmul(b.sub(x, b.reduce_max(x, -1)), w))])
+    result = run(graph, LibraryWins())
+    assert result.verdict is not None
+    ops = [n.op for n in result.graph.nodes()]
+    assert contraction.MATMUL in ops
+    assert library.CUSTOM in ops
+
+
+def test_parts_that_the_budget_does_not_reach_get_a_kernel_too() -> None:
+    x, w = b.input_("x", (64, 96)), b.input_("w", (96, 96))
+    value = x
+    for _ in range(3):
+        value = b.exp(b.flip(b.matmul(b.div(value, b.reduce_sum(value, -1)), w), -2))
+    result = run(b.kernel_graph("g", [x, w], [value]), LibraryWins(), budget_s=1e-3)
+    assert result.verdict is not None
+    left = [n.op for n in result.graph.nodes()]
+    assert elementwise.EXP not in left
+    assert contraction.REDUCE_SUM not in left

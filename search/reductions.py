@@ -1,0 +1,138 @@
+"""Algebraic moves of reductions: in stages, over joined tensors, and with shifts that hold more than a maximum.
+
+- `reduce-in-stages`: a reduction that leaves too few elements to occupy the cores => one over the inner axes
+  and another over the outer ones, which are few by then.
+- `reduce-of-concat`: a reduction over f(concat(a, b)) => the reductions over f(a) and f(b), combined: what
+  is joined in memory only to be reduced is never joined.
+- `slice-of-concat`: a slice of f(concat(a, b)) within a => a slice of f(a).
+- `maximum-out-of-shift`: exp(x - max(m, c)) with m the maximum of x => exp(x - m) * exp(m - max(m, c)), so
+  that the shift in the loop is a maximum over it and nothing else (attention sinks, one more in the
+  denominator, a term from outside).
+
+Each is a function from a node to its replacement, None where it does not fit; `superopt.search.algebra`
+names them as rules.
+"""
+
+from math import prod
+from typing import Final
+
+from superopt.ir import build as b
+from superopt.ir.node import Node, rebuild
+from superopt.ir.ops import contraction, elementwise, leaf, structural
+from superopt.ir.ops.registry import OpKind
+
+_ENOUGH: Final = 64
+"""Results that occupy the cores of a machine, and blocks enough that none of them waits for long."""
+_COMBINE: Final = {
+    contraction.REDUCE_SUM: elementwise.ADD,
+    contraction.REDUCE_MAX: elementwise.MAXIMUM,
+    contraction.REDUCE_MIN: elementwise.MINIMUM,
+    contraction.REDUCE_PROD: elementwise.MUL,
+}
+
+
+def reduce_in_stages(node: Node) -> Node | None:
+    """Reduce the inner axes first where the result has few elements."""
+    if node.op not in _COMBINE:
+        return None
+    x = node.inputs[0]
+    axes = sorted(a for a in node.attrs.axes if x.shape[a] > 1)
+    present = prod(node.shape)
+    outer = 0
+    while present < _ENOUGH and outer < len(axes) - 1:
+        present *= x.shape[axes[outer]]
+        outer += 1
+    if outer == 0:
+        return None
+    inner = [a for a in node.attrs.axes if a not in axes[:outer]]
+    return b.reduce(node.op, b.reduce(node.op, x, inner), axes[:outer])
+
+
+def reduce_of_concat(node: Node) -> Node | None:
+    """Reduce the parts of a joined tensor, and combine the results."""
+    if node.op not in _COMBINE:
+        return None
+    for axis in node.attrs.axes:
+        parts = _parts(node.inputs[0], axis)
+        if parts is not None:
+            alone = node.attrs.axes == (axis,)
+            reduced = [
+                p if alone and p.shape[axis] == 1 else b.reduce(node.op, p, node.attrs.axes)
+                for p in parts
+            ]
+            result = reduced[0]
+            for other in reduced[1:]:
+                result = b.elementwise_op(_COMBINE[node.op], result, other)
+            return result
+    return None
+
+
+def _parts(node: Node, axis: int) -> list[Node] | None:
+    """Return what `node` is along the parts of a concat under it; None where there is none."""
+    if node.op is structural.CONCAT:
+        return list(node.inputs) if node.attrs.axis == axis else None
+    if node.op.kind is not OpKind.ELEMENTWISE:
+        return None
+    found = [_parts(i, axis) if len(i.shape) >= -axis else None for i in node.inputs]
+    joined = [f for f in found if f is not None]
+    sizes = [[p.shape[axis] for p in parts] for parts in joined]
+    if not sizes or any(s != sizes[0] for s in sizes):
+        return None
+    result = []
+    start = 0
+    for number, size in enumerate(sizes[0]):
+        operands = [
+            i
+            if not i.shape or i.shape[axis] == 1
+            else b.slice_(i, axis, start, start + size)
+            if f is None
+            else f[number]
+            for i, f in zip(node.inputs, found, strict=True)
+        ]
+        result.append(rebuild(node, tuple(operands)))
+        start += size
+    return result
+
+
+def slice_of_concat(node: Node) -> Node | None:
+    """Slice the part that a slice lies in."""
+    if node.op is not structural.SLICE:
+        return None
+    axis, start, stop = node.attrs.axis, node.attrs.start, node.attrs.stop
+    for part in _parts(node.inputs[0], axis) or ():
+        size = part.shape[axis]
+        if start >= 0 and stop <= size:
+            return b.slice_(part, axis, start, stop, node.attrs.step)
+        start, stop = start - size, stop - size
+    return None
+
+
+def maximum_out_of_shift(node: Node) -> Node | None:
+    """Take the maximum of x out of a shift that is the larger of it and something else."""
+    if node.op is not elementwise.EXP or node.inputs[0].op is not elementwise.SUB:
+        return None
+    x, shift = node.inputs[0].inputs
+    leaves = _maxima(_unguarded(shift))
+    if len(leaves) < 2:
+        return None
+    for own in leaves:
+        if own.op is contraction.REDUCE_MAX and own.inputs[0] is x:
+            top = b.finite_or_zero(own)
+            return b.mul(b.exp(b.sub(x, top)), b.exp(b.sub(top, shift)))
+    return None
+
+
+def _unguarded(shift: Node) -> Node:
+    """Return m of "m, and 0 where it is -inf"."""
+    if shift.op is elementwise.WHERE:
+        condition, yes, no = shift.inputs
+        guards = condition.op is elementwise.GT and condition.inputs[0] is yes
+        if guards and no.op is leaf.CONSTANT and no.attrs.value == 0:
+            return yes
+    return shift
+
+
+def _maxima(node: Node) -> list[Node]:
+    if node.op is not elementwise.MAXIMUM:
+        return [node]
+    return [leaf_ for operand in node.inputs for leaf_ in _maxima(operand)]
