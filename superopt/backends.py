@@ -8,6 +8,7 @@ with a `CodegenError`, and the caller keeps what it had.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from math import prod
@@ -70,6 +71,11 @@ class Backend(Protocol):
     def timed(self, call: Callable[[], object], repeats: int) -> float:
         """Return the mean seconds of one of `repeats` calls made back to back."""
         ...
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Return what makes kernels launch on `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def timer(device: torch.device) -> Timer:

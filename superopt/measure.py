@@ -259,15 +259,14 @@ def random_tensor(
     wanted: TensorType, seed: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Return a random tensor of a type, strides included; integers are zero, so that they can index."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     dtype = DTYPES[wanted.dtype]
     if wanted.dtype.is_float:
-        values = torch.randn(wanted.shape, generator=generator).to(dtype)
+        values = torch.randn(wanted.shape, generator=generator, device=device).to(dtype)
     elif dtype is torch.bool:
-        values = torch.rand(wanted.shape, generator=generator) < 0.8
+        values = torch.rand(wanted.shape, generator=generator, device=device) < 0.8
     else:
-        values = torch.zeros(wanted.shape, dtype=dtype)
-    values = values.to(device)
+        values = torch.zeros(wanted.shape, dtype=dtype, device=device)
     return values if wanted.strides is None else restride(values, wanted.strides)
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, final
 import torch
 
 import superopt
-from superopt.backends import Backend, backend_named
+from superopt.backends import Backend, backend_named, current
 from superopt.cache import Cache, default_folder, key_of
 from superopt.calibrate import machine, target_name
 from superopt.codegen.cpu.compile import runtime_digest
@@ -141,7 +141,8 @@ def make_plan(request: Request, options: Options, on_event: OnEvent = silent) ->
             else:
                 on_event(Event("cached", "the plan was found in the cache", {"key": key}))
                 return replace(planned, key=key)
-    planned = _search(request, options, store, on_event)
+    with current(device_of(request.tensors)):
+        planned = _search(request, options, store, on_event)
     if options.cache is not False and lasting(planned.plan):
         store.save_plan(key, planned.plan)
     return replace(planned, key=key)

@@ -222,16 +222,18 @@ def other_products() -> Graph:
 
 def masks_and_labels() -> Graph:
     x = b.input_("x", (5, 20))
-    labels = b.input_("labels", (5, 1), I64)
+    label = b.input_("label", (5, 1), I64)
     keep = b.input_("keep", (5, 20), BOOL)
     build = BlockBuilder("pick", grid={"m": 3}, loops={"c": 3})
     t = build.load(x, ("m", 2), ("c", 7))
-    at = b.eq(b.reshape(build.index(20, ("c", 7)), (1, 7)), build.load(labels, ("m", 2), 1))
+    # label 1 stands first in the second tile, and where the first one is padded
+    wanted = b.mul(build.load(label, ("m", 2), 1), 7)
+    at = b.eq(b.reshape(build.index(20, ("c", 7)), (1, 7)), wanted)
     k = build.load(keep, ("m", 2), ("c", 7))
-    picked = b.where(b.and_(at, b.not_(k)), t, 0.0)
+    picked = b.where(b.and_(at, k), t, 0.0)
     build.store(accum_sum(b.reduce_sum(picked, -1), "c"), (5, 1), ("m", 2), 1)
     build.store(accumulate(tile.ACCUM_MAX, b.reduce_max(k, -1), "c"), (5, 1), ("m", 2), 1)
-    build.store(b.and_(at, k), (5, 20), ("m", 2), ("c", 7))
+    build.store(b.and_(at, b.not_(k)), (5, 20), ("m", 2), ("c", 7))
     return build.graph()
 
 

@@ -27,6 +27,7 @@ _Dims = list[tuple[int, int, DimSource | None]]
 
 _MOST_ELEMENTS: Final = 1 << 16
 """A multiprocessor has this many registers of 32 bits; what exceeds them is not worth compiling."""
+_MOST_BLOCKS: Final = (1 << 31) - 1
 _LEAST_DEPTH: Final = 16
 """Tensor cores contract at least this many 16-bit elements."""
 _SUMS: Final = (contraction.REDUCE_SUM, tile.ACCUM_SUM, tile.ACCUM_RESCALED)
@@ -87,7 +88,9 @@ def configs(graph: Graph) -> list[TritonConfig]:
     products = [n for n in nodes if n.op is contraction.MATMUL]
     tiles = [n for n in nodes if n.op not in (leaf.INPUT, tile.STORE)]
     largest = max((prod(block(n.shape)) for n in tiles), default=1)
-    warps = next((w for w in (2, 4, 8) if largest <= w << 11), 16)
+    # Hopper's tensor cores multiply 64 rows at a time by four warps together
+    least = 4 if any(p.shape[-2] >= 64 for p in products) else 2
+    warps = next((w for w in (2, 4, 8) if w >= least and largest <= w << 11), 16)
     others = [w for w in (4, 8, 16, 2) if w != warps]
     stages = (3, 2, 4) if graph.loops else (1,)
     found = [TritonConfig(warps, stages[0]), *(TritonConfig(w, stages[0]) for w in others[:2])]
@@ -159,7 +162,10 @@ class _Kernel:
         return Source(text, self.name, types, self.blocks(), self.config)
 
     def blocks(self) -> int:
-        return prod(a.count for a in self.graph.grid)
+        count = prod(a.count for a in self.graph.grid)
+        if count > _MOST_BLOCKS:
+            raise CodegenError(f"{count} blocks are more than one launch has")
+        return count
 
     def header(self) -> str:
         graph = self.graph
