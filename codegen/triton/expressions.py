@@ -145,7 +145,7 @@ _PLAIN_FORMS: Final = {
 _BY_CLASS: Final = {
     e.ISINF: ('(tl.abs({0}) == float("inf"))', "({0} != {0})"),
     e.FMOD: ("libdevice.fmod({0}, {1})", "({0} % {1})"),
-    e.TRUNCDIV: ("libdevice.trunc({0} / {1})", "({0} // {1})"),
+    e.TRUNCDIV: ("libdevice.trunc(tl.div_rn({0}, {1}))", "({0} // {1})"),
     e.FLOORDIV: ("_floor_divide_real({0}, {1})", "_floor_divide({0}, {1})"),
     e.REMAINDER: (
         "_floor_remainder(libdevice.fmod({0}, {1}), {1})",
@@ -209,6 +209,8 @@ def _plain(node: Node, operands: list[str]) -> str:
 def _by_class(node: Node, operands: list[str]) -> str:
     real, integer = _BY_CLASS[node.op]
     form = real if node.inputs[0].tensor.dtype.is_float else integer
+    if node.tensor.dtype is DType.F64:
+        form = form.replace("tl.div_rn({0}, {1})", "({0} / {1})")  # which is exact there
     return _formatted(form, node, operands)
 
 

@@ -17,12 +17,10 @@ import torch
 from superopt.codegen.triton.compile import load
 from superopt.codegen.triton.lower import Source, TritonConfig, _Kernel, lower
 from superopt.ir.graph import Graph
-from superopt.ir.types import DType
-from superopt.verify.reference import DTYPES, run_reference
 from tests.block_graphs import BLOCK_GRAPHS
 from tests.codegen import triton_interpreter
+from tests.codegen.meaning import check, tensor
 
-_NEAR = {torch.float16: 1e-2, torch.bfloat16: 4e-2, torch.float64: 1e-10}
 _TEXT_MUTANTS = {
     "loads": (r"(tl\.load\([^=]*), mask=.*\)", r"\1)"),
     "filling": (r", other=0\)", ")"),
@@ -30,24 +28,6 @@ _TEXT_MUTANTS = {
 }
 _METHOD_MUTANTS = {"reductions": "reduced", "products": "zeroed", "accumulators": "accumulate"}
 MUTANTS = (*_TEXT_MUTANTS, *_METHOD_MUTANTS)
-
-
-def tensor(node, generator):
-    type_ = node.tensor
-    dtype = DTYPES[type_.dtype]
-    if type_.dtype is DType.BOOL:
-        dense = torch.rand(type_.shape, generator=generator) < 0.5
-    elif type_.dtype.is_integer:
-        limit = 2 if node.attrs.name in ("at", "rows", "label") else 20
-        low = 0 if limit == 2 or dtype is torch.uint8 else -5
-        dense = torch.randint(low, limit, type_.shape, generator=generator).to(dtype)
-    else:
-        dense = torch.randn(type_.shape, generator=generator).to(dtype)
-    # the neighbours of every element that is read are NaN
-    span = 1 + sum((d - 1) * s for d, s in zip(type_.shape, type_.element_strides, strict=True))
-    fill = float("nan") if type_.dtype.is_float else 77 if dtype is not torch.bool else 1
-    held = torch.full((span + 16,), fill, dtype=dtype)
-    return held.as_strided(type_.shape, type_.element_strides, 8).copy_(dense)
 
 
 def run(source: Source, inputs, folder):
@@ -75,15 +55,7 @@ def difference(graph: Graph, source: Source, folder: Path) -> str:
     generator = torch.Generator().manual_seed(3)
     inputs = [tensor(i, generator) for i in graph.inputs]
     try:
-        found = run(source, inputs, folder)
-        half = any(i.tensor.dtype in (DType.F16, DType.BF16) for i in graph.inputs)
-        # what PyTorch rounds at every step of a 16-bit sum is no reason to do so
-        exact = run_reference(graph, inputs, dtype_override=torch.float64 if half else None)
-        for got, want, fine in zip(found, run_reference(graph, inputs), exact, strict=True):
-            near = max(_NEAR.get(want.dtype, 5e-5), 1e-2 if half else 0.0)
-            assert got.dtype == want.dtype
-            if not torch.allclose(got.double(), fine.double(), near, near, equal_nan=True):
-                torch.testing.assert_close(got, want, rtol=near, atol=near, equal_nan=True)
+        check(graph, inputs, run(source, inputs, folder))
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:400]
     return ""

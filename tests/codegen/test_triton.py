@@ -3,6 +3,7 @@
 Triton chooses its interpreter when it is imported, so kernels run in a second process.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -12,11 +13,17 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import max_shared_mem
+from triton.runtime import driver
 
 from superopt.codegen.errors import CodegenError
+from superopt.codegen.triton.compile import load_entries
 from superopt.codegen.triton.expressions import LOWER
 from superopt.codegen.triton.lower import TritonConfig, configs, lower
 from superopt.ir import build as b
@@ -27,6 +34,7 @@ from superopt.ir.text import parse_graph
 from superopt.ir.types import DType
 from tests.block_graphs import BLOCK_GRAPHS
 from tests.codegen import compile_triton
+from tests.codegen.meaning import check, launched, tensor
 
 ROOT = Path(__file__).parents[2]
 MUTATED = (
@@ -119,6 +127,22 @@ def test_compiles_without_a_gpu(binaries, name, arch):
     assert error == ""
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BLOCK_GRAPHS)
+def test_kernels_on_a_gpu_compute_the_meaning(tmp_path, name):
+    """In every configuration; nothing is written beside the results."""
+    graph = BLOCK_GRAPHS[name]()
+    generator = torch.Generator().manual_seed(3)
+    inputs = [tensor(i, generator, "cuda") for i in graph.inputs]
+    sources = [lower(graph, c, name) for c in configs(graph)]
+    for entry in load_entries(sources, tmp_path):
+        if isinstance(entry, CodegenError):
+            skip_on_defects_of_old_versions(str(entry))
+            raise entry
+        found = launched(entry, graph, inputs)
+        check(graph, [i.cpu() for i in inputs], [f.cpu() for f in found])
+
+
 @pytest.mark.parametrize("name", BLOCK_GRAPHS)
 def test_the_graphs_are_legal(name):
     verify_graph(BLOCK_GRAPHS[name]())
@@ -178,3 +202,69 @@ def test_products_of_float32_are_of_float32():
 def test_four_warps_share_a_product_of_sixty_four_rows():
     few, many = (configs(block_of(r, count=r, dtype=DType.BF16))[0] for r in (32, 64))
     assert (few.warps, many.warps) == (2, 4)
+
+
+class Driver:
+    """Stands in for CUDA's: loads anything that fits, and records what is launched."""
+
+    def __init__(self, shared_bytes):
+        self.launches = []
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": shared_bytes},
+            load_binary=lambda name, *rest: (object(), name, 32, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 1234
+
+    def launcher_cls(self, source, metadata):
+        def launch(x, y, z, stream, function, *rest):
+            self.launches.append(((x, y, z), stream, bool(source.attrs), rest[-3:]))
+
+        return launch
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Make a driver the current one."""
+
+    def use(shared_bytes):
+        max_shared_mem.cache_clear()
+        found = Driver(shared_bytes)
+        monkeypatch.setattr(driver, "_active", found)
+        return found
+
+    yield use
+    gc.collect()  # kernels are unloaded by the driver that loaded them
+    max_shared_mem.cache_clear()
+
+
+def test_entries_launch_by_addresses_on_the_current_stream(gpu, tmp_path):
+    found = gpu(200 << 10)
+    graph = block_of(16, count=100, dtype=DType.BF16)
+    (entry,) = load_entries([lower(graph, configs(graph)[0], "rows")], tmp_path)
+    entry(4096, 8192, 12288)
+    entry(4096 + 2, 8192, 12288)  # compiled again, for addresses that are not aligned
+    entry(4096 + 2, 8192, 12288)
+    assert found.launches == [
+        ((7, 1, 1), 1234, True, (4096, 8192, 12288)),
+        ((7, 1, 1), 1234, False, (4098, 8192, 12288)),
+        ((7, 1, 1), 1234, False, (4098, 8192, 12288)),
+    ]
+
+
+def test_a_kernel_that_does_not_fit_is_a_failed_candidate(gpu, tmp_path):
+    gpu(1 << 10)
+    graph = block_of(16, count=100, dtype=DType.BF16)
+    small = lower(BLOCK_GRAPHS["scalars"](), TritonConfig(), "scalars")
+    found = load_entries([lower(graph, configs(graph)[0], "rows"), small], tmp_path)
+    assert "shared memory" in str(found[0])
+    assert isinstance(found[0], CodegenError)
+    assert callable(found[1])
