@@ -254,6 +254,20 @@ def moves(dtype: DType) -> Graph:
     return build.graph()
 
 
+def halves(dtype: DType) -> Graph:
+    """Slices and concatenations of two equal parts, each as wide as its block."""
+    x = b.input_("x", (3, 4, 8), dtype)
+    build = BlockBuilder("halves", grid={"a": 2})
+    t = build.load(x, ("a", 2), 4, 8)
+    t = b.not_(t) if dtype is BOOL else b.neg(t)
+    first, second = (b.slice_(t, -1, start, start + 4) for start in (0, 4))
+    build.store(b.concat([second, first], -1), (3, 4, 8), ("a", 2), 4, 8)
+    upper, lower = (b.slice_(first, -2, start, start + 2) for start in (0, 2))
+    build.store(b.concat([lower, upper], -2), (3, 4, 4), ("a", 2), 4, 4)
+    build.store(b.slice_(upper, -1, 1, 3), (3, 2, 2), ("a", 2), 2, 2)
+    return build.graph()
+
+
 def lookups() -> Graph:
     x = b.input_("x", (3, 5, 6))
     at = b.input_("at", (3, 5, 4), I64)
@@ -379,6 +393,9 @@ BLOCK_GRAPHS: Final[dict[str, Callable[[], Graph]]] = {
     "moves": lambda: moves(F32),
     "moves-bf16": lambda: moves(BF16),
     "moves-bool": lambda: moves(BOOL),
+    "halves": lambda: halves(F32),
+    "halves-bf16": lambda: halves(BF16),
+    "halves-bool": lambda: halves(BOOL),
     "lookups": lookups,
     "float-ops": lambda: float_ops(F32),
     "float-ops-f64": lambda: float_ops(DType.F64),

@@ -1,4 +1,4 @@
-"""Ops that move elements of tiles: views where blocks allow them, else gathers inside the block.
+"""Ops that move elements of tiles: views, splits and joins where blocks allow them, else gathers.
 
 In: a structural node and the names of its operands. Out: the text of its value. Positions that do not
 exist may hold anything, so every gathered position is clamped to one that does.
@@ -103,6 +103,14 @@ def _squeezed(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
 
 def _slice(node: Node, operands: list[str], writer: Writer) -> str:
     axis, attrs = len(node.shape) + node.attrs.axis, node.attrs
+    (x,), half = node.inputs, node.shape[axis]
+    if _halved(x.shape[axis], half) and attrs.step == 1 and attrs.start % half == 0:
+        # not a gather: these move values between threads, and Triton 3.6 refuses many
+        parts = block(x.shape)
+        parts[axis : axis + 1] = [2, half]
+        order = [d for d in range(len(parts)) if d != axis]
+        apart = f"tl.permute(tl.reshape({operands[0]}, {parts}), {[*order, axis]})"
+        return f"tl.split({apart})[{attrs.start // half}]"
     index = f"{writer.local(node.shape[axis])} * {attrs.step} + {attrs.start}"
     return _picked(operands[0], node.inputs[0], node.shape, axis, index, writer)
 
@@ -128,8 +136,17 @@ def _pad(node: Node, operands: list[str], writer: Writer) -> str:
     return f"tl.where({real}, {text}, {fill})"
 
 
+def _halved(size: int, half: int) -> bool:
+    """Say whether a dim of `size` elements is a block dim of two equal ones."""
+    return size == 2 * half == padded(size)
+
+
 def _concat(node: Node, operands: list[str], writer: Writer) -> str:
-    axis = len(node.shape) + node.attrs.axis
+    axis, rank = len(node.shape) + node.attrs.axis, len(node.shape)
+    if _halved(node.shape[axis], node.inputs[0].shape[axis]) and len(node.inputs) == 2:
+        order = [*range(axis), rank, *range(axis, rank)]
+        both = f"tl.permute(tl.join({operands[0]}, {operands[1]}), {order})"
+        return f"tl.reshape({both}, {block(node.shape)})"
     local = writer.local(node.shape[axis])
     start, parts = 0, []
     for part, name in zip(node.inputs, operands, strict=True):
