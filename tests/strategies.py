@@ -427,8 +427,11 @@ def block_graphs(draw: Draw, max_steps: int = 12) -> Graph:
     return graph
 
 
-def random_block_graph(random: Random, steps: int) -> Graph | None:
-    """Return a legal block graph grown in so many steps, or None where nothing can be stored."""
+def random_block_graph(random: Random, steps: int, *, widest: int = 3) -> Graph | None:
+    """Return a legal block graph grown in so many steps, or None where nothing can be stored.
+
+    Tiles have up to 3 elements per dim; one dim of the graph has up to `widest`.
+    """
     grid = {n: random.randint(1, 3) for n in ("m", "p")[: random.randint(0, 2)]}
     loops = {n: random.randint(1, 3) for n in ("n", "k")[: random.choice((1, 2, 0))]}
     grower = BlockGrower(random, builder=b.BlockBuilder("g", grid, loops))
@@ -437,10 +440,12 @@ def random_block_graph(random: Random, steps: int) -> Graph | None:
         if random.randint(0, 3) == 0:
             terms = {n: random.choice((-1, 1, 2)) for n in (*tuple(grid)[:1], loop)}
             grower.builder.bound(loop, terms, random.randint(-1, 1))
+    wide = random.randrange(2) if widest > 3 else None
     for number in range(random.randint(2, 4)):
         names = list(grid) if number == 0 else list(loops) if number == 1 else [*grid, *loops]
         chosen = random.sample(names, min(len(names), random.randint(1 if number < 2 else 0, 2)))
-        map_ = grower.builder.dim((*chosen, random.randint(1, 3)))
+        size = random.randint(1, widest if number == wide else 3)
+        map_ = grower.builder.dim((*chosen, size))
         extent = random.randint(max(1, map_.padded - map_.tile - 1), map_.padded)
         grower.dims.append((extent, (*chosen, map_.tile)))
     for _ in range(random.randint(1, 3)):

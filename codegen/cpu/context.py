@@ -25,13 +25,17 @@ _ALIAS_BYTES = 4096
 @final
 @dataclass(frozen=True, slots=True)
 class View:
-    """A value in memory: element i stands at pointer + sum(i * stride)."""
+    """A value in memory: element i stands at pointer + sum(i * stride).
+
+    `ahead` is the distance to what is read after it, in elements; 0 where nothing is known to be.
+    """
 
     pointer: str
     element: str
     dtype: DType
     strides: tuple[int, ...]
     in_scratch: bool
+    ahead: int = 0
 
 
 @final
@@ -63,6 +67,10 @@ class Context:
     declarations: list[str] = field(default_factory=list)
     ragged: dict[DimSource, str] = field(default_factory=dict)
     full_sources: set[DimSource] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
+    """Pointers that some vector loop has read."""
+    fetched: set[str] = field(default_factory=set)
+    """Pointers of which a vector loop has fetched what comes next."""
     counter: int = 0
 
     def write(self, text: str) -> None:

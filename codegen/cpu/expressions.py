@@ -166,7 +166,7 @@ for _op, _name in (
 
 @LOWER.register(elementwise.NEG)
 def _neg(args: list[str], node: Node, vector: bool) -> str:
-    return _rounded(f"-{args[0]}", node, vector)
+    return _rounded(f"-({args[0]})", node, vector)  # of a literal: --1.0 is another operator
 
 
 @LOWER.register(elementwise.SIGN)
@@ -303,7 +303,7 @@ def _cast(args: list[str], node: Node, vector: bool) -> str:
 
 for _op in (leaf.CONSTANT, leaf.IOTA, tile.TILE_INDEX, structural.BROADCAST, structural.PERMUTE):
     LOWER.register(_op)("read in place: codegen/cpu/fused.py")
-for _op in (structural.SLICE, structural.FLIP):
+for _op in (structural.SLICE, structural.FLIP, structural.GATHER):
     LOWER.register(_op)("read in place: codegen/cpu/fused.py")
 for _op in (structural.RESHAPE, structural.CONCAT, structural.PAD):
     LOWER.register(_op)("read in place or copied: codegen/cpu/fused.py")
@@ -325,7 +325,6 @@ LOWER.refuse(
     contraction.ARGMIN,
     contraction.SCAN,
     structural.TAKE,
-    structural.GATHER,
 )
 LOWER.refuse("expanded to elementwise ops before lowering", library.THREAD)
 for _op in all_ops():

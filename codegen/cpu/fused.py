@@ -8,6 +8,7 @@ Invariant: a vector loop reads and writes exactly the elements inside the tensor
 over at the end is masked, and lanes past the end count as the identity in reductions.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, final
 
@@ -21,8 +22,11 @@ from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType
 
 MemberKind = Literal["write", "reduce", "accumulate", "prefix", "rescale", "finish", "store"]
-Coordinate = tuple[int | None, int, int]
-"""(dim of the loop nest or None, scale, offset): the element index scale * variable + offset."""
+Coordinate = tuple[int | None, int, int | str]
+"""(dim of the loop nest or None, scale, offset): the element index scale * variable + offset.
+
+An offset that an index tensor gives is the name of a variable.
+"""
 
 _CONTRACTED = (DType.F32, DType.F64)
 _IDENTITY = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}
@@ -110,6 +114,7 @@ class _Env:
     target: Node | None = None
     lines: list[str] = field(default_factory=list)
     cache: dict[tuple[Node, tuple[Coordinate, ...]], str] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
 
     # -- places --------------------------------------------------------------------------------
 
@@ -123,7 +128,7 @@ class _Env:
         """Return an element index as text."""
         dim, scale, offset = coordinate
         parts = []
-        if dim is not None and self.variable(dim) != "0":
+        if dim is not None and scale and self.variable(dim) != "0":
             name = self.variable(dim)
             parts.append(name if scale == 1 else f"({name}) * {scale}")
         if offset:
@@ -179,20 +184,15 @@ class _Env:
         if node.op in (tile.TILE_INDEX, leaf.IOTA):
             return self.define(self._position(node, coords), dtype)
         if is_move(node):
-            return self.value(node.inputs[0], self._moved(node, coords))
+            return self.value(node.inputs[0], self.moved(node, coords))
+        if node.op is structural.GATHER:
+            return self.value(node.inputs[0], gathered(node, coords, self._place(node, coords)))
         if node.op.kind is not OpKind.ELEMENTWISE:
             raise CodegenError(f"{node.op.name} is read before it is computed")
         rule = LOWER[node.op]
         if isinstance(rule, str):
             raise CodegenError(f"{node.op.name} has no expression: {rule}")
-        operands = []
-        for i in node.inputs:
-            at = (
-                tuple((None, 0, 0) if d == 1 else c for d, c in zip(i.shape, coords, strict=True))
-                if i.shape
-                else ()
-            )
-            operands.append(self.value(i, at))
+        operands = [self.value(i, broadcast_coords(i, coords)) for i in node.inputs]
         text = rule(operands, node, self.vector)
         if node.op is elementwise.MUL and dtype in _CONTRACTED and self._is_added(node):
             text = f"rounded({text})"
@@ -222,7 +222,17 @@ class _Env:
             text = f"load_n<vf>({address}, {self.count})"
         else:
             text = f"load<vf>({address})"
+            self._fetch(view, address)
         return f"({text} != 0.0f)" if view.dtype is DType.BOOL else text
+
+    def _fetch(self, view: View, address: str) -> None:
+        """Fetch what is read next while a loop reads anew what the caches hold.
+
+        The first loop over a row waits for memory, the others compute: memory works through both.
+        """
+        self.read.add(view.pointer)
+        if view.ahead and view.pointer in self.context.read - self.context.fetched:
+            self.lines.append(f"__builtin_prefetch({address} + {view.ahead}L, 0, 2);")
 
     def store(self, view: View, coords: tuple[Coordinate, ...], value: str) -> None:
         """Write an element, or a vector of them along the lane dim."""
@@ -257,7 +267,43 @@ class _Env:
         step = coordinate[1] if coordinate[0] == self.lane else 0
         return f"splat_integer({text}) + iota() * {step}"
 
-    def _moved(self, node: Node, coords: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]:
+    def _place(self, node: Node, coords: tuple[Coordinate, ...]) -> Coordinate:
+        """Compute the position along a gather's axis, once per row where the row has but one."""
+        data, index = node.inputs
+        own = self.row is None or (not self.vector and self.varies(index, coords))
+        env = self if own or self.row is None else self.row
+        place = f"so::within({env.value(index, coords)}, {data.shape[node.attrs.axis]}L)"
+        # scale 0: the element changes with the lane, though not by its number
+        return self.lane if own else None, 0, env.define(place, DType.I64)
+
+    def reads(
+        self, node: Node, coords: tuple[Coordinate, ...], own: Node | None
+    ) -> Iterator[tuple[Node, tuple[Coordinate, ...]]]:
+        """Yield what the value of `node` depends on, down to memory, except that of `own`."""
+        stack = [(node, coords)]
+        while stack:
+            node, coords = stack.pop()
+            yield node, coords
+            if (node in self.context.views and node is not own) or not node.inputs:
+                continue
+            if is_move(node):
+                stack.append((node.inputs[0], self.moved(node, coords)))
+            elif node.op is structural.GATHER:
+                stack.append((node.inputs[0], gathered(node, coords, (None, 0, "place"))))
+                stack.append((node.inputs[1], coords))
+            else:
+                stack += [(i, broadcast_coords(i, coords)) for i in node.inputs]
+
+    def varies(self, node: Node, coords: tuple[Coordinate, ...]) -> bool:
+        """Say whether a value changes along the row."""
+        return any(
+            (found in self.context.views or not found.inputs)
+            and any(dim == self.lane for dim, _, _ in at)
+            for found, at in self.reads(node, coords, None)
+        )
+
+    def moved(self, node: Node, coords: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]:
+        """Return where a move reads the element at `coords`."""
         source = node.inputs[0]
         if node.op is structural.PERMUTE:
             at: list[Coordinate] = [(None, 0, 0)] * len(coords)
@@ -276,12 +322,33 @@ class _Env:
             axis = node.attrs.axis + len(coords)
             dim, scale, offset = moved[axis]
             step = node.attrs.step
-            moved[axis] = (dim, scale * step, offset * step + node.attrs.start)
+            moved[axis] = (dim, scale * step, _affine(offset, step, node.attrs.start))
         else:
             for axis in (a + len(coords) for a in node.attrs.axes):
                 dim, scale, offset = moved[axis]
-                moved[axis] = (dim, -scale, source.shape[axis] - 1 - offset)
+                moved[axis] = (dim, -scale, _affine(offset, -1, source.shape[axis] - 1))
         return tuple(moved)
+
+
+def _affine(offset: int | str, scale: int, start: int) -> int | str:
+    if isinstance(offset, int):
+        return offset * scale + start
+    return offset if (scale, start) == (1, 0) else f"({offset} * {scale}L + {start}L)"
+
+
+def broadcast_coords(operand: Node, coords: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]:
+    """Return where an elementwise op reads an operand."""
+    if not operand.shape:
+        return ()
+    return tuple((None, 0, 0) if d == 1 else c for d, c in zip(operand.shape, coords, strict=True))
+
+
+def gathered(
+    node: Node, coords: tuple[Coordinate, ...], place: Coordinate
+) -> tuple[Coordinate, ...]:
+    """Return where a gather reads its data: at `place` along its axis."""
+    axis = node.attrs.axis + len(coords)
+    return (*coords[:axis], place, *coords[axis + 1 :])
 
 
 def identity_coords(shape: tuple[int, ...]) -> tuple[Coordinate, ...]:
@@ -319,31 +386,16 @@ class FusedLoop:
         """Check that values written in this pass are read at the row that is being computed."""
         if member.kind in ("rescale", "finish"):
             return True
+        lane = member.rank - 1
+        wanted = identity_coords(tuple(e.full for e in member.extents[:-1]))
         assert member.source is not None
         env = _Env(self.context, self.plan, member.extents, None)
-        stack = [(member.source, identity_coords(member.source.shape))]
-        while stack:
-            node, coords = stack.pop()
+        start = identity_coords(member.source.shape)
+        for node, coords in env.reads(member.source, start, member.node):
             if node in written and node is not member.node:
-                rows = tuple(e.full for e in member.extents[:-1])
-                wanted = identity_coords((*rows, 1))[:-1]
-                if len(coords) != member.rank or coords[:-1] != wanted:
+                here = len(coords) == member.rank and coords[:-1] == wanted
+                if not here or coords[-1] not in ((None, 0, 0), (lane, 1, 0)):
                     return False
-            own = node is member.node
-            if (node in self.context.views and not own) or not node.inputs:
-                continue
-            if is_move(node):
-                stack.append((node.inputs[0], env._moved(node, coords)))
-                continue
-            for i in node.inputs:
-                at = (
-                    tuple(
-                        (None, 0, 0) if d == 1 else c for d, c in zip(i.shape, coords, strict=True)
-                    )
-                    if i.shape
-                    else ()
-                )
-                stack.append((i, at))
         return True
 
     # -- text ----------------------------------------------------------------------------------
@@ -431,8 +483,19 @@ class _Row:
         moved = member.kind in ("write", "store") and self.plan.fits(source)
         if source.tensor.dtype.is_integer and not moved:
             return False
-        loaded = source in self.context.views and source is not member.node
-        return loaded or self.plan.vector[source]
+        if source in self.context.views and source is not member.node:
+            return True
+        return self.plan.vector[source] and not self._scattered(member)
+
+    def _scattered(self, member: Member) -> bool:
+        """Say whether lanes read at places of their own: an index varies along the row."""
+        assert member.source is not None
+        env = _Env(self.context, self.plan, member.extents, self.lane)
+        start = identity_coords(member.source.shape)
+        return any(
+            node.op is structural.GATHER and env.varies(node.inputs[1], coords)
+            for node, coords in env.reads(member.source, start, member.node)
+        )
 
     def _leaves(self, member: Member) -> set[Node]:
         if member.source is None:
@@ -489,7 +552,9 @@ class _Row:
         totals: dict[Node, list[str]] = {}
         loops: list[str] = []
         if vector:
-            self._vector_loops(members, extent, row, totals, loops)
+            read = self._vector_loops(members, extent, row, totals, loops)
+            self.context.fetched |= read & self.context.read
+            self.context.read |= read
         else:
             self._plain_loop(members, extent, row, totals, loops)
         self._emit(row.lines)
@@ -517,8 +582,10 @@ class _Row:
         row: _Env,
         totals: dict[Node, list[str]],
         loops: list[str],
-    ) -> None:
+    ) -> set[str]:
+        """Write the loops into `loops`; return the pointers that they read vectors from."""
         reduces = [m for m in members if m.kind == "reduce"]
+        read: set[str] = set()
         unroll = self.context.config.unroll
         lane = f"j{self.lane}"
         for member in reduces:
@@ -531,19 +598,20 @@ class _Row:
             loops.append(head)
             for u in range(steps):
                 text = f"{lane} + {u} * VL" if u else lane
-                loops += self._step(members, row, totals, u, text, None)
+                loops += self._step(members, row, totals, u, text, None, read)
             loops.append("}")
         loops.append(f"for (; {lane} + VL <= {extent.text}; {lane} += VL) {{")
-        loops += self._step(members, row, totals, 0, lane, None)
+        loops += self._step(members, row, totals, 0, lane, None, read)
         loops.append("}")
         loops.append(f"if ({lane} < {extent.text}) {{")
         loops.append(f"  const long rest = {extent.text} - {lane};")
-        loops += self._step(members, row, totals, 0, lane, "rest")
+        loops += self._step(members, row, totals, 0, lane, "rest", read)
         loops.append("}")
         if steps == 1:
             for member in reduces:
                 del totals[member.node][1:]
         loops[:] = ["{", *loops, "}"]
+        return read
 
     def _plain_loop(
         self,
@@ -571,6 +639,7 @@ class _Row:
         copy: int,
         lane_text: str,
         count: str | None,
+        read: set[str],
     ) -> list[str]:
         env = _Env(
             self.context,
@@ -581,6 +650,7 @@ class _Row:
             count,
             vector=True,
             row=row,
+            read=read,
         )
         for member in members:
             names = totals.get(member.node)
@@ -708,13 +778,13 @@ class _Row:
         env.store(member.view, at, env.define(f"{env.load(member.view, at)} * {factor}", dtype))
 
     def _finish(self, member: Member, env: _Env, at: tuple[Coordinate, ...]) -> None:
-        """Nothing was added where the maximum stayed -inf."""
+        """Scale by exp(-inf) where the maximum stayed -inf: what was added counts nothing."""
         dtype = member.node.tensor.dtype
         shift = self._factor(member, env, at)
         value = env.define(env.load(member.view, at), dtype)
-        zero = env.splat(literal(0.0, dtype), dtype)
         low = f"{shift} == -__builtin_inff()"
-        env.store(member.view, at, env.define(f"select({low}, {zero}, {value})", dtype))
+        scaled = f"{value} * {env.splat(literal(0.0, dtype), dtype)}"
+        env.store(member.view, at, env.define(f"select({low}, {scaled}, {value})", dtype))
 
 
 def _neutral(kind: str, dtype: DType) -> str:

@@ -117,6 +117,10 @@ class Plan:
             wide = node.tensor.dtype in (DType.F32, DType.F64)
             if sums and wide and node is users[0].inputs[0]:
                 self.merged[node] = users[0]
+        elif node.op is structural.GATHER:
+            base = self.operand_base(node.inputs[0])
+            if base.op is not tile.LOAD:
+                self.memory.add(base)
 
     def _decide(self, node: Node) -> None:
         kind = node.op.kind
@@ -199,6 +203,9 @@ class Plan:
                 return False
         elif node.tensor.dtype is DType.F64:
             return False
+        elif node.op is structural.GATHER:
+            # its index is read once per row; where it is not, the row has no vectors
+            return self.vector[node.inputs[0]] or node.inputs[0] in self.memory
         elif node.tensor.dtype.is_integer and node.op.kind in (OpKind.REDUCTION, OpKind.TILE):
             return node.op in (tile.LOAD, tile.TILE_INDEX, tile.STORE)
         return all(self.vector[i] or i in self.memory for i in node.inputs if i in self.vector)

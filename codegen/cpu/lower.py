@@ -354,7 +354,19 @@ class _Kernel:
         element = element_type(node.tensor.dtype)
         start = " + ".join([self.inputs[source], *offsets])
         self.context.write(f"const {element}* const {name} = {start};")
-        self.context.views[node] = View(name, element, node.tensor.dtype, strides, False)
+        ahead = self._ahead(node, strides) if self.context.config.prefetch else 0
+        self.context.views[node] = View(name, element, node.tensor.dtype, strides, False, ahead)
+
+    def _ahead(self, load: Node, strides: Sequence[int]) -> int:
+        """Distance to the tile of the innermost loop's next iteration, else to the next row."""
+        for loop in reversed(self.in_loops):
+            for dim, stride in zip(load.attrs.dims, strides, strict=True):
+                names = [name for name, _ in dim.axes]
+                if loop in names:
+                    inner = dim.axes[names.index(loop) + 1 :]
+                    return stride * dim.tile * prod(count for _, count in inner)
+        shape = load.inputs[0].shape
+        return min((s for s, d in zip(strides, shape, strict=True) if s > 1 < d), default=0)
 
     def _store(self, node: Node) -> None:
         dims, shape = node.attrs.dims, node.attrs.shape

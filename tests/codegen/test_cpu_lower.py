@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from superopt.codegen.cpu.compile import find_compiler
-from superopt.codegen.cpu.config import CpuConfig
+from superopt.codegen.cpu.config import Contraction, CpuConfig
 from superopt.codegen.cpu.expressions import LOWER
 from superopt.codegen.cpu.kernel import Kernel, compile_many
 from superopt.codegen.cpu.lower import lower
@@ -398,3 +398,19 @@ def test_single_elements_outside_their_tensor_stay_with_the_library() -> None:
     g.store(b.exp(g.load(b.input_("x", (3,)), ("m", "n", 1))), (3,), ("m", "n", 1))
     with pytest.raises(CodegenError, match="outside their tensor"):
         lower(g.graph(), CpuConfig(), "g")
+
+
+@pytest.mark.parametrize("contraction_", ["dot", "pack"])
+def test_a_product_over_nothing_is_zero(folder: Path, contraction_: Contraction) -> None:
+    g = BlockBuilder("over_nothing", grid={"m": 3})
+    x = g.load(b.input_("x", (14, 5)), 14, ("m", 3))
+    g.store(b.matmul(x, b.transpose(x)), (42, 14), ("m", 14), 14)
+    check(g.graph(), folder, config=CpuConfig(contraction=contraction_))
+
+
+def test_infinities_under_a_maximum_that_stays_low(folder: Path) -> None:
+    g = BlockBuilder("low", loops={"n": 2})
+    t = b.where(b.gt(g.load(b.input_("x", (3, 4)), 3, ("n", 2)), 1e9), 1.0, float("-inf"))
+    top = accumulate(tile.PREFIX_MAX, b.reduce_max(t, -1), "n")
+    g.store(accum_rescaled(t, top, "n"), (3, 2), 3, 2)
+    check(g.graph(), folder)

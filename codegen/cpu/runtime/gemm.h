@@ -266,7 +266,7 @@ SO_INLINE void gemm_dot(long m, long n, long k, const TA* a, long am, const TB* 
   vf kept[PARTS][MR * NR];
   for (long j = 0; j < n; j += NR)
     for (long top = 0; top < m; top += PARTS * MR)
-      for (long x = 0; x < k; x += STRETCH) {
+      for (long x = 0; x == 0 || x < k; x += STRETCH) {  // a sum of nothing is written too
         const long length = min_of(STRETCH, k - x), bottom = min_of(m, top + PARTS * MR);
         const bool first = x == 0, last = x + STRETCH >= k;
         const TB* bj = b + j * bn + x;
@@ -351,7 +351,7 @@ SO_INLINE void gemm_packed(long m, long n, long k, const TA* a, long am, long ak
   constexpr long W = NV * VL;
   for (long j = 0; j < n; j += W) {
     const long columns = min_of(W, n - j);
-    for (long x = 0; x < k; x += KC) {
+    for (long x = 0; x == 0 || x < k; x += KC) {  // a sum of nothing is written too
       const long length = min_of(KC, k - x);
       pack(b + j * bn + x * bk, bn, bk, columns, length, panel, W);
       if (x == 0)

@@ -102,6 +102,12 @@ SO_INLINE vi abs(vi x) { return x < 0 ? -x : x; }
 SO_INLINE vi min_integers(vi a, vi b) { return a < b ? a : b; }
 SO_INLINE vi max_integers(vi a, vi b) { return a > b ? a : b; }
 
+// A place that an index tensor gives, inside its dim whatever the tensor holds.
+template <class T>
+SO_INLINE int64_t within(T place, long extent) {
+  return min_of(max_of(place, 0), extent - 1);
+}
+
 // ---- Meanings that C++ has no operator for -------------------------------------------------------
 
 // Round to a 16-bit type and back: the value an operation on that type has.
