@@ -8,7 +8,7 @@
 - `broadcast-into-elementwise`: f(x, broadcast(y)) => f(x, y) where x has the shape of the result.
 - `gather-below-elementwise`: gather(f(x), i) => f(gather(x, i)).
 - `gather-to-select`: gather(x, i) of one element per row => reduce_sum(where(iota == i, x, 0)),
-  which lets a loss read its logits once.
+  which lets a loss read its logits once; only for computed x where kernels read at given places.
 - those of `superopt.search.reductions`.
 
 Only factors that come out of a reduction of as many elements are moved: those are what would force
@@ -32,7 +32,7 @@ from superopt.search.reductions import (
     reduce_of_concat,
     slice_of_concat,
 )
-from superopt.search.region import is_leaf
+from superopt.search.region import is_leaf, view_base
 
 
 @final
@@ -264,6 +264,12 @@ def _gather_to_select(node: Node) -> Node | None:
     return b.reduce_sum(b.where(chosen, x, b.constant(0.0, x.tensor.dtype)), axis)
 
 
+def _computed_gather_to_select(node: Node) -> Node | None:
+    if node.op is not structural.GATHER or view_base(node.inputs[0]).op is leaf.INPUT:
+        return None
+    return _gather_to_select(node)
+
+
 def _gather_below_elementwise(node: Node) -> Node | None:
     if node.op is not structural.GATHER:
         return None
@@ -343,6 +349,7 @@ SCALE_OUT_OF_CONTRACTION: Final = Rule(
 )
 SCALE_OUT_OF_SUM: Final = Rule("scale-out-of-sum", _scale_out_of_sum, exact=False)
 GATHER_TO_SELECT: Final = Rule("gather-to-select", _gather_to_select)
+COMPUTED_GATHER_TO_SELECT: Final = Rule("computed-gather-to-select", _computed_gather_to_select)
 GATHER_BELOW_ELEMENTWISE: Final = Rule("gather-below-elementwise", _gather_below_elementwise)
 VIEW_BELOW_LEAF: Final = Rule("view-below-leaf", _view_below_leaf)
 BROADCAST_INTO_ELEMENTWISE: Final = Rule("broadcast-into-elementwise", _broadcast_into_elementwise)
@@ -362,3 +369,9 @@ FUSION_RULES: Final = (
     GATHER_TO_SELECT,
     REDUCE_IN_STAGES,
 )
+
+
+def with_gathers(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Return `rules` for a backend whose kernels read memory at places that a tensor gives."""
+    instead = {GATHER_TO_SELECT: COMPUTED_GATHER_TO_SELECT}
+    return tuple(instead.get(rule, rule) for rule in rules)

@@ -43,7 +43,11 @@ _SLOW: Final = {
 
 def library_cost(node: Node, machine: Target) -> float:
     """Return the predicted seconds of one op as a library kernel."""
-    moved = sum(tensor(i.type).size_bytes for i in node.inputs) + node.tensor.size_bytes
+    read = node.inputs
+    written = node.tensor.size_bytes
+    if node.op in (structural.GATHER, structural.TAKE):
+        read, written = node.inputs[1:], 2 * written
+    moved = sum(tensor(i.type).size_bytes for i in read) + written
     flops = node.op.flops(tuple(i.type for i in node.inputs), node.type) if node.op.flops else 0
     rate = _product_flops(node, machine) * machine.library_efficiency
     if node.op.kind not in (OpKind.CONTRACTION, OpKind.LIBRARY):
@@ -185,7 +189,11 @@ class KernelModel:
         if lies is not None:
             pairs = zip(lies.shape, lies.element_strides, strict=True)
             unique /= prod(n for n, s in pairs if s == 0)
-        elements = self._set(self._present[node])
+        users = [n for n in self._schedule.region.body if node in n.inputs]
+        gather = next((n for n in users if n.op is structural.GATHER and n.inputs[0] is node), None)
+        if gather is not None:
+            unique = min(unique, float(gather.tensor.size_bytes))
+        elements = self._set(self._present[gather or node])
         passes = self._passes.get(node, 0)
         return _Read(elements, passes, node.tensor.dtype.size_bytes, unique, view_base(node))
 

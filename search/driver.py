@@ -25,7 +25,7 @@ from superopt.ir.node import Node, rebuild, rewrite, topological
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
-from superopt.search.algebra import FUSION_RULES, apply_accepted, apply_rules
+from superopt.search.algebra import FUSION_RULES, apply_accepted, apply_rules, with_gathers
 from superopt.search.emit import block_graph, place
 from superopt.search.errors import NotFusible
 from superopt.search.indices import Atom
@@ -204,10 +204,11 @@ class Driver:
         A scale that leaves two products in turn may leave a square of large numbers behind: equal,
         and beyond the range of floats.
         """
-        moved = apply_rules(plain, FUSION_RULES)
+        rules = with_gathers(FUSION_RULES) if self.machine.kind == "cpu" else FUSION_RULES
+        moved = apply_rules(plain, rules)
         if moved.digest() == plain.digest() or self._accurate(moved):
             return moved
-        return apply_accepted(plain, FUSION_RULES, self._accurate)
+        return apply_accepted(plain, rules, self._accurate)
 
     def _accurate(self, variant: Graph) -> bool:
         verdict = self.floats.check(lambda tensors: run_reference(variant, tensors), HARDEST)

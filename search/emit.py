@@ -401,7 +401,10 @@ class _Emitter:
         slot = [sum(max(1, len(d)) for d in layout[:t]) for t in touched]
         rank = len(_slots(layout))
         if op is structural.CONCAT:
-            return self._concat(ready, slot[0], rank)
+            return b.concat(self._same_but(ready, slot[0]), slot[0] - rank)
+        if op is structural.GATHER:
+            data, index = self._same_but(ready, slot[0])
+            return b.gather(data, index, slot[0] - rank)
         if op is structural.FLIP:
             return b.flip(ready[0], [p - rank for p in slot])
         if op is structural.SLICE:
@@ -414,13 +417,13 @@ class _Emitter:
             return b.scan(ready[0], slot[0] - rank, node.attrs.kind)
         raise NotFusible(f"{op.name} runs as a kernel of its own")
 
-    def _concat(self, parts: list[Node], slot: int, rank: int) -> Node:
+    def _same_but(self, parts: list[Node], slot: int) -> list[Node]:
+        """Give tiles equal sizes in all dims but one."""
         shape = [max(sizes) for sizes in zip(*(p.shape for p in parts), strict=True)]
-        same = [
+        return [
             b.broadcast(p, [n if i != slot else p.shape[i] for i, n in enumerate(shape)])
             for p in parts
         ]
-        return b.concat(same, slot - rank)
 
     def _store(self, node: Node) -> Node:
         s = self.schedule

@@ -194,6 +194,13 @@ class IndexSpace:
                 node.shape, [[[] if i == axis else d for i, d in enumerate(o)] for o in operands]
             )
             return [own if i == axis else d for i, d in enumerate(merged)]
+        if op is structural.GATHER:
+            # places along the gathered axis are data, not an index: that axis stays whole
+            axis = len(node.shape) + node.attrs.axis
+            self._keep_whole(operands[0][axis])
+            apart = [[[] if i == axis else d for i, d in enumerate(o)] for o in operands]
+            merged = self._merged(node.shape, apart)
+            return [operands[1][axis] if i == axis else d for i, d in enumerate(merged)]
         raise NotFusible(f"{op.name} runs as a kernel of its own")
 
     def _regrouped(self, dims: list[list[Atom]], shape: Sequence[int]) -> list[list[Atom]]:

@@ -139,6 +139,8 @@ class _Partition:
     def _fusible(self, node: Node) -> bool:
         if node.op.kind is OpKind.CONTRACTION:
             return self.fuse_contractions
+        if node.op is structural.GATHER:
+            return self.machine.kind == "cpu"
         return node.op.kind in _FUSIBLE or node.op in _FUSIBLE_STRUCTURAL
 
     def _cost(self, group: Group) -> float:

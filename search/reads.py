@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 
 from superopt.ir.node import Node, make, rebuild, topological
-from superopt.ir.ops import leaf
+from superopt.ir.ops import leaf, structural
 from superopt.ir.types import TensorType
 from superopt.search.errors import NotFusible
 from superopt.search.indices import IndexSpace, analyse
@@ -32,13 +32,34 @@ def separated(region: Region) -> tuple[Region, tuple[int, ...], IndexSpace]:
             however its operands are read.
     """
     sources = {node: position for position, node in enumerate(region.inputs)}
-    again: dict[Node, Node] = {}
+    region, again = _gathers_apart(region)
+    sources |= {new: sources[old] for old, new in again.items()}
     while True:
         space = analyse(region.inputs, region.body)
         if not space.diagonal((*region.inputs, *region.body)):
             return region, tuple(sources[i] for i in region.inputs), space
         region, again = _apart(region, again)
         sources |= {new: sources[old] for old, new in again.items()}
+
+
+def _gathers_apart(region: Region) -> tuple[Region, dict[Node, Node]]:
+    """Let gathers read tensors of their own: along their axis no tile cuts what they read."""
+    again: dict[Node, Node] = {}
+    new = {i: i for i in region.inputs}
+    for node in region.body:
+        operands = [new.get(i, i) for i in node.inputs]
+        if node.op is structural.GATHER and node.inputs[0] in region.inputs:
+            data = node.inputs[0]
+            if data not in again:
+                again[data] = _reading(data, (*region.inputs, *again.values()))
+            operands[0] = again[data]
+        new[node] = rebuild(node, tuple(operands))
+    if not again:
+        return region, again
+    body = tuple(new[n] for n in region.body)
+    read = dict.fromkeys(i for n in body for i in n.inputs)
+    inputs = tuple(i for i in (*region.inputs, *again.values()) if i in read)
+    return Region(inputs, body, tuple(new[o] for o in region.outputs)), again
 
 
 def _diagonal(region: Region, count: int) -> bool:

@@ -364,9 +364,11 @@ class _Kernel:
                 names = [name for name, _ in dim.axes]
                 if loop in names:
                     inner = dim.axes[names.index(loop) + 1 :]
-                    return stride * dim.tile * prod(count for _, count in inner)
+                    step: int = stride * dim.tile * prod(count for _, count in inner)
+                    return step
         shape = load.inputs[0].shape
-        return min((s for s, d in zip(strides, shape, strict=True) if s > 1 < d), default=0)
+        rows = [s for s, d in zip(strides, shape, strict=True) if s > 1 < d]
+        return min(rows, default=0)
 
     def _store(self, node: Node) -> None:
         dims, shape = node.attrs.dims, node.attrs.shape

@@ -8,6 +8,7 @@ from superopt.ir import build as b
 from superopt.ir.build import BlockBuilder, accum_sum
 from superopt.ir.node import topological
 from superopt.ir.semantics import expand
+from superopt.ir.types import DType
 from superopt.search.emit import block_graph
 from superopt.search.partition import is_compute
 from superopt.search.region import make_region
@@ -81,7 +82,25 @@ def _layer_norm():
     return b.kernel_graph("layer_norm", [x], [y])
 
 
-@pytest.mark.parametrize("make", [_grouped_attention, _norm_linear, _layer_norm])
+def _label_loss():
+    x, label = b.input_("x", (9, 70)), b.input_("label", (9, 1), DType.I64)
+    place = b.minimum(b.maximum(label, 0), 69)
+    total = b.reduce_sum(b.exp(b.sub(x, b.reduce_max(x, -1))), -1)
+    loss = b.sub(b.add(b.log(total), b.reduce_max(x, -1)), b.gather(x, place, -1))
+    return b.kernel_graph("label_loss", [x, label], [loss])
+
+
+def _rows_of_a_table():
+    x, label = b.input_("x", (20, 70)), b.input_("label", (9, 1), DType.I64)
+    place = b.minimum(b.maximum(label, 0), 19)
+    row = b.gather(x, b.broadcast(place, (9, 70)), -2)
+    scale = b.sqrt(b.add(b.mean(b.mul(row, row), -1), 1e-5))
+    return b.kernel_graph("rows", [x, label], [b.div(row, scale)])
+
+
+@pytest.mark.parametrize(
+    "make", [_grouped_attention, _norm_linear, _layer_norm, _label_loss, _rows_of_a_table]
+)
 def test_every_derived_schedule(tmp_path, make):
     graph = expand(make())
     region = make_region(graph, [n for n in topological(graph.outputs) if is_compute(n)])

@@ -327,6 +327,23 @@ def test_moving_elements(folder):
     check(build.graph(), folder)
 
 
+def test_gathers(folder):
+    build = BlockBuilder("gathers", grid={"m": 3})
+
+    def places(name, count, extent):
+        index = build.load(b.input_(name, (9, count), DType.I64), ("m", 3), count)
+        return b.minimum(b.maximum(index, 0), extent - 1)
+
+    table = build.load(b.input_("x", (20, 40)), 20, 40)
+    rows = b.gather(table, b.broadcast(places("i", 1, 20), (3, 40)), -2)
+    build.store(b.mul(rows, 2.0), (9, 40), ("m", 3), 40)
+    exps = b.exp(build.load(b.input_("y", (9, 40)), ("m", 3), 40))
+    build.store(b.gather(exps, places("k", 5, 40), -1), (9, 5), ("m", 3), 5)
+    build.store(b.gather(b.flip(exps, (-1,)), places("l", 1, 40), -1), (9, 1), ("m", 3), 1)
+    build.store(b.flip(exps, (-1,)), (9, 40), ("m", 3), 40)
+    check(build.graph(), folder)
+
+
 def test_batched_matmul_broadcast_and_views(folder):
     q = b.input_("q", (2, 4, 3, 16))
     k = b.input_("k", (2, 1, 50, 16))

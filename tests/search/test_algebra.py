@@ -9,6 +9,7 @@ from superopt.ir.ops import contraction, structural
 from superopt.ir.types import DType
 from superopt.search.algebra import (
     BROADCAST_INTO_ELEMENTWISE,
+    COMPUTED_GATHER_TO_SELECT,
     FUSION_RULES,
     GATHER_BELOW_ELEMENTWISE,
     GATHER_TO_SELECT,
@@ -47,6 +48,7 @@ FIRES = [
     (SCALE_OUT_OF_CONTRACTION, case([x, y], b.matmul(b.mul(b.exp(x), row), b.mul(y, column)))),
     (SCALE_OUT_OF_SUM, case([x], b.reduce_sum(b.div(b.exp(x), row), -1))),
     (GATHER_TO_SELECT, case([x, label], b.gather(x, label, -1))),
+    (COMPUTED_GATHER_TO_SELECT, case([x, label], b.gather(b.scan(x, -1, "sum"), label, -1))),
     (GATHER_BELOW_ELEMENTWISE, case([x, label], b.gather(b.sub(x, row), label, -1))),
     (GATHER_BELOW_ELEMENTWISE, case([x, bias, label], b.gather(b.sub(x, bias), label, -1))),
     (REDUCE_IN_STAGES, case([deep], b.reduce_sum(deep, (-3, -2, -1)))),
@@ -69,6 +71,8 @@ STAYS = [
         SCALE_OUT_OF_CONTRACTION,
         case([x, y], b.matmul(b.mul(x, b.transpose(b.reduce_sum(y, -1))), y)),
     ),
+    # a tensor in memory is read at the place
+    (COMPUTED_GATHER_TO_SELECT, case([x, label], b.gather(b.transpose(b.transpose(x)), label, -1))),
     # a plain input costs nothing inside the loop
     (SCALE_OUT_OF_CONTRACTION, case([x, y], b.matmul(b.mul(x, b.input_("r", (5, 1))), y))),
     (SCALE_OUT_OF_SUM, case([x], b.reduce_sum(b.div(b.exp(x), row), -2))),

@@ -10,7 +10,7 @@ from superopt.ir.node import Node, make, topological
 from superopt.ir.ops import contraction, library, structural
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
-from superopt.search.algebra import FUSION_RULES, apply_rules
+from superopt.search.algebra import FUSION_RULES, apply_rules, with_gathers
 from superopt.search.cost import KernelModel, library_cost
 from superopt.search.partition import is_compute, partition
 from superopt.search.region import extract, is_leaf, is_view, make_region, view_type
@@ -42,6 +42,14 @@ def test_groups_cover_every_op_once(name: str, fuse: bool) -> None:
 
 def test_attention_becomes_one_kernel() -> None:
     assert len(partition(prepared(PROGRAMS["causal_gqa"]), MACHINE)) == 1
+
+
+def test_a_loss_reads_its_label_in_its_own_kernel() -> None:
+    graph = apply_rules(expand(PROGRAMS["loss"]), with_gathers(FUSION_RULES))
+    (group,) = partition(graph, MACHINE)
+    assert structural.GATHER in {n.op for n in group}
+    (loop,) = [s for s in derive(make_region(graph, group)) if s.loop is not None]
+    assert len(loop.reads) == len(loop.region.inputs) == 3  # the logits at the label, apart
 
 
 def test_a_library_node_stays_alone() -> None:
