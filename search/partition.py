@@ -44,7 +44,10 @@ def is_compute(node: Node) -> bool:
 def partition(
     graph: Graph, machine: Target, *, fuse_contractions: bool = True
 ) -> dict[Group, float]:
-    """Return groups of compute nodes, each one kernel, in topological order, with predicted seconds."""
+    """Return groups of compute nodes, each one kernel, in topological order, with predicted seconds.
+
+    No two groups need each other, directly or through others.
+    """
     return _Partition(graph, machine, fuse_contractions).run()
 
 
@@ -56,10 +59,12 @@ class _Partition:
     fuse_contractions: bool
     owner: dict[Node, Group] = field(default_factory=dict)
     costs: dict[Group, float] = field(default_factory=dict)
+    producers: dict[Node, list[Node]] = field(default_factory=dict)
 
     def run(self) -> dict[Group, float]:
         order = [n for n in topological(self.graph.outputs) if is_compute(n)]
         self.owner = {n: frozenset([n]) for n in order}
+        self.producers = {n: _producers(n) for n in order}
         gains: dict[tuple[Group, Group], float] = {}
         while True:
             edges = self._edges(order)
@@ -94,22 +99,32 @@ class _Partition:
                     self.owner[node] = union
 
     def _closed(self, union: Group) -> bool:
-        """Say whether no path leaves `union` and comes back."""
-        stack = [p for n in union for p in _producers(n) if p not in union]
-        seen = set(stack)
+        """Say whether no path of groups leaves `union` and comes back."""
+        return not self._reaches(self._sources(union) - {self.owner[n] for n in union}, union)
+
+    def _sources(self, group: Group) -> set[Group]:
+        """Return the groups that `group` reads from, itself among them where it reads its own."""
+        return {self.owner[p] for n in group for p in self.producers[n]}
+
+    def _reaches(self, start: set[Group], goal: Group) -> bool:
+        """Say whether one of the groups in `start` needs a result of `goal`.
+
+        Groups and not nodes: two groups that need different results of each other are a cycle too.
+        """
+        stack, seen = list(start), set(start)
         while stack:
-            for producer in _producers(stack.pop()):
-                if producer in union:
-                    return False
-                if producer not in seen:
-                    seen.add(producer)
-                    stack.append(producer)
-        return True
+            for source in self._sources(stack.pop()):
+                if not source.isdisjoint(goal):
+                    return True
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        return False
 
     def _edges(self, order: list[Node]) -> list[tuple[Group, Group]]:
         edges: dict[tuple[Group, Group], None] = {}
         for node in order:
-            for producer in _producers(node):
+            for producer in self.producers[node]:
                 a, b = self.owner[producer], self.owner[node]
                 if a != b:
                     edges[a, b] = None
@@ -117,18 +132,7 @@ class _Partition:
 
     def _convex(self, first: Group, second: Group) -> bool:
         """Say whether no path leads from `first` to `second` through a third group."""
-        stack = [p for n in second for p in _producers(n)]
-        stack = [p for p in stack if p not in first and p not in second]
-        seen = set(stack)
-        while stack:
-            node = stack.pop()
-            if node in first:
-                return False
-            for producer in _producers(node):
-                if producer not in seen and producer not in second:
-                    seen.add(producer)
-                    stack.append(producer)
-        return True
+        return not self._reaches(self._sources(second) - {first, second}, first)
 
     def _gain(self, first: Group, second: Group) -> float:
         union = first | second

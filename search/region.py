@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import final
 
+from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph, Level
 from superopt.ir.node import Node, make, rebuild, topological, users_of
 from superopt.ir.ops import leaf, structural
@@ -167,8 +168,12 @@ def substitute(graph: Graph, replacements: Mapping[Node, Node]) -> Graph:
     """Return `graph` with some nodes replaced by others of the same type.
 
     Replacements may read nodes of the graph; these are replaced too.
+
+    Raises:
+        GraphError: a replacement needs its own result.
     """
     new: dict[Node, Node] = {}
+    opened: set[Node] = set()
     stack = list(graph.outputs)
     while stack:
         node = stack[-1]
@@ -178,6 +183,9 @@ def substitute(graph: Graph, replacements: Mapping[Node, Node]) -> Graph:
         if node in new:
             stack.pop()
         elif missing:
+            if node in opened:
+                raise GraphError(f"what replaces {node.op.name} needs its own result")
+            opened.add(node)
             stack += missing
         else:
             stack.pop()

@@ -1,10 +1,16 @@
 """Partitions are legal and cover the program; the cost model orders what is plainly ordered."""
 
 from math import inf
+from random import Random
+from unittest import mock
 
+import networkx
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from superopt.ir import build as b
+from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make, topological
 from superopt.ir.ops import contraction, library, structural
@@ -12,8 +18,8 @@ from superopt.ir.semantics import expand
 from superopt.ir.target import Target
 from superopt.search.algebra import FUSION_RULES, apply_rules, with_gathers
 from superopt.search.cost import KernelModel, library_cost
-from superopt.search.partition import is_compute, partition
-from superopt.search.region import extract, is_leaf, is_view, make_region, view_type
+from superopt.search.partition import _Partition, is_compute, partition
+from superopt.search.region import extract, is_leaf, is_view, make_region, substitute, view_type
 from superopt.search.schedule import derive
 from superopt.search.tiling import best_tiles, choices
 from tests.search.programs import PROGRAMS
@@ -70,6 +76,35 @@ def test_a_group_is_convex() -> None:
     z = b.add(make(library.CONV, (y, w), attrs), y)
     groups = partition(b.kernel_graph("g", [x, w], [z]), MACHINE)
     assert {frozenset([y]), frozenset([z])} <= set(groups)
+
+
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=12), st.integers(0, 9))
+@example([(0, 1), (0, 1)], 0)  # exp(x) and exp(y), both read twice: two pairs that need each other
+@settings(max_examples=60)
+def test_no_two_groups_need_each_other(reads: list[tuple[int, int]], seed: int) -> None:
+    inputs = [b.input_(name, (4,)) for name in "xy"]
+    nodes = [b.exp(i) for i in inputs]
+    for first, second in reads:
+        op = b.add if len(nodes) % 2 else b.mul
+        nodes.append(op(nodes[first % len(nodes)], nodes[second % len(nodes)]))
+    graph = b.kernel_graph("g", inputs, nodes)
+    # any costs will do: whatever is gained by merging, the result must be runnable
+    draw = Random(seed)
+    with mock.patch.object(_Partition, "_estimate", side_effect=lambda group: draw.random()):
+        groups = partition(graph, MACHINE)
+    owner = {n: g for g in groups for n in g}
+    needs = networkx.DiGraph(
+        (owner[i], owner[n]) for n in owner for i in n.inputs if i in owner and owner[i] != owner[n]
+    )
+    assert networkx.is_directed_acyclic_graph(needs)
+
+
+def test_a_replacement_that_needs_itself_is_refused() -> None:
+    x = b.input_("x", (4,))
+    first, second = b.exp(x), b.neg(x)
+    graph = b.kernel_graph("g", [x], [first, second])
+    with pytest.raises(GraphError, match="needs its own result"):
+        substitute(graph, {first: b.neg(second), second: b.exp(first)})
 
 
 def test_views_are_free_and_masks_are_leaves() -> None:
