@@ -25,8 +25,10 @@ def choices(schedule: Schedule) -> dict[Atom, tuple[int, ...]]:
     rows: set[Atom] = set()
     for node in schedule.region.body:
         if node.op is contraction.MATMUL:
-            columns.update(space.layout(node)[-1])
-            rows.update(space.layout(node)[-2])
+            # of columns merged from several dims only the last lie side by side: tiles of more are copied
+            across = space.layout(node)[-1]
+            columns.update(across[-1:])
+            rows.update(space.layout(node)[-2], across[:-1])
     if not rows:
         rows = {o for n in schedule.region.outputs for o in space.atoms(n)[-2:]}
     result: dict[Atom, tuple[int, ...]] = {}

@@ -7,7 +7,7 @@ from superopt.ir import build as b
 from superopt.ir.check import check_graph
 from superopt.ir.graph import Graph
 from superopt.ir.node import topological
-from superopt.ir.ops import tile
+from superopt.ir.ops import contraction, elementwise, tile
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
 from superopt.ir.text import parse_graph, print_graph
@@ -19,7 +19,7 @@ from superopt.search.indices import analyse
 from superopt.search.partition import is_compute
 from superopt.search.region import Region, make_region, substitute
 from superopt.search.schedule import Role, Schedule, derive
-from superopt.search.tiling import best_tiles
+from superopt.search.tiling import best_tiles, choices
 from superopt.verify.equivalence import verify_field
 from superopt.verify.reference import run_reference
 from tests.search.programs import PROGRAMS
@@ -200,3 +200,15 @@ def test_what_reads_only_the_final_maximum_leaves_it_a_running_one() -> None:
     (looped,) = [s for s in derive(whole_region(graph)) if s.loop is not None]
     assert looped.passes.count == 1
     assert looped.passes.shifts
+
+
+def test_columns_merged_from_two_dims_may_be_taken_one_row_at_a_time() -> None:
+    x, w = b.input_("x", (32, 64)), b.input_("w", (8, 64, 256))
+    merged = b.reshape(b.permute(w, (1, 0, 2)), (64, 8 * 256))
+    product = b.reshape(b.matmul(x, merged), (32, 8, 256))
+    graph = b.kernel_graph("experts", [x, w], [b.exp(product)])
+    members = [n for n in graph.nodes() if n.op in (contraction.MATMUL, elementwise.EXP)]
+    schedule = derive(make_region(graph, members))[0]
+    found = {schedule.space.extent(a): sizes for a, sizes in choices(schedule).items()}
+    assert 1 in found[8]
+    assert 256 in found[256]
