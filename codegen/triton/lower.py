@@ -95,9 +95,21 @@ def configs(graph: Graph) -> list[TritonConfig]:
     stages = (3, 2, 4) if graph.loops else (1,)
     found = [TritonConfig(warps, stages[0]), *(TritonConfig(w, stages[0]) for w in others[:2])]
     found += [TritonConfig(warps, s) for s in stages[1:]]
-    if any(p.tensor.dtype is DType.F32 and p.inputs[0].shape[-2] > 1 for p in products):
+    found += [TritonConfig(others[0], s) for s in stages[1:2]]
+    wide = [p for p in products if p.tensor.dtype is DType.F32 and not any(map(_half, p.inputs))]
+    if any(min(p.shape[-2:]) > 1 for p in wide):
         found.insert(1, TritonConfig(warps, stages[0], precision="tf32x3"))
     return found
+
+
+def _half(node: Node) -> str | None:
+    """Return the 16-bit type that `node` is an exact float32 copy of a tile of."""
+    while node.op is structural.PERMUTE or (node.op is structural.RESHAPE and is_view(node)):
+        node = node.inputs[0]
+    if node.op is not elementwise.CAST or node.tensor.dtype is not DType.F32:
+        return None
+    kind = node.inputs[0].tensor.dtype
+    return TYPES[kind] if kind in HALF else None
 
 
 def launch_options(config: TritonConfig) -> dict[str, int | bool]:
@@ -414,7 +426,7 @@ class _Kernel:
 
     def operands(self, a: Node, b: Node) -> "tuple[_Operand, _Operand]":
         """Return the operands of a product, in 16 bits where memory holds no more."""
-        left, right = self.half(a), self.half(b)
+        left, right = _half(a), _half(b)
         if left is not None and right is not None and left == right:
             return _Operand(a, left, exact=True), _Operand(b, right, exact=True)
         if self.config.narrow and left is not None and right is None:
@@ -422,15 +434,6 @@ class _Kernel:
         if self.config.narrow and right is not None and left is None:
             return _Operand(a, right), _Operand(b, right, exact=True)
         return _Operand(a), _Operand(b)
-
-    def half(self, node: Node) -> str | None:
-        """Return the 16-bit type that `node` is an exact float32 copy of a tile of."""
-        while node.op is structural.PERMUTE or (node.op is structural.RESHAPE and is_view(node)):
-            node = node.inputs[0]
-        if node.op is not elementwise.CAST or node.tensor.dtype is not DType.F32:
-            return None
-        kind = node.inputs[0].tensor.dtype
-        return TYPES[kind] if kind in HALF else None
 
     def whole(self, operand: "_Operand") -> str:
         """Return an operand in its own shape."""

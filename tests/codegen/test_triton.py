@@ -199,6 +199,13 @@ def test_products_of_float32_are_of_float32():
     assert {c.precision for c in configs(graph)} == {"ieee", "tf32x3"}  # never tf32
 
 
+@pytest.mark.parametrize("name", ["norm-linear", "gated-mlp-bf16", "reductions"])
+def test_every_configuration_is_another_kernel(name):
+    graph = BLOCK_GRAPHS[name]()
+    sources = [lower(graph, c, name) for c in configs(graph)]
+    assert len({(s.text, s.config.warps, s.config.stages) for s in sources}) == len(sources) >= 3
+
+
 def test_four_warps_share_a_product_of_sixty_four_rows():
     few, many = (configs(block_of(r, count=r, dtype=DType.BF16))[0] for r in (32, 64))
     assert (few.warps, many.warps) == (2, 4)
