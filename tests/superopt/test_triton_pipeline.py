@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import superopt
+from superopt import pipeline
 from superopt.backends import backend_named, triton_source, triton_variants
 from superopt.calibrate import gpu_target
 from superopt.errors import Unsupported
@@ -107,7 +108,10 @@ def test_tiles_of_a_gpu_fit_its_memory():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_attention_on_a_gpu(tmp_path, dtype):
+def test_attention_on_a_gpu(tmp_path, monkeypatch, dtype):
+    """The plan is used even where the original is as fast: its kernels have to be right."""
+    monkeypatch.setattr(pipeline, "_GAIN", 1e3)
+
     def attend(q, k, v):
         return torch.softmax(q @ k.transpose(-1, -2) * 0.125, dim=-1) @ v
 
@@ -116,6 +120,8 @@ def test_attention_on_a_gpu(tmp_path, dtype):
     fast.warmup(q, k, v)
     torch.testing.assert_close(fast(q, k, v), attend(q, k, v), rtol=2e-2, atol=2e-3)
     assert fast.plans[0].target.startswith("cuda: ")
+    assert fast.plans[0].program is not None, fast.report()
+    assert fast.plans[0].kernels
     shifted = [
         torch.randn(t.numel() + 1, device="cuda").to(dtype)[1:].view(t.shape) for t in (q, k, v)
     ]
