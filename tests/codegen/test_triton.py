@@ -128,6 +128,7 @@ def test_compiles_without_a_gpu(binaries, name, arch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # raised inside Triton
 @pytest.mark.parametrize("name", BLOCK_GRAPHS)
 def test_kernels_on_a_gpu_compute_the_meaning(tmp_path, name):
     """In every configuration; nothing is written beside the results."""
@@ -253,6 +254,7 @@ def gpu(monkeypatch):
     max_shared_mem.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore")  # raised inside Triton
 def test_entries_launch_by_addresses_on_the_current_stream(gpu, tmp_path):
     found = gpu(200 << 10)
     graph = block_of(16, count=100, dtype=DType.BF16)
@@ -267,6 +269,7 @@ def test_entries_launch_by_addresses_on_the_current_stream(gpu, tmp_path):
     ]
 
 
+@pytest.mark.filterwarnings("ignore")  # raised inside Triton
 def test_a_kernel_that_does_not_fit_is_a_failed_candidate(gpu, tmp_path):
     gpu(1 << 10)
     graph = block_of(16, count=100, dtype=DType.BF16)

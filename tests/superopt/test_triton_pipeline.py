@@ -107,6 +107,7 @@ def test_tiles_of_a_gpu_fit_its_memory():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # raised inside Triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_attention_on_a_gpu(tmp_path, monkeypatch, dtype):
     """The plan is used even where the original is as fast: its kernels have to be right."""
