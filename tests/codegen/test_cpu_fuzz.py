@@ -1,5 +1,6 @@
 """Random legal block graphs in C++ against the naive oracle; nothing outside their tensors is touched."""
 
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -19,6 +20,9 @@ from tests.strategies import NUMPY, arrays_for, random_block_graph
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
 UNITS, UNIT, STEPS, WIDEST = 4, 10, 8, 40
+OLDER = (("-mno-avx512f",), ("-march=x86-64",)) if platform.machine() == "x86_64" else ()
+FLAGS = ((), *OLDER, ("-DSO_VECTOR_BYTES=16",))
+"""This processor, one with vectors of half the width, one without fused multiply-add; one that has more."""
 GUARD = 64
 
 
@@ -59,7 +63,10 @@ def test_random_block_graphs(tmp_path: Path) -> None:
     units = [graphs[i : i + UNIT] for i in range(0, len(graphs), UNIT)]
     texts = [together([source for *_, source in unit]) for unit in units]
     with ThreadPoolExecutor() as pool:
-        paths = list(pool.map(lambda text: compile_source(text, tmp_path), texts))
+        flags = [FLAGS[i % len(FLAGS)] for i in range(len(texts))]
+        paths = list(
+            pool.map(lambda t, f: compile_source(t, tmp_path, extra_flags=f), texts, flags)
+        )
     for path, unit in zip(paths, units, strict=True):
         for number, (seed, graph, source) in enumerate(unit):
             kernel = load_kernel(path, source.pointers, f"{source.symbol}_{number}")
