@@ -317,15 +317,12 @@ LOWER.register(
     contraction.REDUCE_MAX,
     contraction.REDUCE_MIN,
     contraction.REDUCE_PROD,
-)("fused loop: codegen/cpu/fused.py")
-LOWER.register(contraction.MATMUL)("tile product: codegen/cpu/contraction.py")
-LOWER.refuse(
-    "positions of elements across a tile are not lowered yet; the kernel is left to the library",
     contraction.ARGMAX,
     contraction.ARGMIN,
     contraction.SCAN,
-    structural.TAKE,
-)
+)("fused loop: codegen/cpu/fused.py")
+LOWER.register(contraction.MATMUL)("tile product: codegen/cpu/contraction.py")
+LOWER.refuse("the library's: its index has dims of its own; gather is lowered", structural.TAKE)
 LOWER.refuse("expanded to elementwise ops before lowering", library.THREAD)
 for _op in all_ops():
     known = _op in LOWER or _op in LOWER.unsupported

@@ -21,7 +21,9 @@ from superopt.ir.ops import contraction, elementwise, leaf, structural, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType
 
-MemberKind = Literal["write", "reduce", "accumulate", "prefix", "rescale", "finish", "store"]
+MemberKind = Literal[
+    "write", "reduce", "scan", "place", "accumulate", "prefix", "rescale", "finish", "store"
+]
 Coordinate = tuple[int | None, int, int | str]
 """(dim of the loop nest or None, scale, offset): the element index scale * variable + offset.
 
@@ -35,6 +37,8 @@ _COMBINE = {
     contraction.REDUCE_PROD: "prod",
     contraction.REDUCE_MAX: "max",
     contraction.REDUCE_MIN: "min",
+    contraction.ARGMAX: "max",
+    contraction.ARGMIN: "min",
     tile.ACCUM_SUM: "sum",
     tile.ACCUM_RESCALED: "sum",
     tile.ACCUM_PROD: "prod",
@@ -45,8 +49,18 @@ _COMBINE = {
 
 
 def combine_kind(node: Node) -> str:
-    """Return how a reduction or accumulator combines values: sum, prod, max or min."""
+    """Return how a reduction, scan or accumulator combines values: sum, prod, max or min."""
+    if node.op is contraction.SCAN:
+        kind: str = node.attrs.kind
+        return kind
     return _COMBINE[node.op]
+
+
+def carried(node: Node) -> DType:
+    """Return the type of what a scan carries from element to element; PyTorch adds in double."""
+    dtype = node.inputs[0].tensor.dtype
+    sums = node.op is contraction.SCAN and combine_kind(node) in ("sum", "prod")
+    return DType.F64 if sums and dtype.is_float else dtype
 
 
 def identity(kind: str, dtype: DType) -> str:
@@ -78,8 +92,8 @@ def combine(kind: str, a: str, b: str, dtype: DType, *, vector: bool) -> str:
 class Member:
     """One statement of a fused loop over `extents`.
 
-    `source` is what it reads, `view` where it writes; for `reduce`, `axes` are reduced dims. `shift`
-    carries the prefix_max of a rescaled sum.
+    `source` is what it reads, `view` where it writes; for `reduce`, `axes` are reduced dims. `scan` and
+    `place` (of an extreme) go along the one dim in `axes`; over rows they keep what they have in `carry`.
     """
 
     kind: MemberKind
@@ -91,6 +105,7 @@ class Member:
     factors: tuple[tuple[int, View], ...] = ()
     """prefix: for each power in use, where exp(power * (old - new)) goes; rescale: whence."""
     old_shape: tuple[int, ...] = ()
+    carry: View | None = None
 
     @property
     def rank(self) -> int:
@@ -425,6 +440,15 @@ class FusedLoop:
                 f"{identity(kind, dtype)});"
             )
 
+        if member.carry is not None:
+            views = [(member.carry, identity(combine_kind(member.node), carried(member.node)))]
+            if member.kind == "place":
+                views.append((member.view, "0"))
+            rows = 1 if 0 in member.axes else member.extents[0].full
+            for view, value in views:
+                size = max(view.strides[0] * rows, 1)
+                self.context.write(f"fill<{view.element}>({view.pointer}, {size}L, {value});")
+
     def _open(self, members: list[Member], dim: int, lane: int) -> None:
         extents = members[0].extents
         if dim == len(extents):
@@ -474,6 +498,8 @@ class _Row:
         self.pending.append(member)
 
     def _vector(self, member: Member) -> bool:
+        if member.kind in ("scan", "place"):
+            return False
         dtype = member.view.dtype
         if dtype is DType.F64 or member.node.tensor.dtype is DType.F64:
             return False
@@ -521,7 +547,7 @@ class _Row:
         """Say whether the member reads what the current vector loop has only at its end."""
         leaves = self._leaves(member)
         return any(
-            (p.kind == "reduce" and p.node in leaves)
+            (p.kind in ("reduce", "place") and p.node in leaves)
             or (p.node is member.node)
             or (p.node in leaves and p.kind in ("prefix", "accumulate", "rescale"))
             for p in self.pending
@@ -677,6 +703,10 @@ class _Row:
                 env.cache[(member.node, at)] = value
         elif member.kind == "reduce":
             self._reduce(member, env, value, total)
+        elif member.kind == "scan":
+            self._scan(member, env, value, at)
+        elif member.kind == "place":
+            self._place(member, env, value)
         elif member.kind == "prefix":
             self._prefix(member, env, value, at)
         else:
@@ -728,6 +758,40 @@ class _Row:
         name = env.define(text, member.node.tensor.dtype)
         self._collect(member, env, name)
         self._emit(env.lines)
+
+    def _carried_at(self, member: Member) -> tuple[Coordinate, ...]:
+        return identity_coords(
+            tuple(1 if i in member.axes else e.full for i, e in enumerate(member.extents))
+        )
+
+    def _scan(self, member: Member, env: _Env, value: str, at: tuple[Coordinate, ...]) -> None:
+        assert member.carry is not None
+        kind, wide = combine_kind(member.node), carried(member.node)
+        here = self._carried_at(member)
+        before = env.define(env.load(member.carry, here), wide)
+        total = env.define(combine(kind, before, value, wide, vector=False), wide)
+        env.store(member.carry, here, total)
+        dtype = member.node.tensor.dtype
+        text = f"static_cast<{scalar_type(dtype)}>({total})"
+        if dtype in (DType.F16, DType.BF16):
+            text = f"so::round_to<{element_type(dtype)}>({text})"
+        name = env.define(text, dtype)
+        env.store(member.view, at, name)
+        env.cache[(member.node, at)] = name
+
+    def _place(self, member: Member, env: _Env, value: str) -> None:
+        """Keep the first place of the largest or smallest value so far; NaN is either."""
+        assert member.carry is not None
+        here = self._carried_at(member)
+        best, _ = env.address(member.carry, here)
+        place, _ = env.address(member.view, here)
+        (axis,) = member.axes
+        position = env.index((axis, 1, 0))
+        test = "above" if member.node.op is contraction.ARGMAX else "below"
+        env.lines.append(
+            f"if (so::{test}({value}, *({best}))) "
+            f"{{ *({best}) = {value}; *({place}) = {position}; }}"
+        )
 
     def _accumulate(
         self, member: Member, env: _Env, value: str, at: tuple[Coordinate, ...]

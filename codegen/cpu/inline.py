@@ -130,7 +130,7 @@ class Plan:
         elif kind in (OpKind.CONTRACTION, OpKind.REDUCTION):
             if node not in self.merged:
                 self.memory.add(node)
-        elif node.op in (structural.CONCAT, structural.PAD) or (
+        elif node.op in (structural.CONCAT, structural.PAD, contraction.SCAN) or (
             node.op is structural.RESHAPE and not adds_ones(node)
         ):
             self.memory.add(node)
@@ -140,6 +140,11 @@ class Plan:
             if self._worth_keeping(node):
                 self.memory.add(node)
             return
+        if node.op in (contraction.SCAN, contraction.ARGMAX, contraction.ARGMIN):
+            # read one by one: what costs something is computed in vectors before
+            base = self.operand_base(node.inputs[0])
+            if self._inline_cost(base) > 1:
+                self.memory.add(base)
         inputs = dict.fromkeys(node.inputs)
         self.cost[node] = sum(self._inline_cost(i) for i in inputs) if is_move(node) else 0
 

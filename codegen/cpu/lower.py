@@ -18,7 +18,14 @@ from superopt.codegen.cpu.config import CpuConfig
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
 from superopt.codegen.cpu.contraction import Product
 from superopt.codegen.cpu.expressions import LOWER, literal
-from superopt.codegen.cpu.fused import FusedLoop, Member, combine_kind, identity
+from superopt.codegen.cpu.fused import (
+    FusedLoop,
+    Member,
+    MemberKind,
+    carried,
+    combine_kind,
+    identity,
+)
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.errors import CodegenError
 from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
@@ -27,7 +34,7 @@ from superopt.ir.node import Node
 from superopt.ir.ops import contraction, structural, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.tiles import DimSource, is_accumulator
-from superopt.ir.types import contiguous_strides
+from superopt.ir.types import DType, contiguous_strides
 
 _SCRATCH_LIMIT_BYTES = 64 << 20
 
@@ -331,6 +338,8 @@ class _Kernel:
             self._prefix(node)
         elif is_accumulator(node):
             self._accumulate(node)
+        elif node.op is contraction.SCAN or node.op in (contraction.ARGMAX, contraction.ARGMIN):
+            self._along(node)
         elif node.op.kind is OpKind.REDUCTION:
             extents = tuple(self.context.extents(node.inputs[0]))
             axes = tuple(a + len(extents) for a in node.attrs.axes)
@@ -341,6 +350,21 @@ class _Kernel:
         else:
             view = self._view(node, "tile")
             self._add(Member("write", node, node, view, tuple(self.context.extents(node))))
+
+    def _along(self, node: Node) -> None:
+        """Compute what goes from element to element of one dim: scans and places of extremes."""
+        source = node.inputs[0]
+        dtype = source.tensor.dtype
+        if dtype is DType.BOOL:
+            raise CodegenError(f"{node.op.name} of truth values is not lowered")
+        extents = tuple(self.context.extents(source))
+        axis = node.attrs.axis + len(extents)
+        scan = node.op is contraction.SCAN
+        one = tuple(1 if i == axis else d for i, d in enumerate(source.shape))
+        carry = self.context.allocate(one, carried(node), "carry")
+        kind: MemberKind = "scan" if scan else "place"
+        view = self._view(node, "tile")
+        self._add(Member(kind, node, source, view, extents, axes=(axis,), carry=carry))
 
     def _load(self, node: Node) -> None:
         source = node.inputs[0]

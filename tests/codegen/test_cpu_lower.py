@@ -344,6 +344,23 @@ def test_gathers(folder):
     check(build.graph(), folder)
 
 
+@pytest.mark.parametrize("dtype", [DType.F32, DType.I64])
+def test_scans_and_places_of_extremes(folder, dtype):
+    build = BlockBuilder("along", grid={"a": 2})
+    t = build.load(b.input_("x", (4, 6, 37), dtype), ("a", 2), 6, 37)
+    for axis in (-1, -2, -3):
+        shape = [4 if axis != -3 else 2, 6, 37]
+        shape[axis] = 1 if axis != -3 else 2
+        dims = [("a", shape[0] // 2), *shape[1:]]
+        for op in (contraction.ARGMAX, contraction.ARGMIN):
+            place = b.arg_reduce(op, b.abs_(b.sub(t, 1)), axis)
+            build.store(place, shape, *dims)
+        for kind in ("sum", "max", "min"):
+            total = b.scan(t, axis, kind)
+            build.store(b.mul(total, 2), (4, 6, 37), ("a", 2), 6, 37)
+    check(build.graph(), folder)
+
+
 def test_batched_matmul_broadcast_and_views(folder):
     q = b.input_("q", (2, 4, 3, 16))
     k = b.input_("k", (2, 1, 50, 16))
@@ -393,9 +410,9 @@ def test_the_block_graphs_of_all_backends(compiled, name):
 
 def test_refusals_and_completeness():
     assert LOWER.missing() == []
-    x = b.input_("x", (3, 20))
+    x = b.input_("x", (3, 20), DType.BOOL)
     build = BlockBuilder("scan", grid={"m": 1})
-    build.store(b.scan(build.load(x, 3, 20), -1, "sum"), (3, 20), 3, 20)
+    build.store(b.scan(build.load(x, 3, 20), -1, "max"), (3, 20), 3, 20)
     with pytest.raises(CodegenError, match="scan"):
         lower(build.graph(), CpuConfig(), "scan")
 
@@ -430,4 +447,11 @@ def test_infinities_under_a_maximum_that_stays_low(folder: Path) -> None:
     t = b.where(b.gt(g.load(b.input_("x", (3, 4)), 3, ("n", 2)), 1e9), 1.0, float("-inf"))
     top = accumulate(tile.PREFIX_MAX, b.reduce_max(t, -1), "n")
     g.store(accum_rescaled(t, top, "n"), (3, 2), 3, 2)
+    check(g.graph(), folder)
+
+
+def test_the_largest_of_nothing_is_the_first(folder: Path) -> None:
+    g = BlockBuilder("empty", grid={"m": 3})
+    place = b.arg_reduce(contraction.ARGMAX, g.load(b.input_("x", (5,)), ("m", 3)), -1)
+    g.store(place, (3,), ("m", 1))
     check(g.graph(), folder)

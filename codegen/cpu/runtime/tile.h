@@ -108,6 +108,12 @@ SO_INLINE int64_t within(T place, long extent) {
   return min_of(max_of(place, 0), extent - 1);
 }
 
+// What argmax and argmin prefer to what they have: NaN to anything else, and the first of equals.
+template <class T>
+SO_INLINE bool above(T a, T b) { return a > b || (a != a && b == b); }
+template <class T>
+SO_INLINE bool below(T a, T b) { return a < b || (a != a && b == b); }
+
 // ---- Meanings that C++ has no operator for -------------------------------------------------------
 
 // Round to a 16-bit type and back: the value an operation on that type has.
