@@ -2,7 +2,8 @@
 
 In: keys and sealed text. Out: the text, or None when it is absent or damaged. Invariants: a file appears
 by one atomic rename, so that a reader sees all of it or nothing, however many processes write and
-whenever one is killed; what does not match its seal is treated as absent, removed, and made again.
+whenever one is killed; what does not match its seal is treated as absent, removed, and made again. What a
+killed writer leaves is removed by a later one, a day on.
 """
 
 import contextlib
@@ -12,8 +13,10 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
@@ -27,6 +30,7 @@ logger = logging.getLogger("superopt")
 T = TypeVar("T")
 FOLDER_VARIABLE: Final = "SUPEROPT_CACHE_DIR"
 _WRITING: Final = ".writing-"
+_STALE_S: Final = 86400.0
 
 
 def default_folder() -> Path:
@@ -113,6 +117,7 @@ class Cache:
             write_atomically(path, text)
         except OSError as error:
             logger.warning("the plan is not cached: %s", error)
+        _sweep(self.folder)
 
     def entries(self) -> Iterator[Entry]:
         """Yield all stored files, oldest first."""
@@ -138,3 +143,13 @@ class Cache:
         for path in self.folder.glob("machine-*.json"):
             path.unlink(missing_ok=True)
         return count
+
+
+@cache
+def _sweep(folder: Path) -> None:
+    """Remove, once per process, what writers left that were killed: nobody writes for a day."""
+    oldest = time.time() - _STALE_S
+    for left in folder.rglob(f"{_WRITING}*"):
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < oldest:
+                left.unlink()

@@ -82,6 +82,18 @@ def test_readers_see_whole_files_while_writers_are_killed(tmp_path):
             writer.join()
 
 
+def test_what_killed_writers_left_is_removed_after_a_day(tmp_path):
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    old, fresh = folder / ".writing-old", folder / ".writing-fresh"
+    for path, age_s in ((old, 90_000), (fresh, 60)):
+        path.write_text("half")
+        os.utime(path, (time.time() - age_s,) * 2)
+    Cache(tmp_path).save_plan("ab12", plan())
+    assert not old.exists()
+    assert fresh.exists()
+
+
 def test_listing_and_clearing(tmp_path):
     cache = Cache(tmp_path)
     cache.save_plan("ab12", plan())
