@@ -48,6 +48,8 @@ _EXACT: Final = (
     contraction.REDUCE_MIN,
 )
 """Ops whose results are operands or whole numbers: they do not round."""
+_SIGNS: Final = 1_048_573
+"""How many random signs there are; a prime, so that the rows of no tensor get the same ones."""
 
 DISTRIBUTIONS = ("normal", "uniform", "large", "tiny", "constant-rows", "mixed", "overflow-edge")
 
@@ -237,9 +239,10 @@ class _Rounding:
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self._exact = TorchDomain(torch.float64, device)
-        self._device = device
-        self._source = torch.Generator(device).manual_seed(seed)
-        self._signs = torch.empty(0, dtype=torch.float64, device=device)
+        self._source = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(0, 2, (_SIGNS,), generator=self._source, dtype=torch.float64)
+        self._signs = (drawn * 2.0 - 1.0).repeat(2).to(device)
+        self._factors: dict[DType, torch.Tensor] = {}
 
     def has_rule(self, op: Op) -> bool:
         """Composites are expanded: each of their steps rounds."""
@@ -257,18 +260,20 @@ class _Rounding:
 
     def moved(self, value: torch.Tensor, dtype: DType) -> torch.Tensor:
         """Return float64 `value`, each number moved up or down by one unit of `dtype`."""
-        count = value.numel()
-        if len(self._signs) < 2 * count + 1:
-            drawn = self._drawn(2, (2 * count + 1,), torch.int8)
-            self._signs = drawn.to(torch.float64) * 2.0 - 1.0
-        # nodes of one shape get different signs: each starts elsewhere
-        start = int(self._drawn(count + 1, (), torch.int64))
-        signs = self._signs[start : start + count].view(value.shape)
-        return value * torch.add(1.0, signs, alpha=torch.finfo(DTYPES[dtype]).eps)
-
-    def _drawn(self, high: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        source = self._source
-        return torch.randint(high, shape, generator=source, dtype=dtype, device=self._device)
+        if dtype not in self._factors:
+            self._factors[dtype] = 1.0 + self._signs * torch.finfo(DTYPES[dtype]).eps
+        # nodes of one shape get different signs: each starts elsewhere in their cycle
+        start = int(torch.randint(0, _SIGNS, (), generator=self._source))
+        cycle = self._factors[dtype][start : start + _SIGNS]
+        result = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        parts = zip(
+            torch.split(value.reshape(-1), _SIGNS),
+            torch.split(result.view(-1), _SIGNS),
+            strict=True,
+        )
+        for given, moved in parts:
+            torch.mul(given, cycle[: len(given)], out=moved)
+        return result
 
 
 def _run_rounded(graph: Graph, inputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
