@@ -254,7 +254,9 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
         return _unchanged(request, report, "no C++ compiler was found")
     started = time.monotonic()
     graph = request.graph
-    clock = Clock(backend, dict(zip(graph.inputs, request.tensors, strict=True)), options.seed)
+    target = machine(store.folder, device)
+    inputs = dict(zip(graph.inputs, request.tensors, strict=True))
+    clock = Clock(backend, inputs, options.seed, target)
     floats = FloatTest(graph, seed=options.seed, device=device)
     on_event(Event("start", f"searching for {options.budget_s:.0f} s at most", {}))
     floating: dict[Graph, FloatVerdict] = {}
@@ -271,7 +273,7 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
     with torch.no_grad():
         found = search(
             graph,
-            machine(store.folder, device),
+            target,
             clock,
             budget_s=options.budget_s * _SEARCH_SHARE,
             seed=options.seed,

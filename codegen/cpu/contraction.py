@@ -24,7 +24,8 @@ _SHORT_DOT = 64
 _FEW_ROWS = 4
 _PANEL_DEPTH = 512
 _MOST_LANES = 16
-_STRETCH, _LINE, _CACHE_WAY = 256, 16, 1024  # floats: gemm_dot's stretch of k, a line, 64 sets
+_STRETCH, _LINE, _CACHE_WAY = 256, 16, 1024  # floats: a quarter of the sets, a line, all sets
+_DOT_PARTS = 8  # groups of rows that gemm_dot has under way
 
 
 @final
@@ -224,15 +225,17 @@ class Product:
         columns = min(config.dot_columns, n.full)
         if parts > 1 and n.full >= _MANY_COLUMNS and self._slow_in_place(a, m):
             a = self._copied_rows(a, m, k)
-        fetch = config.prefetch and parts > 1 and not b.in_scratch
+        # as many lines of the next columns at each step as all steps together have to fetch
+        fetch = -(-columns // min(parts, _DOT_PARTS)) if parts > 1 and not b.in_scratch else 0
         self.context.write(
-            f"gemm_dot<{-(-m.full // parts)}, {columns}, {_flag(self.accumulate)}, {_flag(fetch)}>"
+            f"gemm_dot<{-(-m.full // parts)}, {columns}, {_flag(self.accumulate)}, "
+            f"{fetch if config.prefetch else 0}, {n.static}>"
             f"({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {b.text}, {b.column}L, "
             f"{c.text}, {c.row}L);"
         )
 
     def _copied_rows(self, a: _Matrix, m: Extent, k: Extent) -> _Matrix:
-        # rows start a stretch and a line apart in the cache: over one stretch they never share sets
+        # rows start a quarter of the sets and a line apart: over a stretch of k few share sets
         length = k.full + (_STRETCH + _LINE - k.full) % _CACHE_WAY
         view = self.context.allocate((m.full, length), DType.F32, "rows")
         self.context.write(

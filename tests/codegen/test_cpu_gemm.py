@@ -109,11 +109,13 @@ def test_dot_any_extent(folder, width, element):
     kernel = build(
         f"auto a = (const {element}*)va; auto b = (const {element}*)vb;\n"
         "if (e[3]) gemm_dot<4, 3, true>(m, n, k, a, k, b, k, c, e[4]);\n"
-        "else gemm_dot<4, 3, false, true>(m, n, k, a, k, b, k, c, e[4]);",
+        "else if (n == 5) gemm_dot<4, 3, false, 2, 5>(m, n, k, a, k, b, k, c, e[4]);\n"
+        "else gemm_dot<4, 3, false, 1>(m, n, k, a, k, b, k, c, e[4]);",
         folder,
         width,
     )
-    check_rows_by_rows(kernel, element, (37, 5, 530))
+    check_rows_by_rows(kernel, element, (37, 5, 1030))
+    check_rows_by_rows(kernel, element, (37, 7, 530))
 
 
 @pytest.mark.parametrize("width", [64, 16])

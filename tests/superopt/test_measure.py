@@ -7,6 +7,7 @@ import torch
 
 from superopt.backends import wall
 from superopt.ir import build as b
+from superopt.ir.target import Target
 from superopt.measure import Clock
 
 
@@ -34,3 +35,17 @@ def test_malformed_candidates_are_rejected_with_their_violations() -> None:
     assert clock.kernels([kernel]) == [inf]
     assert clock.programs([program]) == [inf]
     assert ["varies over m" in failure for failure in clock.failures] == [True, True]
+
+
+def test_large_operands_are_not_found_in_a_cache() -> None:
+    x, w = b.input_("x", (16,)), b.input_("w", (4096,))
+    target = Target(inner_cache_bytes=4096, outer_cache_bytes=20000)
+    given = {b.input_("all", (8000,)): torch.zeros(8000)}
+    clock = Clock(NoCompiler(), given, target=target)  # type: ignore[arg-type]
+    turns = clock._in_turn([x.tensor, w.tensor])
+    assert len({t.data_ptr() for _, t in turns}) * 4096 * 4 >= 2 * target.outer_cache_bytes
+    assert len({t.data_ptr() for t, _ in turns}) == 1
+    assert all(torch.equal(t, turns[0][1]) for _, t in turns)
+    # a program that fits the caches keeps its operands there
+    clock.inputs = {}
+    assert len(clock._in_turn([x.tensor, w.tensor])) == 1

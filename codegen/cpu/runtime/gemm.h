@@ -199,21 +199,18 @@ SO_INLINE void horizontal_sums(vf* v, float* out) {
   }
 }
 
-// MR rows of A against NR rows of B over one stretch of k, both contiguous along it. EDGE as in
-// micro_nn, for both. The vectors of partial sums come from and go to `kept`; after the last stretch
-// their sums go to C. `next` walks a row of B that is needed soon.
-template <int MR, int NR, bool EDGE, bool ACCUMULATE, bool PREFETCH, class TA, class TB>
-SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, float* c, long cm,
-                           long rows, long cols, vf* kept, bool first, bool last, const TB* next) {
-  vf sum[MR * NR];
+// MR rows of A against NR rows of B over one stretch of k, both contiguous along it: adds to `sum`.
+// EDGE as in micro_nn, for both. FETCH lines that are needed soon are fetched at each step, from
+// `ahead` on, `advance` elements further per vector of k.
+template <int MR, int NR, bool EDGE, int FETCH, class TA, class TB>
+SO_INLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, long rows, long cols,
+                         vf (&sum)[MR * NR], const TB* ahead, long advance) {
   const TA* left[MR];
   const TB* right[NR];
 #pragma GCC unroll 32
   for (int i = 0; i < MR; ++i) left[i] = a + (EDGE ? min_of(i, rows - 1) : i) * am;
 #pragma GCC unroll 32
   for (int j = 0; j < NR; ++j) right[j] = b + (EDGE ? min_of(j, cols - 1) : j) * bn;
-#pragma GCC unroll 32
-  for (int i = 0; i < MR * NR; ++i) sum[i] = first ? vf{} : kept[i];
   const long whole = k / VL * VL;
 #pragma GCC unroll 2
   for (long x = 0; x < whole; x += VL) {
@@ -226,7 +223,9 @@ SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, f
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) sum[i * NR + j] += l[i] * r;
     }
-    if (PREFETCH) __builtin_prefetch(next + x, 0, 2);
+#pragma GCC unroll 8
+    for (int f = 0; f < FETCH; ++f) __builtin_prefetch(ahead + f * (64 / sizeof(TB)), 0, 2);
+    ahead += advance;
   }
   if (whole < k) {
     const int lanes = (int)(k - whole);
@@ -237,55 +236,72 @@ SO_NOINLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, f
       for (int i = 0; i < MR; ++i) sum[i * NR + j] += load_n<vf>(left[i] + whole, lanes, 0.0f) * r;
     }
   }
-  if (!last) {
-#pragma GCC unroll 32
-    for (int i = 0; i < MR * NR; ++i) kept[i] = sum[i];
-    return;
-  }
-  float total[MR * NR];
-  horizontal_sums<MR * NR>(sum, total);
-#pragma GCC unroll 32
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 32
-    for (int j = 0; j < NR; ++j)
-      if (!EDGE || (i < rows && j < cols)) {
-        float* out = c + i * cm + j;
-        *out = ACCUMULATE ? *out + total[i * NR + j] : total[i * NR + j];
-      }
 }
 
-// C[m,n] (+)= A[m,k] B[n,k]: NR rows of B, read once from memory, against all rows of A. k is walked in
-// stretches over which the rows of both stay in the first cache (16 x 4096 times 4096 x 4096 is bound by
-// what comes from the second one otherwise), provided that A's rows do not share cache sets; each
-// part of A fetches one of B's next rows meanwhile (PREFETCH). A horizontal sum per output asks for
-// k of some hundreds.
-template <int MR, int NR, bool ACCUMULATE, bool PREFETCH = false, class TA, class TB>
+// NR rows of B against all rows of A, MR at a time. k is walked in stretches over which the rows of both
+// stay in the first cache (16 x 4096 times 4096 x 4096 is bound by what comes from the second one
+// otherwise), provided that A's rows do not share cache sets; the vectors of partial sums wait in
+// `kept`. Meanwhile the NR rows of B that follow are fetched in the order of their addresses, as
+// many at each step as it takes. A function of its own, for the registers; one per micro_dot costs
+// more than it saves (25 % at k = 1024 on Cascade Lake).
+template <int MR, int NR, bool EDGE, bool ACCUMULATE, int FETCH, class TA, class TB>
+SO_NOINLINE void group_dot(long m, long k, const TA* a, long am, const TB* b, long bn, float* c,
+                           long cm, long cols) {
+  constexpr long STRETCH = 512, PARTS = 8;
+  vf kept[PARTS][MR * NR];
+  for (long top = 0; top < m; top += PARTS * MR) {
+    const long bottom = min_of(m, top + PARTS * MR), parts = (bottom - top + MR - 1) / MR;
+    const long advance = NR * VL / parts, chunk = NR * STRETCH / parts;
+    for (long x = 0, ahead = 0; x == 0 || x < k; x += STRETCH) {  // a sum of nothing is written too
+      const long length = min_of(STRETCH, k - x);
+#pragma GCC unroll 1
+      for (long i = top, part = 0; i < bottom; i += MR, ++part, ahead += chunk) {
+        const long row = ahead / max_of(k, 1);
+        const TB* next = b + (NR + row) * bn + (ahead - row * k);
+        vf sum[MR * NR];
+#pragma GCC unroll 32
+        for (int e = 0; e < MR * NR; ++e) sum[e] = x == 0 ? vf{} : kept[part][e];
+        if (EDGE || i + MR > m)
+          micro_dot<MR, NR, true, 0>(length, a + i * am + x, am, b + x, bn, m - i, cols, sum, next,
+                                     0);
+        else
+          micro_dot<MR, NR, false, FETCH>(length, a + i * am + x, am, b + x, bn, MR, NR, sum, next,
+                                          advance);
+        if (x + STRETCH < k) {
+#pragma GCC unroll 32
+          for (int e = 0; e < MR * NR; ++e) kept[part][e] = sum[e];
+          continue;
+        }
+        float total[MR * NR];
+        horizontal_sums<MR * NR>(sum, total);
+#pragma GCC unroll 32
+        for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 32
+          for (int j = 0; j < NR; ++j)
+            if (i + r < m && (!EDGE || j < cols)) {
+              float* out = c + (i + r) * cm + j;
+              *out = ACCUMULATE ? *out + total[r * NR + j] : total[r * NR + j];
+            }
+      }
+    }
+  }
+}
+
+// C[m,n] (+)= A[m,k] B[n,k]: NR rows of B at a time, read once from memory. N: n where it is known, else
+// -1. FETCH: lines to fetch at each step, 0 for none. A horizontal sum per output asks for k of
+// some hundreds.
+template <int MR, int NR, bool ACCUMULATE, int FETCH = 0, int N = -1, class TA, class TB>
 SO_INLINE void gemm_dot(long m, long n, long k, const TA* a, long am, const TB* b, long bn,
                         float* c, long cm) {
-  constexpr long STRETCH = 256, PARTS = 8;
-  vf kept[PARTS][MR * NR];
-  for (long j = 0; j < n; j += NR)
-    for (long top = 0; top < m; top += PARTS * MR)
-      for (long x = 0; x == 0 || x < k; x += STRETCH) {  // a sum of nothing is written too
-        const long length = min_of(STRETCH, k - x), bottom = min_of(m, top + PARTS * MR);
-        const bool first = x == 0, last = x + STRETCH >= k;
-        const TB* bj = b + j * bn + x;
-        for (long i = top, part = 0; i < bottom; i += MR, ++part) {
-          const TA* ai = a + i * am + x;
-          float* cij = c + i * cm + j;
-          const TB* next = b + min_of(j + NR + part, n - 1) * bn + x;
-          if (i + MR > m || j + NR > n)
-            micro_dot<MR, NR, true, ACCUMULATE, false>(length, ai, am, bj, bn, cij, cm,
-                                                       min_of(MR, m - i), min_of(NR, n - j),
-                                                       kept[part], first, last, next);
-          else if (PREFETCH && top == 0 && part < NR)
-            micro_dot<MR, NR, false, ACCUMULATE, true>(length, ai, am, bj, bn, cij, cm, MR, NR,
-                                                       kept[part], first, last, next);
-          else
-            micro_dot<MR, NR, false, ACCUMULATE, false>(length, ai, am, bj, bn, cij, cm, MR, NR,
-                                                        kept[part], first, last, next);
-        }
-      }
+  long j = 0;
+  for (; j + NR <= n; j += NR)
+    group_dot<MR, NR, false, ACCUMULATE, FETCH>(m, k, a, am, b + j * bn, bn, c + j, cm, NR);
+  if constexpr (N < 0) {
+    if (j < n)
+      group_dot<MR, NR, true, ACCUMULATE, 0>(m, k, a, am, b + j * bn, bn, c + j, cm, n - j);
+  } else if constexpr (N % NR > 0) {
+    group_dot<MR, N % NR, false, ACCUMULATE, FETCH>(m, k, a, am, b + j * bn, bn, c + j, cm, N % NR);
+  }
 }
 
 // to[x, i] = from[i, x] for i < n, x < k: a row-major [n,k] operand (rows `ld_from` apart) becomes
