@@ -3,8 +3,9 @@
 It proposes algebraic variants, partitions each into kernels, tries schedules and tile sizes of every
 kernel on the clock (cheapest prediction first, then a hill climb over tile sizes), compares each
 with its library alternative, and proves the assembled program equal to the original as a whole.
-The fastest program that is proven, and accepted by whoever asked, is the result; where algebra has
-left none, the program is tried once more as it is written.
+The fastest program that is proven, and accepted by whoever asked, is the result. Moves that change what a
+program computes, or cost it accuracy, are left out before kernels are made; how long that takes to see predicts
+how long the proof will take, for which search leaves time.
 
 In: the lifted kernel graph, machine rates, a `Measurer`. Out: a `SearchResult`; it always holds a
 program (the original when nothing better was proven).
@@ -41,6 +42,18 @@ _CLEAR: Final = 0.7
 """A kernel this much faster than its products alone are in a library needs no comparison."""
 _MINOR: Final = 0.02
 """The share of a program's predicted time below which a kernel is not tuned."""
+_BATCH: Final = 6
+"""How many kernels are compiled and timed at once."""
+_LEAST: Final = 3
+"""How many are tried where time is short."""
+_FIRST_LOOK: Final = 2.0**-20
+"""The error bound of a variant's test: one draw as a rule."""
+_PROOF: Final = 4.0
+"""How many times as long as that the proof of a program may take: three draws, of tiles."""
+_LAST_S: Final = 2.0
+"""For what comes after the proof: the program is compared with the original."""
+_LAST_SHARE: Final = 0.6
+"""The largest share of the budget that is kept for all this."""
 
 
 class Measurer(Protocol):
@@ -122,12 +135,17 @@ class Driver:
     accept: Callable[[Graph], str] = lambda graph: ""
     statistics: Statistics = field(default_factory=Statistics)
     started: float = field(default_factory=time.monotonic)
+    proof_s: float = 0.0
+    kernel_s: float = 0.0
     timed: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     region_number: int = 0
 
     def _left(self) -> float:
-        return self.budget_s - (time.monotonic() - self.started)
+        """Return the seconds left for search, without those that the proof and all after it will take."""
+        ending_s = self.proof_s + self.floats.predicted_s() + _LAST_S
+        ending_s = min(ending_s, _LAST_SHARE * self.budget_s)
+        return self.budget_s - ending_s - (time.monotonic() - self.started)
 
     def _tell(self, kind: str, message: str, **data: Any) -> None:
         self.on_event(Event(kind, message, data))
@@ -158,14 +176,7 @@ class Driver:
             program = self._assemble(variant, time.monotonic() + share)
             if program is not None:
                 programs.append(program)
-        found = self._first_proven(programs)
-        plain = expand(self.original)
-        if found is None and programs and plain.digest() not in {v.digest() for v in variants}:
-            # what the rules move may overflow: try the program as it is written
-            share = max(self._left(), 0.2 * self.budget_s)
-            program = self._assemble(plain, time.monotonic() + share)
-            found = None if program is None else self._first_proven([program])
-        return found
+        return self._first_proven(programs)
 
     def _first_proven(self, programs: Sequence[Graph]) -> tuple[Graph, Verdict] | None:
         """Return the fastest program that is proven and accepted, with its verdict."""
@@ -199,16 +210,40 @@ class Driver:
         return list({g.digest(): g for g in map(self._moved, plain.values())}.values())
 
     def _moved(self, plain: Graph) -> Graph:
-        """Apply the algebraic moves, all of them or those that cost no accuracy.
+        """Apply the algebraic moves, all of them or those that are right and cost no accuracy.
 
         A scale that leaves two products in turn may leave a square of large numbers behind: equal,
         and beyond the range of floats.
         """
         rules = with_gathers(FUSION_RULES) if self.machine.kind == "cpu" else FUSION_RULES
         moved = apply_rules(plain, rules)
-        if moved.digest() == plain.digest() or self._accurate(moved):
+        equal = self._equal(moved)
+        if equal and self._accurate(moved):
             return moved
-        return apply_accepted(plain, rules, self._accurate)
+        if equal:
+            return apply_accepted(plain, rules, self._accurate)
+        if not self._equal(plain):
+            return plain  # it cannot be told what rules do
+        return apply_accepted(plain, rules, lambda g: self._equal(g) and self._accurate(g))
+
+    def _equal(self, variant: Graph) -> bool:
+        """Say whether a variant passes a first look, which is timed to predict the proof."""
+        started = time.monotonic()
+        try:
+            verdict = verify_field(
+                self.original,
+                variant,
+                seed=self.seed,
+                error_bound=_FIRST_LOOK,
+                device=self.measurer.device,
+            )
+        except SuperoptError as error:
+            self._reject(str(error))
+            return False
+        self.proof_s = max(self.proof_s, _PROOF * (time.monotonic() - started))
+        if not verdict.equivalent:
+            self._reject(str(verdict))
+        return verdict.equivalent
 
     def _accurate(self, variant: Graph) -> bool:
         verdict = self.floats.check(lambda tensors: run_reference(variant, tensors), HARDEST)
@@ -258,6 +293,8 @@ class Driver:
         for part in partition(subgraph, self.machine, fuse_contractions=False):
             if not _worth(subgraph, part) or any(n.op.kind is OpKind.CONTRACTION for n in part):
                 continue
+            if parts and self._left() <= 0:
+                continue
             inner = make_region(subgraph, part)
             choice = self._tune(inner, until, minor)
             if choice is not None:
@@ -293,25 +330,32 @@ class Driver:
         if not ranked:
             return None
         first = [entry for entry in ranked if entry[0] <= 2.5 * ranked[0][0]]
-        batch = _diverse(first, 6)
+        batch = _diverse(first, max(_LEAST, self._affordable(until)))
         if minor:
             found = (self._measure([(s, t)], None) for _, s, t in batch)
             return next((choice for choice in found if choice is not None), None)
         best = self._measure([(s, t) for _, s, t in batch], None)
         random_ = random.Random(self.seed)
         tried = {_key(s, t) for _, s, t in batch}
-        while best is not None and time.monotonic() < until:
+        while best is not None and (count := self._affordable(until)) > 0:
             near = [m for m in _neighbours(best) if _key(*m) not in tried]
             if not near:
                 break
             random_.shuffle(near)
-            near = near[:6]
+            near = near[:count]
             tried |= {_key(*m) for m in near}
             better = self._measure(near, best)
             if better is best:
                 break
             best = better
         return best
+
+    def _affordable(self, until: float) -> int:
+        """Return how many kernels can be measured at once before `until`."""
+        left = until - time.monotonic()
+        if left <= 0:
+            return 0
+        return _BATCH if left >= _BATCH * self.kernel_s else int(left / self.kernel_s)
 
     def _measure(
         self, candidates: Sequence[tuple[Schedule, dict[Atom, int]]], best: _Choice | None
@@ -326,9 +370,12 @@ class Driver:
                 continue
             graphs.append((schedule, tiles, graph))
         fresh = [g for _, _, g in graphs if g.digest() not in self.timed]
+        started = time.monotonic()
         for graph, seconds in zip(fresh, self.measurer.kernels(fresh), strict=True):
             self.timed[graph.digest()] = seconds
             self.statistics.measured += 1
+        if fresh:
+            self.kernel_s = (time.monotonic() - started) / len(fresh)
         for schedule, tiles, graph in graphs:
             seconds = self.timed[graph.digest()]
             if seconds == inf:

@@ -13,6 +13,7 @@ import copy
 import functools
 import logging
 import threading
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +74,8 @@ def optimize(function: Any = None, **options: Any) -> Any:
 
     Args:
         function: a function over tensors, or a `torch.nn.Module`.
-        **options: `budget_s`: seconds of search per input signature (default 120). `backend`: "auto",
+        **options: `budget_s`: seconds per input signature for all of it, lifting to proof (default 120);
+            what has begun by then is finished: a proof, or the first kernel. `backend`: "auto",
             "cpu" or "triton". `verify`: True, or "strict" for a second, independent proof with an error
             bound of 2**-120. `seed`: the same seed proposes the same candidates. `cache`: True (the
             user's cache folder), False, or a folder.
@@ -210,6 +212,7 @@ class _Dispatcher:
         self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Planned, Binding]:
         assert self.guards is not None, "guards are taken before a plan is made"
+        started = time.monotonic()
         modules = self.guards.modules
         device = device_of(_tensors(args, kwargs))
         alias = self._alias(key, device)
@@ -228,7 +231,7 @@ class _Dispatcher:
         self.guards.tensors += [(t, t._version) for t in lifted.folded_sources]
         with preserved(lifted):
             request, binding = make_request(self.original, modules, lifted, args, kwargs)
-            planned = make_plan(request, self.options, self.on_event)
+            planned = make_plan(request, self.options, self.on_event, started=started)
         if alias is not None and not lifted.folded_sources and lasting(planned.plan):
             store.save_alias(alias, planned.key)
         return planned, binding

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Protocol, final
 
@@ -64,8 +64,10 @@ class Backend(Protocol):
         """Return sources of up to `count` configurations, the most promising first."""
         ...
 
-    def load(self, sources: Sequence[KernelSource]) -> list[Entry | CodegenError]:
-        """Compile and load; failures are returned in their place."""
+    def load(
+        self, sources: Sequence[KernelSource], limit_s: float = inf
+    ) -> list[Entry | CodegenError]:
+        """Compile and load, for about `limit_s` at most; failures are returned in their place."""
         ...
 
     def timed(self, call: Callable[[], object], repeats: int) -> float:
@@ -147,10 +149,12 @@ class CpuBackend:
             )
         return found
 
-    def load(self, sources: Sequence[KernelSource]) -> list[Entry | CodegenError]:
-        """Compile and load; failures are returned in their place."""
+    def load(
+        self, sources: Sequence[KernelSource], limit_s: float = inf
+    ) -> list[Entry | CodegenError]:
+        """Compile and load, for `limit_s` at most; failures are returned in their place."""
         plain = [cpu.Source(s.text, s.symbol, s.pointers) for s in sources]
-        kernels = cpu.compile_many(plain, self.folder)
+        kernels = cpu.compile_many(plain, self.folder, limit_s=limit_s)
         return [k if isinstance(k, CodegenError) else k.function for k in kernels]
 
     def timed(self, call: Callable[[], object], repeats: int) -> float:
@@ -179,8 +183,10 @@ class TritonBackend:
         """Return sources of up to `count` configurations, the most promising first."""
         return triton_variants(graph, count)
 
-    def load(self, sources: Sequence[KernelSource]) -> list[Entry | CodegenError]:
-        """Compile and load; failures are returned in their place."""
+    def load(
+        self, sources: Sequence[KernelSource], limit_s: float = inf
+    ) -> list[Entry | CodegenError]:
+        """Compile and load, however long that takes: Triton's compiler works in this process."""
         with torch.cuda.device(self.device):
             return triton.load_entries([triton_source(s) for s in sources], self.folder)
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -93,12 +94,13 @@ def run_optimize(options: argparse.Namespace) -> int:
             "cache": False if options.no_cache else _folder(options),
         }
     )
+    started = time.monotonic()
     with Progress(as_json=options.json) as progress:
         function, args, kwargs, lifted = _program(options.program, options.input, options.seed)
         modules = take_guards(function).modules
         with preserved(lifted):
             request, _ = make_request(function, modules, lifted, args, kwargs)
-            planned = make_plan(request, chosen, progress)
+            planned = make_plan(request, chosen, progress, started=started)
     plan = _self_contained(planned.plan, request.tensors[len(request.user_inputs) :])
     save_artifact(plan, options.output, versions(), overwrite=options.force)
     report = plan_report(plan)

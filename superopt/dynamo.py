@@ -7,6 +7,7 @@ raise instead.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -34,6 +35,7 @@ def backend(
     if fallback not in _FALLBACKS:
         raise ValueError(unknown("fallback", str(fallback), _FALLBACKS))
     options = make_options(given)
+    started = time.monotonic()
     try:
         example = _examples(example_inputs)
         with torch.no_grad():
@@ -44,7 +46,7 @@ def backend(
         modules = list(graph_module.modules())
         with preserved(lifted):
             request, binding = make_request(graph_module, modules, lifted, example, {})
-            planned = make_plan(request, options)
+            planned = make_plan(request, options, started=started)
     except SuperoptError as error:
         if fallback == "error":
             raise

@@ -35,6 +35,7 @@ _SAMPLE_S: Final = 3e-4
 _ROUNDS: Final = 9
 _HOPELESS: Final = 1.6
 _TOLERANCE: Final = 2e-2
+_PATIENCE_S: Final = 15.0
 
 
 @final
@@ -85,7 +86,8 @@ class Clock:
     `inputs` are the caller's own tensors for programs over the original graph's inputs; other graphs
     get random ones, for which every kernel's result is compared with the reference executor.
     A graph that the graph checker refuses is not compiled; its violations are among the failures.
-    `refused` is the last kernel that the compiler did not take.
+    `refused` is the last kernel that the compiler did not take. A compiler is not waited for past
+    `deadline` (of `time.monotonic`), but for a while at least, so that a short budget finds something.
 
     A program that reads more than the `target`'s caches hold finds its weights in memory at every
     call. Timed over and over, a part of it would find its own in a cache: large operands are
@@ -96,6 +98,7 @@ class Clock:
     inputs: Mapping[Node, torch.Tensor]
     seed: int = 0
     target: Target = field(default_factory=Target)
+    deadline: float = inf
     compiled: dict[str, Compiled] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     refused: CompileError | None = None
@@ -120,7 +123,7 @@ class Clock:
                     self._failed(graph, source)
                 else:
                     wanted.append((graph, source))
-        entries = self.backend.load([s for _, s in wanted])
+        entries = self._load([s for _, s in wanted])
         for (graph, source), entry in zip(wanted, entries, strict=True):
             if isinstance(entry, CodegenError):
                 self._failed(graph, entry)
@@ -140,6 +143,9 @@ class Clock:
         found = (self.compiled.get(g.digest()) for g in graphs)
         return [inf if c is None else c.seconds for c in found]
 
+    def _load(self, sources: Sequence[KernelSource]) -> list[Entry | CodegenError]:
+        return self.backend.load(sources, max(_PATIENCE_S, self.deadline - time.monotonic()))
+
     def _legal(self, graph: Graph) -> bool:
         try:
             verify_graph(graph)
@@ -158,7 +164,7 @@ class Clock:
         """Time up to `count` configurations of one kernel, keep the fastest that agrees."""
         known = self.compiled.get(graph.digest())
         sources = [s for s in self.backend.variants(graph, count) if isinstance(s, KernelSource)]
-        entries = self.backend.load(sources)
+        entries = self._load(sources)
         loaded = [
             (s, e) for s, e in zip(sources, entries, strict=True) if not isinstance(e, CodegenError)
         ]

@@ -42,7 +42,7 @@ from superopt.verify.opaque import draws_random_numbers
 logger = logging.getLogger("superopt")
 
 OnEvent = Callable[[Event], None]
-_SEARCH_SHARE: Final = 0.75
+_LAST_S: Final = 2.0
 _CONFIGURATIONS: Final = 6
 _GAIN: Final = 0.99
 _STRICT_BOUND: Final = 2.0**-120
@@ -124,8 +124,18 @@ def silent(event: Event) -> None:
     """Ignore an event."""
 
 
-def make_plan(request: Request, options: Options, on_event: OnEvent = silent) -> Planned:
-    """Return a proven plan for the request, from the cache where it is there."""
+def make_plan(
+    request: Request,
+    options: Options,
+    on_event: OnEvent = silent,
+    *,
+    started: float | None = None,
+) -> Planned:
+    """Return a proven plan for the request, from the cache where it is there.
+
+    The budget counts from `started` (of `time.monotonic`; None: now).
+    """
+    started = time.monotonic() if started is None else started
     graph = with_layouts(request.graph, request.tensors)
     _refuse_random(graph)
     request = replace(request, graph=graph)
@@ -142,7 +152,7 @@ def make_plan(request: Request, options: Options, on_event: OnEvent = silent) ->
                 on_event(Event("cached", "the plan was found in the cache", {"key": key}))
                 return replace(planned, key=key)
     with current(device_of(request.tensors)):
-        planned = _search(request, options, store, on_event)
+        planned = _search(request, options, store, on_event, started)
     if options.cache is not False and lasting(planned.plan):
         store.save_plan(key, planned.plan)
     return replace(planned, key=key)
@@ -243,7 +253,9 @@ def _refuse_random(graph: Graph) -> None:
             raise Unsupported(f"{node.attrs.target} draws random numbers: it runs as it was")
 
 
-def _search(request: Request, options: Options, store: Cache, on_event: OnEvent) -> Planned:
+def _search(
+    request: Request, options: Options, store: Cache, on_event: OnEvent, started: float
+) -> Planned:
     device = device_of(request.tensors)
     backend = backend_named(options.backend, store.kernels, device)
     if not backend.usable() and backend.name != "cpu":
@@ -252,18 +264,18 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
         _warn_once(str(NoCompiler()))
         report = {"stopped": _NO_COMPILER}
         return _unchanged(request, report, "no C++ compiler was found")
-    started = time.monotonic()
+    deadline = started + options.budget_s
     graph = request.graph
     target = machine(store.folder, device)
     inputs = dict(zip(graph.inputs, request.tensors, strict=True))
-    clock = Clock(backend, inputs, options.seed, target)
+    clock = Clock(backend, inputs, options.seed, target, deadline)
     floats = FloatTest(graph, seed=options.seed, device=device)
-    on_event(Event("start", f"searching for {options.budget_s:.0f} s at most", {}))
+    on_event(Event("start", f"searching for about {options.budget_s:.0f} s at most", {}))
     floating: dict[Graph, FloatVerdict] = {}
 
     def accept(program: Graph) -> str:
         """Tune the kernels and test them as they will run."""
-        _tune(program, clock, started + options.budget_s, on_event)
+        _tune(program, clock, deadline - floats.predicted_s() - _LAST_S, on_event)
         clock.ensure(program)
         plain = clock.program(program)
         floating[program] = floats.check(lambda tensors: list(plain.run(*tensors)))
@@ -275,7 +287,7 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
             graph,
             target,
             clock,
-            budget_s=options.budget_s * _SEARCH_SHARE,
+            budget_s=max(0.0, deadline - time.monotonic()),
             seed=options.seed,
             on_event=on_event,
             accept=accept,
@@ -301,9 +313,12 @@ def _search(request: Request, options: Options, store: Cache, on_event: OnEvent)
 
 def _tune(graph: Graph, clock: Clock, deadline: float, on_event: OnEvent) -> None:
     """Try the register tiles and the like of every kernel of the chosen program."""
+    taken_s = 0.0
     for node in topological(graph.outputs):
-        if node.op.kind is OpKind.GRAPH and time.monotonic() < deadline:
+        started = time.monotonic()
+        if node.op.kind is OpKind.GRAPH and started + taken_s < deadline:
             best = clock.tune(node.attrs.graph, _CONFIGURATIONS)
+            taken_s = max(taken_s, time.monotonic() - started)
             if best is not None:
                 text = f"{node.attrs.graph.name}: {best.seconds * 1e3:.3f} ms"
                 on_event(Event("tuned", text, {"config": best.source.config}))

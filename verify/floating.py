@@ -174,6 +174,12 @@ class FloatTest:
         self.seed = seed
         self.device = device
         self._references: dict[str, _Reference] = {}
+        self._seconds: dict[str, float] = {}
+
+    def predicted_s(self) -> float:
+        """Return how long a check on every distribution may take, going by the checks so far."""
+        taken = self._seconds.values()
+        return sum(taken) * len(DISTRIBUTIONS) / max(1, len(taken))
 
     def check(
         self, run_candidate: RunCandidate, distributions: Sequence[str] = DISTRIBUTIONS
@@ -183,6 +189,7 @@ class FloatTest:
         errors: list[FloatError] = []
         reason = ""
         for distribution in distributions:
+            begun = time.perf_counter()
             inputs = draw_inputs(self.original, distribution, self.seed, self.device)
             reference = self._reference(distribution, inputs)
             found = list(run_candidate([on(i, self.device) for i in inputs]))
@@ -190,6 +197,7 @@ class FloatTest:
             if not reason:
                 pair, reason = _worst(reference, found)
                 errors.append(FloatError(distribution, *pair))
+            self._seconds[distribution] = time.perf_counter() - begun
             if reason:
                 reason = f"{distribution} inputs: {reason}"
                 break

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Final, final
 
@@ -36,7 +37,7 @@ ENTRY_POINT: Final = "superopt_kernel"
 _MAGIC: Final = b"\nsuperopt-so-1:"
 _DIGEST_BYTES: Final = 32
 _COMPILE_LIMIT_S: Final = 120.0
-_PROBE_LIMIT_S: Final = 60.0
+_PROBE_LIMIT_S: Final = 20.0
 _BUILDING: Final = "building-"
 _STALE_S: Final = 3600.0
 _running: Final[set["subprocess.Popen[str]"]] = set()
@@ -83,9 +84,16 @@ def find_compiler() -> Compiler | None:
 
 
 def compile_source(
-    source: str, cache_folder: Path, *, extra_flags: Sequence[str] = (), force: bool = False
+    source: str,
+    cache_folder: Path,
+    *,
+    extra_flags: Sequence[str] = (),
+    force: bool = False,
+    limit_s: float = inf,
 ) -> Path:
     """Return the shared object built from `source`, from the cache when it is there and whole.
+
+    The compiler is ended after `limit_s`.
 
     Raises:
         NoCompiler: there is no C++ compiler on this machine.
@@ -102,20 +110,28 @@ def compile_source(
     try:
         cache_folder.mkdir(parents=True, exist_ok=True)
         _sweep(cache_folder)
-        _build(source, compiler, flags, path)
+        _build(source, compiler, flags, path, min(limit_s, _COMPILE_LIMIT_S))
     except OSError as error:
         raise CodegenError(f"cannot build in {cache_folder}: {error}") from error
     return path
 
 
 def compile_many(
-    sources: Sequence[str], cache_folder: Path, *, workers: int | None = None
+    sources: Sequence[str],
+    cache_folder: Path,
+    *,
+    workers: int | None = None,
+    limit_s: float = inf,
 ) -> list[Path | CodegenError]:
-    """Compile every source, `workers` compilers at a time; failures are returned in their place."""
+    """Compile every source, `workers` compilers at a time; failures are returned in their place.
+
+    So are, after `limit_s` in all, those that are not ready yet.
+    """
+    end = time.monotonic() + limit_s
 
     def attempt(source: str) -> Path | CodegenError:
         try:
-            return compile_source(source, cache_folder)
+            return compile_source(source, cache_folder, limit_s=max(0.0, end - time.monotonic()))
         except CodegenError as error:
             return error
 
@@ -235,14 +251,16 @@ def _processor() -> str:
     return "\n".join(line for line in first_processor.splitlines() if line.startswith(wanted))
 
 
-def _build(source: str, compiler: Compiler, flags: Sequence[str], path: Path) -> None:
+def _build(
+    source: str, compiler: Compiler, flags: Sequence[str], path: Path, limit_s: float
+) -> None:
     with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=path.parent) as folder:
         source_path, object_path = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source_path.write_text(source, encoding="utf-8")
         arguments = [*compiler.command, *flags, "-iquote", str(RUNTIME_FOLDER), str(source_path)]
-        done = _run([*arguments, "-o", str(object_path)], limit_s=_COMPILE_LIMIT_S)
+        done = _run([*arguments, "-o", str(object_path)], limit_s=limit_s)
         if done is None or done.returncode != 0 or not object_path.is_file():
-            words = done.stderr if done else f"no answer within {_COMPILE_LIMIT_S:.0f} s"
+            words = done.stderr if done else f"no answer within {limit_s:.0f} s"
             refused = done is not None and done.returncode > 0
             kept = _keep(source_path, path) if refused else None
             raise CompileError(shlex.join(arguments), words, kept)

@@ -5,6 +5,7 @@ In: `Source`s from the lowering and a cache folder. Out: `Kernel`s, or the error
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import final
 
@@ -33,10 +34,15 @@ def load(source: Source, path: Path) -> Kernel:
 
 
 def compile_many(
-    sources: Sequence[Source], cache_dir: Path, *, workers: int | None = None
+    sources: Sequence[Source],
+    cache_dir: Path,
+    *,
+    workers: int | None = None,
+    limit_s: float = inf,
 ) -> list[Kernel | CodegenError]:
-    """Compile and load every source, several compilers at a time."""
-    paths = driver.compile_many([s.text for s in sources], cache_dir, workers=workers)
+    """Compile and load every source, several compilers at a time, for `limit_s` in all."""
+    texts = [s.text for s in sources]
+    paths = driver.compile_many(texts, cache_dir, workers=workers, limit_s=limit_s)
     kernels: list[Kernel | CodegenError] = []
     for source, path in zip(sources, paths, strict=True):
         if isinstance(path, CodegenError):

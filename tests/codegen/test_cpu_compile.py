@@ -124,3 +124,12 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_ours(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CodegenError, match="cannot build"):
         driver.compile_source(GOOD, tmp_path / "file")
+
+
+def test_many_compilations_share_one_limit(tmp_path, monkeypatch):
+    slow = driver.Compiler(("/bin/sh", "-c", "sleep 100"), "slow 1", ())
+    monkeypatch.setattr(driver, "find_compiler", lambda: slow)
+    started = time.monotonic()
+    results = driver.compile_many([f"{GOOD}// {i}" for i in range(5)], tmp_path, limit_s=0.5)
+    assert time.monotonic() - started < 5
+    assert all(isinstance(r, CompileError) for r in results)
