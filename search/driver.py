@@ -289,7 +289,7 @@ class Driver:
             return [(region, whole)]
         # the alternative: contractions in the library, what is around them fused
         subgraph = extract(region, "part")
-        parts = []
+        parts: list[tuple[Region, _Choice]] = []
         for part in partition(subgraph, self.machine, fuse_contractions=False):
             if not _worth(subgraph, part) or any(n.op.kind is OpKind.CONTRACTION for n in part):
                 continue

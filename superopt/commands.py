@@ -6,6 +6,7 @@ In: parsed options. Out: exit codes, and text or JSON lines on stdout.
 import argparse
 import importlib
 import json
+import logging
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from superopt.artifact import load_artifact, save_artifact
-from superopt.backends import timer
+from superopt.backends import backend_named, timer
 from superopt.cache import FOLDER_VARIABLE, Cache, default_folder
 from superopt.calibrate import machine
 from superopt.codegen import triton
@@ -45,6 +46,8 @@ from superopt.verify.certificate import CertificateError, read_certificate
 from superopt.verify.field import FIELD
 from superopt.verify.floating import draw_inputs, on, verify_float
 from superopt.verify.reference import DTYPES, TORCH
+
+logger = logging.getLogger("superopt")
 
 DONE: Final = 0
 INTERNAL: Final = 1
@@ -187,11 +190,12 @@ def parse_input(spec: str, seed: int) -> Any:
 
 
 def _loaded(
-    options: argparse.Namespace, *, as_graph: bool = False
+    options: argparse.Namespace, *, as_graph: bool = False, anyhow: bool = False
 ) -> tuple[Plan, Program, Program]:
     """Return an artifact's plan, its program, and the original's.
 
-    With `as_graph` the programs return what their graphs do, new values first, and change nothing.
+    With `as_graph` the programs return what their graphs do, new values first, and change nothing. With
+    `anyhow` the original's graph, in PyTorch, stands in for a program whose kernels cannot be compiled here.
     """
     plan = load_artifact(options.artifact)
     tensors = _inputs(plan, draw_inputs(plan.original, "normal", 0)[: len(plan.user_inputs)])
@@ -203,7 +207,11 @@ def _loaded(
         writes=None if as_graph else plan.writes,
         device=_device(plan),
     )
-    planned = restore(plan, Options(cache=_folder(options)), tensors, as_graph=as_graph)
+    chosen = Options(cache=_folder(options))
+    if anyhow and not backend_named("auto", chosen.folder(), _device(plan)).usable():
+        logger.warning("%s; until then PyTorch runs the original's graph", NoCompiler())
+        return plan, original, original
+    planned = restore(plan, chosen, tensors, as_graph=as_graph)
     return plan, planned.program or original, original
 
 
@@ -228,7 +236,7 @@ def _inputs(plan: Plan, user: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def run_run(options: argparse.Namespace) -> int:
     """Run an artifact once."""
-    plan, program, _ = _loaded(options)
+    plan, program, _ = _loaded(options, anyhow=True)
     count = len(plan.user_inputs)
     if options.inputs is None:
         user = draw_inputs(plan.original, "normal", options.seed)[:count]

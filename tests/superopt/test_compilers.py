@@ -3,11 +3,14 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 import superopt
-from superopt import pipeline
+from superopt import cli, commands, pipeline
+from superopt.artifact import save_artifact
+from superopt.backends import CpuBackend
 from superopt.codegen.cpu import compile as driver
 
 REAL = shutil.which("g++")
@@ -96,3 +99,20 @@ def test_a_compiler_that_fails_on_kernels_costs_the_kernels(
     monkeypatch.setattr(driver, "_COMPILE_LIMIT_S", 0.3)
     assert "fails on every kernel" in runs_as_it_was(caplog, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("building-*"))
+
+
+@pytest.mark.skipif(REAL is None, reason="no C++ compiler")
+def test_an_artifact_runs_without_a_compiler(tmp_path, caplog, monkeypatch, first_found):
+    x = torch.randn(4, 8)
+    fast = superopt.optimize(program, budget_s=2, cache=tmp_path / "cache").warmup(x)
+    save_artifact(fast.plans[0], tmp_path / "artifact", pipeline.versions(), overwrite=False)
+    np.savez(tmp_path / "in.npz", x=x.numpy())
+    monkeypatch.setattr(commands, "backend_named", lambda *_: CpuBackend(tmp_path))
+    monkeypatch.setattr(CpuBackend, "usable", lambda _: False)
+    out = tmp_path / "out.npz"
+    arguments = ["run", str(tmp_path / "artifact"), "--inputs", str(tmp_path / "in.npz")]
+    assert cli.main([*arguments, "--outputs", str(out)]) == 0
+    assert caplog.text.count("install g++ or clang++") == 1
+    torch.testing.assert_close(
+        torch.from_numpy(np.load(out)["output0"]), program(x), rtol=0, atol=0
+    )
