@@ -418,7 +418,8 @@ def _expand_simple(graph: Graph) -> Graph:
         if fresh.op.expand is None:
             return fresh
         defined: Node = fresh.op.expand(fresh.inputs, fresh.attrs)
-        made = topological([defined], stop=set(fresh.inputs))
+        given = set(fresh.inputs)
+        made = (n for n in topological([defined], stop=given) if n not in given)
         return fresh if any(n.op.kind is OpKind.CONTRACTION for n in made) else defined
 
     return graph.with_outputs(rewrite(graph.outputs, step))

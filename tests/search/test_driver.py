@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from superopt.ir import build as b
+from superopt.ir import composite
 from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph
-from superopt.ir.node import Node
+from superopt.ir.node import Node, make
 from superopt.ir.ops import contraction, elementwise, library
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
@@ -197,3 +198,12 @@ def test_parts_that_the_budget_does_not_reach_get_a_kernel_too() -> None:
     left = [n.op for n in result.graph.nodes()]
     assert elementwise.EXP not in left
     assert contraction.REDUCE_SUM not in left
+
+
+def test_only_composites_that_hold_a_product_stay_whole() -> None:
+    x, w, k = b.input_("x", (4, 8)), b.input_("w", (8, 6)), b.input_("k", (1, 4, 6))
+    gate = make(composite.SILU, (b.matmul(x, w),))
+    q, attrs = b.reshape(gate, (1, 4, 6)), composite.AttentionAttrs(1.0, causal=False)
+    graph = b.kernel_graph("g", [x, w, k], [make(composite.ATTENTION, (q, k, k), attrs)])
+    simple = driver._expand_simple(graph)
+    assert {n.op for n in simple.nodes() if n.op.expand is not None} == {composite.ATTENTION}
