@@ -8,6 +8,7 @@ import ctypes
 import json
 import sys
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -52,7 +53,7 @@ class Interpreted:
     def variants(self, graph, count):
         return triton_variants(graph, count)
 
-    def load(self, sources):
+    def load(self, sources, limit_s=inf):
         return [self.entry(s) for s in sources]
 
     def entry(self, kernel):

@@ -20,7 +20,7 @@ class NoCompiler:
     def variants(self, graph: object, count: int) -> list[Any]:
         raise AssertionError("a malformed graph was lowered")
 
-    def load(self, sources: list[Any], until: float = inf) -> list[Any]:
+    def load(self, sources: list[Any], limit_s: float = inf) -> list[Any]:
         assert not sources
         return []
 
