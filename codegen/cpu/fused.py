@@ -8,6 +8,7 @@ Invariant: a vector loop reads and writes exactly the elements inside the tensor
 over at the end is masked, and lanes past the end count as the identity in reductions.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, final
@@ -201,7 +202,13 @@ class _Env:
         if is_move(node):
             return self.value(node.inputs[0], self.moved(node, coords))
         if node.op is structural.GATHER:
-            return self.value(node.inputs[0], gathered(node, coords, self._place(node, coords)))
+            place, inside = self._place(node, coords)
+            found = self.value(node.inputs[0], gathered(node, coords, place))
+            if not dtype.is_float:
+                return found
+            # PyTorch refuses an index beyond its tensor; a kernel cannot, and lets nobody miss it
+            missing = self.splat(literal(math.nan, dtype), dtype)
+            return self.define(f"{inside} ? {found} : {missing}", dtype)
         if node.op.kind is not OpKind.ELEMENTWISE:
             raise CodegenError(f"{node.op.name} is read before it is computed")
         rule = LOWER[node.op]
@@ -282,14 +289,20 @@ class _Env:
         step = coordinate[1] if coordinate[0] == self.lane else 0
         return f"splat_integer({text}) + iota() * {step}"
 
-    def _place(self, node: Node, coords: tuple[Coordinate, ...]) -> Coordinate:
-        """Compute the position along a gather's axis, once per row where the row has but one."""
+    def _place(self, node: Node, coords: tuple[Coordinate, ...]) -> tuple[Coordinate, str]:
+        """Compute the position along a gather's axis, once per row where the row has but one.
+
+        Also whether it is inside; where it is not, the position is the nearest that is.
+        """
         data, index = node.inputs
+        extent = data.shape[node.attrs.axis]
         own = self.row is None or (not self.vector and self.varies(index, coords))
         env = self if own or self.row is None else self.row
-        place = f"so::within({env.value(index, coords)}, {data.shape[node.attrs.axis]}L)"
+        wanted = env.value(index, coords)
+        place = env.define(f"so::within({wanted}, {extent}L)", DType.I64)
+        inside = env.define(f"{place} == {wanted}", DType.BOOL)
         # scale 0: the element changes with the lane, though not by its number
-        return self.lane if own else None, 0, env.define(place, DType.I64)
+        return (self.lane if own else None, 0, place), inside
 
     def reads(
         self, node: Node, coords: tuple[Coordinate, ...], own: Node | None

@@ -344,6 +344,22 @@ def test_gathers(folder):
     check(build.graph(), folder)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(3, 40), (3, 1)])
+def test_an_index_beyond_its_tensor_gives_nan(folder, rows, columns):
+    build = BlockBuilder("beyond", grid={"m": 1})
+    index = build.load(b.input_("i", (rows, 1), DType.I64), rows, 1)
+    table = build.load(b.input_("x", (20, columns)), 20, columns)
+    found = b.gather(table, b.broadcast(index, (rows, columns)), -2)
+    build.store(found, (rows, columns), rows, columns)
+    graph = build.graph()
+    (kernel,) = compile_many([lower(graph, CpuConfig(), graph.name)], folder)
+    places, x = torch.tensor([[-1], [19], [20]]), torch.randn(20, columns)
+    got = torch.zeros(rows, columns)
+    kernel(*(t.data_ptr() for t in (places, x)), got.data_ptr())
+    assert got[[0, 2]].isnan().all()
+    assert torch.equal(got[1], x[19])
+
+
 @pytest.mark.parametrize("dtype", [DType.F32, DType.I64])
 def test_scans_and_places_of_extremes(folder, dtype):
     build = BlockBuilder("along", grid={"a": 2})
