@@ -302,11 +302,11 @@ def _cast(args: list[str], node: Node, vector: bool) -> str:
 
 
 for _op in (leaf.CONSTANT, leaf.IOTA, tile.TILE_INDEX, structural.BROADCAST, structural.PERMUTE):
-    LOWER.register(_op)("read in place: codegen/cpu/fused.py")
+    LOWER.register(_op)("read in place: codegen/cpu/environment.py")
 for _op in (structural.SLICE, structural.FLIP, structural.GATHER):
-    LOWER.register(_op)("read in place: codegen/cpu/fused.py")
+    LOWER.register(_op)("read in place: codegen/cpu/environment.py")
 for _op in (structural.RESHAPE, structural.CONCAT, structural.PAD):
-    LOWER.register(_op)("read in place or copied: codegen/cpu/fused.py")
+    LOWER.register(_op)("read in place or copied: codegen/cpu/environment.py")
 for _op in (leaf.INPUT, leaf.ITEM, tile.LOAD, tile.STORE):
     LOWER.register(_op)("memory access: codegen/cpu/lower.py")
 for _op in all_ops():

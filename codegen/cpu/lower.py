@@ -18,15 +18,9 @@ from superopt.codegen.cpu.config import CpuConfig
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
 from superopt.codegen.cpu.contraction import Product
 from superopt.codegen.cpu.expressions import LOWER, literal
-from superopt.codegen.cpu.fused import (
-    FusedLoop,
-    Member,
-    MemberKind,
-    carried,
-    combine_kind,
-    identity,
-)
+from superopt.codegen.cpu.fused import FusedLoop
 from superopt.codegen.cpu.inline import Plan
+from superopt.codegen.cpu.members import Member, MemberKind, carried, combine_kind, identity
 from superopt.codegen.errors import CodegenError
 from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
 from superopt.ir.graph import Graph

@@ -1,0 +1,299 @@
+"""Expressions of one place in a fused loop: where elements lie, and the text of their values.
+
+In: nodes and coordinates in the loop nest around the place. Out: lines of C++ that define each value
+once, as a scalar or as a vector along the lane dim.
+
+Invariant: a value that does not vary along the row is computed in the row's scalars.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import final
+
+from superopt.codegen.cpu.context import Context, Extent, View, element_type
+from superopt.codegen.cpu.expressions import LOWER, literal, scalar_type, vector_type
+from superopt.codegen.cpu.inline import Plan, is_move
+from superopt.codegen.errors import CodegenError
+from superopt.ir.node import Node
+from superopt.ir.ops import elementwise, leaf, structural, tile
+from superopt.ir.ops.registry import OpKind
+from superopt.ir.types import DType
+
+Coordinate = tuple[int | None, int, int | str]
+"""(dim of the loop nest or None, scale, offset): the element index scale * variable + offset.
+
+An offset that an index tensor gives is the name of a variable.
+"""
+
+_CONTRACTED = (DType.F32, DType.F64)
+
+
+@final
+@dataclass(slots=True)
+class Environment:
+    """Expressions of one place in the text: a row (scalars) or a step of its vector loop."""
+
+    context: Context
+    plan: Plan
+    extents: tuple[Extent, ...]
+    lane: int | None
+    lane_text: str = ""
+    count: str | None = None
+    vector: bool = False
+    row: "Environment | None" = None
+    target: Node | None = None
+    lines: list[str] = field(default_factory=list)
+    cache: dict[tuple[Node, tuple[Coordinate, ...]], str] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
+
+    # -- places --------------------------------------------------------------------------------
+
+    def variable(self, dim: int) -> str:
+        """Return the loop variable of a dim; dims of one element need none."""
+        if dim == self.lane:
+            return self.lane_text
+        return "0" if self.extents[dim].full == 1 else f"r{dim}"
+
+    def index(self, coordinate: Coordinate) -> str:
+        """Return an element index as text."""
+        dim, scale, offset = coordinate
+        parts = []
+        if dim is not None and scale and self.variable(dim) != "0":
+            name = self.variable(dim)
+            parts.append(name if scale == 1 else f"({name}) * {scale}")
+        if offset:
+            parts.append(str(offset))
+        return " + ".join(parts) or "0"
+
+    def address(self, view: View, coords: tuple[Coordinate, ...]) -> tuple[str, int]:
+        """Return the address of an element and the distance to the next lane's."""
+        parts = [view.pointer]
+        step = 0
+        for coordinate, stride in zip(coords, view.strides, strict=True):
+            text = self.index(coordinate)
+            if stride and text != "0":
+                parts.append(text if stride == 1 else f"({text}) * {stride}L")
+            if coordinate[0] is not None and coordinate[0] == self.lane:
+                step += stride * coordinate[1]
+        return " + ".join(parts), step
+
+    # -- values --------------------------------------------------------------------------------
+
+    def value(self, node: Node, coords: tuple[Coordinate, ...]) -> str:
+        """Return the name of `node`'s element at `coords`, computed once per place."""
+        key = (node, coords)
+        if key not in self.cache:
+            self.cache[key] = self._value(node, coords)
+        return self.cache[key]
+
+    def define(self, text: str, dtype: DType) -> str:
+        """Give `text` a name."""
+        name = self.context.fresh("v")
+        type_ = vector_type(dtype) if self.vector else scalar_type(dtype)
+        self.lines.append(f"const {type_} {name} = {text};")
+        return name
+
+    def splat(self, scalar: str, dtype: DType) -> str:
+        """Return a scalar in every lane."""
+        if not self.vector:
+            return scalar
+        if dtype.is_float:
+            return f"splat<vf>({scalar})"
+        return f"splat_mask({scalar})" if dtype is DType.BOOL else f"splat_integer({scalar})"
+
+    def _value(self, node: Node, coords: tuple[Coordinate, ...]) -> str:
+        dtype = node.tensor.dtype
+        if node.op is leaf.CONSTANT:
+            return self.splat(literal(node.attrs.value, dtype), dtype)
+        varies = self.lane is not None and any(d == self.lane for d, _, _ in coords)
+        if not varies and self.row is not None and node is not self.target:
+            return self.define(self.splat(self.row.value(node, coords), dtype), dtype)
+        view = None if node is self.target else self.context.views.get(node)
+        if view is not None:
+            return self.define(self.load(view, coords), dtype)
+        if node.op in (tile.TILE_INDEX, leaf.IOTA):
+            return self.define(self._position(node, coords), dtype)
+        if is_move(node):
+            return self.value(node.inputs[0], self.moved(node, coords))
+        if node.op is structural.GATHER:
+            place, inside = self._place(node, coords)
+            found = self.value(node.inputs[0], gathered(node, coords, place))
+            if not dtype.is_float:
+                return found
+            # PyTorch refuses an index beyond its tensor; a kernel cannot, and lets nobody miss it
+            missing = self.splat(literal(math.nan, dtype), dtype)
+            return self.define(f"{inside} ? {found} : {missing}", dtype)
+        if node.op.kind is not OpKind.ELEMENTWISE:
+            raise CodegenError(f"{node.op.name} is read before it is computed")
+        rule = LOWER[node.op]
+        if isinstance(rule, str):
+            raise CodegenError(f"{node.op.name} has no expression: {rule}")
+        operands = [self.value(i, broadcast_coords(i, coords)) for i in node.inputs]
+        text = rule(operands, node, self.vector)
+        if node.op is elementwise.MUL and dtype in _CONTRACTED and self._is_added(node):
+            text = f"rounded({text})"
+        return self.define(text, dtype)
+
+    def _is_added(self, node: Node) -> bool:
+        """Say whether a compiler could merge the product with an addition that reads it."""
+        users = self.plan.users.get(node, ())
+        return any(u.op in (elementwise.ADD, elementwise.SUB) or is_move(u) for u in users)
+
+    def load(self, view: View, coords: tuple[Coordinate, ...]) -> str:
+        """Return the text that loads an element, or a vector of them along the lane dim."""
+        address, step = self.address(view, coords)
+        if not self.vector:
+            if view.element in ("so::bf16", "so::f16"):
+                return f"load_scalar<float>({address})"
+            return f"*({address})"
+        if view.dtype.is_integer:
+            if step == 1 and self.count is None:
+                return f"load_integers({address})"
+            count = f", {self.count}" if self.count else ""
+            return f"load_integers({address}, {step}L{count})"
+        if step != 1:
+            count = f", {self.count}" if self.count else ""
+            text = f"load_strided({address}, {step}L{count})"
+        elif self.count:
+            text = f"load_n<vf>({address}, {self.count})"
+        else:
+            text = f"load<vf>({address})"
+            self._fetch(view, address)
+        return f"({text} != 0.0f)" if view.dtype is DType.BOOL else text
+
+    def _fetch(self, view: View, address: str) -> None:
+        """Fetch what is read next while a loop reads anew what the caches hold.
+
+        The first loop over a row waits for memory, the others compute: memory works through both.
+        """
+        self.read.add(view.pointer)
+        if view.ahead and view.pointer in self.context.read - self.context.fetched:
+            self.lines.append(f"__builtin_prefetch({address} + {view.ahead}L, 0, 2);")
+
+    def store(self, view: View, coords: tuple[Coordinate, ...], value: str) -> None:
+        """Write an element, or a vector of them along the lane dim."""
+        address, step = self.address(view, coords)
+        count = f", {self.count}" if self.count else ""
+        if not self.vector:
+            self.lines.append(f"store({address}, {value});")
+            return
+        if view.dtype.is_integer:
+            self.lines.append(f"store_integers({address}, {value}, {step}L{count});")
+            return
+        if view.dtype is DType.BOOL:
+            value = f"mask_value({value})"
+        if step != 1:
+            self.lines.append(f"store_strided({address}, {step}L, {value}{count});")
+        elif self.count:
+            self.lines.append(f"store_n({address}, {value}{count});")
+        elif self.context.config.store_past and not view.in_scratch:
+            self.lines.append(f"store_past({address}, {value});")
+        else:
+            self.lines.append(f"store({address}, {value});")
+
+    def _position(self, node: Node, coords: tuple[Coordinate, ...]) -> str:
+        if node.op is leaf.IOTA:
+            axis = node.attrs.axis + len(node.shape)
+            base, coordinate = "0", coords[axis]
+        else:
+            base, coordinate = self.context.offset_text(node.attrs.dim), coords[0]
+        text = f"{base} + {self.index(coordinate)}"
+        if not self.vector:
+            return f"static_cast<{element_type(node.tensor.dtype)}>({text})"
+        step = coordinate[1] if coordinate[0] == self.lane else 0
+        return f"splat_integer({text}) + iota() * {step}"
+
+    def _place(self, node: Node, coords: tuple[Coordinate, ...]) -> tuple[Coordinate, str]:
+        """Compute the position along a gather's axis, once per row where the row has but one.
+
+        Also whether it is inside; where it is not, the position is the nearest that is.
+        """
+        data, index = node.inputs
+        extent = data.shape[node.attrs.axis]
+        own = self.row is None or (not self.vector and self.varies(index, coords))
+        env = self if own or self.row is None else self.row
+        wanted = env.value(index, coords)
+        place = env.define(f"so::within({wanted}, {extent}L)", DType.I64)
+        inside = env.define(f"{place} == {wanted}", DType.BOOL)
+        # scale 0: the element changes with the lane, though not by its number
+        return (self.lane if own else None, 0, place), inside
+
+    def reads(
+        self, node: Node, coords: tuple[Coordinate, ...], own: Node | None
+    ) -> Iterator[tuple[Node, tuple[Coordinate, ...]]]:
+        """Yield what the value of `node` depends on, down to memory, except that of `own`."""
+        stack = [(node, coords)]
+        while stack:
+            node, coords = stack.pop()
+            yield node, coords
+            if (node in self.context.views and node is not own) or not node.inputs:
+                continue
+            if is_move(node):
+                stack.append((node.inputs[0], self.moved(node, coords)))
+            elif node.op is structural.GATHER:
+                stack.append((node.inputs[0], gathered(node, coords, (None, 0, "place"))))
+                stack.append((node.inputs[1], coords))
+            else:
+                stack += [(i, broadcast_coords(i, coords)) for i in node.inputs]
+
+    def varies(self, node: Node, coords: tuple[Coordinate, ...]) -> bool:
+        """Say whether a value changes along the row."""
+        return any(
+            (found in self.context.views or not found.inputs)
+            and any(dim == self.lane for dim, _, _ in at)
+            for found, at in self.reads(node, coords, None)
+        )
+
+    def moved(self, node: Node, coords: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]:
+        """Return where a move reads the element at `coords`."""
+        source = node.inputs[0]
+        if node.op is structural.PERMUTE:
+            at: list[Coordinate] = [(None, 0, 0)] * len(coords)
+            for i, p in enumerate(node.attrs.perm):
+                at[p] = coords[i]
+            return tuple(at)
+        if node.op is structural.BROADCAST:
+            return tuple(
+                (None, 0, 0) if d == 1 else c for d, c in zip(source.shape, coords, strict=True)
+            )
+        if node.op is structural.RESHAPE:
+            kept = iter([c for d, c in zip(node.shape, coords, strict=True) if d != 1])
+            return tuple((None, 0, 0) if d == 1 else next(kept) for d in source.shape)
+        moved = list(coords)
+        if node.op is structural.SLICE:
+            axis = node.attrs.axis + len(coords)
+            dim, scale, offset = moved[axis]
+            step = node.attrs.step
+            moved[axis] = (dim, scale * step, _affine(offset, step, node.attrs.start))
+        else:
+            for axis in (a + len(coords) for a in node.attrs.axes):
+                dim, scale, offset = moved[axis]
+                moved[axis] = (dim, -scale, _affine(offset, -1, source.shape[axis] - 1))
+        return tuple(moved)
+
+
+def _affine(offset: int | str, scale: int, start: int) -> int | str:
+    if isinstance(offset, int):
+        return offset * scale + start
+    return offset if (scale, start) == (1, 0) else f"({offset} * {scale}L + {start}L)"
+
+
+def broadcast_coords(operand: Node, coords: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]:
+    """Return where an elementwise op reads an operand."""
+    if not operand.shape:
+        return ()
+    return tuple((None, 0, 0) if d == 1 else c for d, c in zip(operand.shape, coords, strict=True))
+
+
+def gathered(
+    node: Node, coords: tuple[Coordinate, ...], place: Coordinate
+) -> tuple[Coordinate, ...]:
+    """Return where a gather reads its data: at `place` along its axis."""
+    axis = node.attrs.axis + len(coords)
+    return (*coords[:axis], place, *coords[axis + 1 :])
+
+
+def identity_coords(shape: tuple[int, ...]) -> tuple[Coordinate, ...]:
+    """Coordinates of a tile of `shape` in a loop nest of the same rank."""
+    return tuple((None, 0, 0) if d == 1 else (i, 1, 0) for i, d in enumerate(shape))

@@ -1,0 +1,412 @@
+"""One row of a fused loop: vector loops along the lane dim, scalars between them.
+
+In: `Member`s whose leading dims are fixed by the loops around. Out: the C++ text of the row; members
+that can share a vector loop do, with the values between them in registers.
+
+Invariant: a vector loop reads and writes exactly the elements inside the tensor: what is left
+over at the end is masked, and lanes past the end count as the identity in reductions.
+"""
+
+from dataclasses import dataclass, field
+from typing import final
+
+from superopt.codegen.cpu.context import Context, Extent, View, element_type
+from superopt.codegen.cpu.environment import Coordinate, Environment, identity_coords
+from superopt.codegen.cpu.expressions import literal, scalar_type
+from superopt.codegen.cpu.inline import Plan
+from superopt.codegen.cpu.members import Member, carried, combine, combine_kind, identity
+from superopt.ir.node import Node
+from superopt.ir.ops import contraction, structural, tile
+from superopt.ir.types import DType
+
+
+@final
+@dataclass(slots=True)
+class Row:
+    """One row: vector loops along the lane dim, scalars between them."""
+
+    context: Context
+    plan: Plan
+    rank: int
+    lane: int
+    pending: list[Member] = field(default_factory=list)
+    scalars: dict[tuple[Node, tuple[Coordinate, ...]], str] = field(default_factory=dict)
+
+    def add(self, member: Member) -> None:
+        """Take a member into the current vector loop, or start another."""
+        wide = self.rank > 0 and member.extents[self.lane].full != 1
+        if not wide:
+            if self._depends(member):
+                self.flush()
+            self._scalar(member)
+            return
+        if self.pending:
+            same = self.pending[0].extents[self.lane] == member.extents[self.lane]
+            mode = self._vector(self.pending[0]) == self._vector(member)
+            if not (same and mode) or self._depends_on_total(member):
+                self.flush()
+        self.pending.append(member)
+
+    def _vector(self, member: Member) -> bool:
+        if member.kind in ("scan", "place"):
+            return False
+        dtype = member.view.dtype
+        if dtype is DType.F64 or member.node.tensor.dtype is DType.F64:
+            return False
+        source = member.source
+        if source is None:
+            return True
+        moved = member.kind in ("write", "store") and self.plan.fits(source)
+        if source.tensor.dtype.is_integer and not moved:
+            return False
+        if source in self.context.views and source is not member.node:
+            return True
+        return self.plan.vector[source] and not self._scattered(member)
+
+    def _scattered(self, member: Member) -> bool:
+        """Say whether lanes read at places of their own: an index varies along the row."""
+        assert member.source is not None
+        env = Environment(self.context, self.plan, member.extents, self.lane)
+        start = identity_coords(member.source.shape)
+        return any(
+            node.op is structural.GATHER and env.varies(node.inputs[1], coords)
+            for node, coords in env.reads(member.source, start, member.node)
+        )
+
+    def _leaves(self, member: Member) -> set[Node]:
+        if member.source is None:
+            return set(member.node.inputs)
+        found: set[Node] = set()
+        stack = [member.source]
+        if member.kind == "accumulate":
+            stack += list(member.node.inputs)
+        while stack:
+            node = stack.pop()
+            if node in found:
+                continue
+            found.add(node)
+            if node not in self.context.views or node is member.node:
+                stack += node.inputs
+        return found
+
+    def _depends(self, member: Member) -> bool:
+        leaves = self._leaves(member)
+        return any(p.node in leaves or p.node is member.node for p in self.pending)
+
+    def _depends_on_total(self, member: Member) -> bool:
+        """Say whether the member reads what the current vector loop has only at its end."""
+        leaves = self._leaves(member)
+        return any(
+            (p.kind in ("reduce", "place") and p.node in leaves)
+            or (p.node is member.node)
+            or (p.node in leaves and p.kind in ("prefix", "accumulate", "rescale"))
+            for p in self.pending
+        )
+
+    def _row_env(self, member: Member) -> Environment:
+        return Environment(
+            self.context, self.plan, member.extents, self.lane, "0", cache=self.scalars
+        )
+
+    def _emit(self, lines: list[str]) -> None:
+        for line in lines:
+            self.context.write(line)
+
+    def _scalar(self, member: Member) -> None:
+        env = self._row_env(member)
+        env.lane = None
+        self._statement(member, env, None)
+        self._emit(env.lines)
+
+    def flush(self) -> None:
+        """Write the current vector loop."""
+        members, self.pending = self.pending, []
+        if not members:
+            return
+        extent = members[0].extents[self.lane]
+        vector = self._vector(members[0])
+        row = self._row_env(members[0])
+        row.lane = None
+        totals: dict[Node, list[str]] = {}
+        loops: list[str] = []
+        if vector:
+            read = self._vector_loops(members, extent, row, totals, loops)
+            self.context.fetched |= read & self.context.read
+            self.context.read |= read
+        else:
+            self._plain_loop(members, extent, row, totals, loops)
+        self._emit(row.lines)
+        for node, names in totals.items():
+            for name in names:
+                self._emit([self._start(node, name, vector)])
+        self._emit(loops)
+        for member in members:
+            if member.kind == "reduce":
+                self._total(member, totals[member.node], vector)
+
+    def _start(self, node: Node, name: str, vector: bool) -> str:
+        dtype = node.inputs[0].tensor.dtype
+        neutral = identity(combine_kind(node), dtype)
+        if not vector:
+            return f"{scalar_type(dtype)} {name} = {neutral};"
+        if dtype is DType.BOOL:
+            return f"vi {name} = splat_mask({neutral});"
+        return f"vf {name} = splat<vf>({neutral});"
+
+    def _vector_loops(
+        self,
+        members: list[Member],
+        extent: Extent,
+        row: Environment,
+        totals: dict[Node, list[str]],
+        loops: list[str],
+    ) -> set[str]:
+        """Write the loops into `loops`; return the pointers that they read vectors from."""
+        reduces = [m for m in members if m.kind == "reduce"]
+        read: set[str] = set()
+        unroll = self.context.config.unroll
+        lane = f"j{self.lane}"
+        for member in reduces:
+            totals[member.node] = [self.context.fresh("t") for _ in range(unroll)]
+        # The text does not know the vector width: the compiler folds what an extent rules out.
+        steps = unroll if extent.full >= 64 * unroll and (reduces or len(members) < 3) else 1
+        loops.append(f"long {lane} = 0;")
+        if steps > 1:
+            head = f"for (; {lane} + {steps} * VL <= {extent.text}; {lane} += {steps} * VL) {{"
+            loops.append(head)
+            for u in range(steps):
+                text = f"{lane} + {u} * VL" if u else lane
+                loops += self._step(members, row, totals, u, text, None, read)
+            loops.append("}")
+        loops.append(f"for (; {lane} + VL <= {extent.text}; {lane} += VL) {{")
+        loops += self._step(members, row, totals, 0, lane, None, read)
+        loops.append("}")
+        loops.append(f"if ({lane} < {extent.text}) {{")
+        loops.append(f"  const long rest = {extent.text} - {lane};")
+        loops += self._step(members, row, totals, 0, lane, "rest", read)
+        loops.append("}")
+        if steps == 1:
+            for member in reduces:
+                del totals[member.node][1:]
+        loops[:] = ["{", *loops, "}"]
+        return read
+
+    def _plain_loop(
+        self,
+        members: list[Member],
+        extent: Extent,
+        row: Environment,
+        totals: dict[Node, list[str]],
+        loops: list[str],
+    ) -> None:
+        lane = f"j{self.lane}"
+        for member in members:
+            if member.kind == "reduce":
+                totals[member.node] = [self.context.fresh("t")]
+        loops.append(f"for (long {lane} = 0; {lane} < {extent.text}; ++{lane}) {{")
+        env = Environment(self.context, self.plan, members[0].extents, self.lane, lane, row=row)
+        for member in members:
+            self._statement(member, env, totals[member.node][0] if member.node in totals else None)
+        loops += ["  " + line for line in env.lines] + ["}"]
+
+    def _step(
+        self,
+        members: list[Member],
+        row: Environment,
+        totals: dict[Node, list[str]],
+        copy: int,
+        lane_text: str,
+        count: str | None,
+        read: set[str],
+    ) -> list[str]:
+        env = Environment(
+            self.context,
+            self.plan,
+            members[0].extents,
+            self.lane,
+            lane_text,
+            count,
+            vector=True,
+            row=row,
+            read=read,
+        )
+        for member in members:
+            names = totals.get(member.node)
+            self._statement(member, env, names[copy] if names else None)
+        return ["  {", *("    " + line for line in env.lines), "  }"]
+
+    def _statement(self, member: Member, env: Environment, total: str | None) -> None:
+        env.extents = member.extents
+        shape = tuple(e.full for e in member.extents)
+        at = identity_coords(shape)
+        if member.kind == "rescale":
+            self._rescale(member, env, at)
+            return
+        if member.kind == "finish":
+            self._finish(member, env, at)
+            return
+        assert member.source is not None
+        env.target = member.node if member.source is member.node else None
+        value = env.value(member.source, identity_coords(member.source.shape))
+        env.target = None
+        if member.kind in ("write", "store"):
+            env.store(member.view, at[: len(member.view.strides)], value)
+            if member.kind == "write":
+                env.cache[(member.node, at)] = value
+        elif member.kind == "reduce":
+            self._reduce(member, env, value, total)
+        elif member.kind == "scan":
+            self._scan(member, env, value, at)
+        elif member.kind == "place":
+            self._place(member, env, value)
+        elif member.kind == "prefix":
+            self._prefix(member, env, value, at)
+        else:
+            self._accumulate(member, env, value, at)
+
+    def _reduce(self, member: Member, env: Environment, value: str, total: str | None) -> None:
+        kind = combine_kind(member.node)
+        dtype = member.node.inputs[0].tensor.dtype
+        if total is None:
+            # a scalar in this row: rows are collected in memory
+            self._collect(member, env, value)
+            return
+        if self.lane not in member.axes:
+            self._collect(member, env, value)
+            return
+        if env.count and env.vector:
+            value = f"select(first_lanes({env.count}), {value}, {_neutral(kind, dtype)})"
+        env.lines.append(f"{total} = {combine(kind, total, value, dtype, vector=env.vector)};")
+
+    def _collect(self, member: Member, env: Environment, value: str) -> None:
+        kind = combine_kind(member.node)
+        dtype = member.node.tensor.dtype
+        shape = tuple(1 if i in member.axes else e.full for i, e in enumerate(member.extents))
+        at = identity_coords(shape)
+        if all(a == self.lane for a in member.axes) and not env.vector:
+            env.store(member.view, at, value)
+            env.cache[(member.node, at)] = value
+            return
+        before = env.define(env.load(member.view, at), dtype)
+        text = combine(kind, before, value, dtype, vector=env.vector)
+        env.store(member.view, at, env.define(text, dtype))
+
+    def _total(self, member: Member, names: list[str], vector: bool) -> None:
+        """Close a reduction along the row."""
+        if self.lane not in member.axes:
+            return
+        kind = combine_kind(member.node)
+        dtype = member.node.inputs[0].tensor.dtype
+        text = names[0]
+        for name in names[1:]:
+            text = f"({combine(kind, text, name, dtype, vector=vector)})"
+        if vector:
+            if dtype is DType.BOOL:
+                text = f"any({text})" if kind in ("max", "sum") else f"all({text})"
+            else:
+                text = f"h{kind}({text})"
+        env = self._row_env(member)
+        env.lane = None
+        name = env.define(text, member.node.tensor.dtype)
+        self._collect(member, env, name)
+        self._emit(env.lines)
+
+    def _carried_at(self, member: Member) -> tuple[Coordinate, ...]:
+        return identity_coords(
+            tuple(1 if i in member.axes else e.full for i, e in enumerate(member.extents))
+        )
+
+    def _scan(
+        self, member: Member, env: Environment, value: str, at: tuple[Coordinate, ...]
+    ) -> None:
+        assert member.carry is not None
+        kind, wide = combine_kind(member.node), carried(member.node)
+        here = self._carried_at(member)
+        before = env.define(env.load(member.carry, here), wide)
+        total = env.define(combine(kind, before, value, wide, vector=False), wide)
+        env.store(member.carry, here, total)
+        dtype = member.node.tensor.dtype
+        text = f"static_cast<{scalar_type(dtype)}>({total})"
+        if dtype in (DType.F16, DType.BF16):
+            text = f"so::round_to<{element_type(dtype)}>({text})"
+        name = env.define(text, dtype)
+        env.store(member.view, at, name)
+        env.cache[(member.node, at)] = name
+
+    def _place(self, member: Member, env: Environment, value: str) -> None:
+        """Keep the first place of the largest or smallest value so far; NaN is either."""
+        assert member.carry is not None
+        here = self._carried_at(member)
+        best, _ = env.address(member.carry, here)
+        place, _ = env.address(member.view, here)
+        (axis,) = member.axes
+        position = env.index((axis, 1, 0))
+        test = "above" if member.node.op is contraction.ARGMAX else "below"
+        env.lines.append(
+            f"if (so::{test}({value}, *({best}))) "
+            f"{{ *({best}) = {value}; *({place}) = {position}; }}"
+        )
+
+    def _accumulate(
+        self, member: Member, env: Environment, value: str, at: tuple[Coordinate, ...]
+    ) -> None:
+        dtype = member.node.tensor.dtype
+        if member.node.op is tile.ACCUM_LAST:
+            env.store(member.view, at, value)
+            return
+        before = env.load(member.view, at)
+        if member.factors:
+            factor = self._factor(member, env, at)
+            before = f"{before} * {factor}"
+        before = env.define(before, dtype)
+        kind = combine_kind(member.node)
+        text = combine(kind, before, value, dtype, vector=env.vector)
+        env.store(member.view, at, env.define(text, dtype))
+
+    def _factor(self, member: Member, env: Environment, at: tuple[Coordinate, ...]) -> str:
+        _, view = member.factors[0]
+        where = tuple(
+            (None, 0, 0) if d == 1 else c for d, c in zip(member.old_shape, at, strict=True)
+        )
+        return self._read(view, where, env)
+
+    def _read(self, view: View, where: tuple[Coordinate, ...], env: Environment) -> str:
+        varies = any(d == self.lane for d, _, _ in where)
+        if env.vector and not varies:
+            assert env.row is not None
+            scalar = env.row.define(env.row.load(view, where), view.dtype)
+            return env.define(env.splat(scalar, view.dtype), view.dtype)
+        return env.define(env.load(view, where), view.dtype)
+
+    def _prefix(
+        self, member: Member, env: Environment, value: str, at: tuple[Coordinate, ...]
+    ) -> None:
+        dtype = member.node.tensor.dtype
+        old = env.define(env.load(member.view, at), dtype)
+        new = env.define(combine("max", old, value, dtype, vector=env.vector), dtype)
+        env.store(member.view, at, new)
+        env.cache[(member.node, at)] = new
+        suffix = "" if env.vector else "_one"
+        for power, view in member.factors:
+            shift = f"({old} - finite_or_zero({new}))"
+            scaled = shift if power == 1 else f"({shift} * {float(power)!r}f)"
+            env.store(view, at, env.define(f"so::exp{suffix}{scaled}", dtype))
+
+    def _rescale(self, member: Member, env: Environment, at: tuple[Coordinate, ...]) -> None:
+        factor = self._factor(member, env, at)
+        dtype = member.node.tensor.dtype
+        env.store(member.view, at, env.define(f"{env.load(member.view, at)} * {factor}", dtype))
+
+    def _finish(self, member: Member, env: Environment, at: tuple[Coordinate, ...]) -> None:
+        """Scale by exp(-inf) where the maximum stayed -inf: what was added counts nothing."""
+        dtype = member.node.tensor.dtype
+        shift = self._factor(member, env, at)
+        value = env.define(env.load(member.view, at), dtype)
+        low = f"{shift} == -__builtin_inff()"
+        scaled = f"{value} * {env.splat(literal(0.0, dtype), dtype)}"
+        env.store(member.view, at, env.define(f"select({low}, {scaled}, {value})", dtype))
+
+
+def _neutral(kind: str, dtype: DType) -> str:
+    text = identity(kind, dtype)
+    return f"splat_mask({text})" if dtype is DType.BOOL else f"splat<vf>({text})"
