@@ -50,7 +50,7 @@ _FIRST_LOOK: Final = 2.0**-20
 """The error bound of a variant's test: one draw as a rule."""
 _PROOF: Final = 4.0
 """How many times as long as that the proof of a program may take: three draws, of tiles."""
-_LAST_S: Final = 2.0
+LAST_S: Final = 2.0
 """For what comes after the proof: the program is compared with the original."""
 _LAST_SHARE: Final = 0.6
 """The largest share of the budget that is kept for all this."""
@@ -143,7 +143,7 @@ class Driver:
 
     def _left(self) -> float:
         """Return the seconds left for search, without those that the proof and all after it will take."""
-        ending_s = self.proof_s + self.floats.predicted_s() + _LAST_S
+        ending_s = self.proof_s + self.floats.predicted_s() + LAST_S
         ending_s = min(ending_s, _LAST_SHARE * self.budget_s)
         return self.budget_s - ending_s - (time.monotonic() - self.started)
 

@@ -201,6 +201,9 @@ class Clock:
         if read <= self.target.outer_cache_bytes or not any(large):
             return [first]
         size = sum(t.nbytes for t, is_large in zip(first, large, strict=True) if is_large)
+        # kept while one kernel is timed: those of a program of many weights would fill the memory
+        keys = set(enumerate(wanted))
+        self._copies = {key: c for key, c in self._copies.items() if key in keys}
         turns = [first]
         for number in range(2 * self.target.outer_cache_bytes // size):
             copies = [

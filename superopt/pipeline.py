@@ -33,7 +33,7 @@ from superopt.ir.text import print_graph
 from superopt.measure import Clock, interleaved
 from superopt.plan import KernelSource, OutputSpec, Plan
 from superopt.runtime import Program, build_program, store_tensor, with_layouts
-from superopt.search.driver import Event, SearchResult, search
+from superopt.search.driver import LAST_S, Event, SearchResult, search
 from superopt.verify.certificate import certify
 from superopt.verify.equivalence import Verdict, verify_field
 from superopt.verify.floating import FloatTest, FloatVerdict
@@ -42,7 +42,6 @@ from superopt.verify.opaque import draws_random_numbers
 logger = logging.getLogger("superopt")
 
 OnEvent = Callable[[Event], None]
-_LAST_S: Final = 2.0
 _CONFIGURATIONS: Final = 6
 _GAIN: Final = 0.99
 _STRICT_BOUND: Final = 2.0**-120
@@ -275,7 +274,7 @@ def _search(
 
     def accept(program: Graph) -> str:
         """Tune the kernels and test them as they will run."""
-        _tune(program, clock, deadline - floats.predicted_s() - _LAST_S, on_event)
+        _tune(program, clock, deadline - floats.predicted_s() - LAST_S, on_event)
         clock.ensure(program)
         plain = clock.program(program)
         floating[program] = floats.check(lambda tensors: list(plain.run(*tensors)))

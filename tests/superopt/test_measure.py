@@ -46,6 +46,9 @@ def test_large_operands_are_not_found_in_a_cache() -> None:
     assert len({t.data_ptr() for _, t in turns}) * 4096 * 4 >= 2 * target.outer_cache_bytes
     assert len({t.data_ptr() for t, _ in turns}) == 1
     assert all(torch.equal(t, turns[0][1]) for _, t in turns)
+    # copies of what another kernel read are let go
+    clock._in_turn([x.tensor, b.input_("v", (5000,)).tensor])
+    assert [kind.shape for _, kind in clock._copies] == [(5000,)]
     # a program that fits the caches keeps its operands there
     clock.inputs = {}
     assert len(clock._in_turn([x.tensor, w.tensor])) == 1
