@@ -10,7 +10,14 @@ from benchmarks.runner import Errors, Timing, WorkloadResult
 from benchmarks.timing import Spread
 
 
-def result(name: str, ratio: float, search_s: float = 5.0, warm_s: float = 0.3) -> WorkloadResult:
+def result(
+    name: str,
+    ratio: float,
+    search_s: float = 5.0,
+    warm_s: float = 0.3,
+    bound_s: float = 0.0028,
+    kind: str = "memory",
+) -> WorkloadResult:
     def timing(seconds: float) -> Timing:
         return Timing(Spread(seconds, seconds, seconds), 1.0, Errors(0.0, 0.0))
 
@@ -19,8 +26,8 @@ def result(name: str, ratio: float, search_s: float = 5.0, warm_s: float = 0.3) 
         "float32",
         moved_bytes=1,
         flops=1,
-        bound_s=0.001,
-        bound_kind="memory",
+        bound_s=bound_s,
+        bound_kind=kind,
         timings={"eager": timing(0.010), "compile": timing(0.008), "superopt": timing(0.004)},
         best_other="compile",
         ratio=Spread(ratio, ratio, ratio),
@@ -45,6 +52,8 @@ def test_each_target_is_missed_on_its_own_line() -> None:
         "a: 0.969x the best of the others": result("a", 0.969),
         "a: search 181 s": result("a", 2.0, search_s=181.0),
         "a: warm start 1.01 s": result("a", 2.0, warm_s=1.01),
+        "a: 69% of the bandwidth": result("a", 2.0, bound_s=0.00276),
+        "a: 50% of the rate of a large product": result("a", 2.0, bound_s=0.002, kind="compute"),
     }
     for line, missing in cases.items():
         (missed,) = missed_targets("cpu", [missing, result("b", 4.0)])
@@ -55,7 +64,7 @@ def test_each_target_is_missed_on_its_own_line() -> None:
 
 
 def test_gpu_targets_ask_for_the_mean_alone() -> None:
-    slow_search = result("a", 0.9, search_s=500.0, warm_s=math.inf)
+    slow_search = result("a", 0.9, search_s=500.0, warm_s=math.inf, bound_s=0.0)
     assert missed_targets("cuda", [slow_search, result("b", 1.2)]) == []
 
 
@@ -65,5 +74,5 @@ def test_table_shows_the_best_the_share_and_the_counts() -> None:
     text = table([result("good", 2.0), failed])
     good = next(line for line in text.split("\n") if line.startswith("good"))
     shown = " ".join(good.split())
-    assert shown == "good 10.000 8.000* 4.000 1.000 mem 25% 2.00x 5.0 12/3/? 0.30"
+    assert shown == "good 10.000 8.000* 4.000 2.800 mem 70% 2.00x 5.0 12/3/? 0.30"
     assert "bad: max-autotune: RuntimeError: no" in text
