@@ -338,7 +338,7 @@ class Driver:
         random_ = random.Random(self.seed)
         tried = {_key(s, t) for _, s, t in batch}
         while best is not None and (count := self._affordable(until)) > 0:
-            near = [m for m in _neighbours(best) if _key(*m) not in tried]
+            near = [m for m in _neighbours(best, self.machine) if _key(*m) not in tried]
             if not near:
                 break
             random_.shuffle(near)
@@ -482,9 +482,9 @@ def _diverse(
     return chosen
 
 
-def _neighbours(best: _Choice) -> list[tuple[Schedule, dict[Atom, int]]]:
+def _neighbours(best: _Choice, machine: Target) -> list[tuple[Schedule, dict[Atom, int]]]:
     result = []
-    for atom, options in choices(best.schedule).items():
+    for atom, options in choices(best.schedule, machine).items():
         sizes = sorted({*options, best.tiles[atom]})
         at = sizes.index(best.tiles[atom])
         for other in sizes[max(0, at - 1) : at + 2]:

@@ -1,6 +1,6 @@
 """Tile sizes: the choices per index and the most promising combinations under the cost model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from math import inf
 from typing import Final
@@ -13,13 +13,19 @@ from superopt.search.region import view_type
 from superopt.search.schedule import Role, Schedule
 
 _ROWS: Final = (1, 4, 8, 16, 32, 64, 128)
+_MANY_ROWS: Final = (256, 512)
+"""On a CPU too: an operand that a block transposes pays by the rows that use it."""
 _COLUMNS: Final = (16, 32, 64, 128, 256, 512, 1024, 2048)
 _LOOP: Final = (32, 64, 128, 256, 512, 1024)
 MAX_COMBINATIONS: Final = 512
 
 
-def choices(schedule: Schedule) -> dict[Atom, tuple[int, ...]]:
-    """Return the tile sizes worth trying for each grid and loop atom."""
+def choices(schedule: Schedule, machine: Target) -> dict[Atom, tuple[int, ...]]:
+    """Return the tile sizes worth trying for each grid and loop atom.
+
+    On a CPU also those that give every core as much to do, in one block or two.
+    """
+    cpu = machine.kind == "cpu"
     space = schedule.space
     columns = _fastest(schedule)
     rows: set[Atom] = set()
@@ -39,13 +45,24 @@ def choices(schedule: Schedule) -> dict[Atom, tuple[int, ...]]:
         elif role is Role.WHOLE:
             continue
         elif atom in columns:
-            options = _COLUMNS if atom not in rows else tuple(sorted({*_ROWS, *_COLUMNS}))
+            found = {*_COLUMNS, *(_ROWS if atom in rows else ())}
+            if cpu:
+                found.update(_even(extent, machine.cores, machine.vector_lanes))
+            options = tuple(sorted(found))
         elif atom in rows:
             options = _ROWS
+            if cpu:
+                options = (*_ROWS, *_MANY_ROWS, *_even(extent, machine.cores, 1))
+                options = tuple(sorted(set(options)))
         else:
             options = (1,)
         result[atom] = tuple(dict.fromkeys(min(o, extent) for o in options))
     return result
+
+
+def _even(extent: int, cores: int, step: int) -> Iterable[int]:
+    """Return tile sizes, multiples of `step`, of which one or two per core cover the extent."""
+    return (-(-extent // (parts * step)) * step for parts in (cores, 2 * cores))
 
 
 def _fastest(schedule: Schedule) -> set[Atom]:
@@ -71,7 +88,7 @@ def best_tiles(
 
     At most `limit` combinations are estimated; the choices of every atom are thinned to fit.
     """
-    table = choices(schedule)
+    table = choices(schedule, machine)
     while _size(table) > limit and any(len(o) > 2 for o in table.values()):
         widest = max(table, key=lambda a: len(table[a]))
         table[widest] = table[widest][::-2][::-1]

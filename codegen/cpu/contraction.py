@@ -180,14 +180,15 @@ class Product:
 
     def _packed(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent) -> None:
         config = self.context.config
-        a = self._prepared(a, m, n, k)
+        if a.element != "float":
+            a = self._copied_rows(a, m, k)
         rows, vectors = self._register_tile(m, n)
         depth = min(k.full, _PANEL_DEPTH)
         panel = self.context.allocate(
             (depth, config.vectors * _MOST_LANES), DType.F32, "panel", dense=True
         )
         self.context.write(
-            f"gemm_packed<{rows}, {vectors}, {_flag(self.accumulate)}, {m.static}, {depth}>"
+            f"gemm_packed<{rows}, {vectors}, {_flag(self.accumulate)}, {m.static}, {n.static}, {depth}>"
             f"({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {a.column}L, {b.text}, "
             f"{b.column}L, {b.row}L, {panel.pointer}, {c.text}, {c.row}L);"
         )

@@ -150,7 +150,7 @@ def test_search_ends_early_enough_for_the_proof(monkeypatch: pytest.MonkeyPatch)
     plain = expand(PROGRAMS["gqa"])
     found = Driver(plain, Target(), Slow(), 2.0, 0, FloatTest(plain, seed=0))
     found.proof_s = 1.0
-    monkeypatch.setattr(driver, "_LAST_S", 0.0)
+    monkeypatch.setattr(driver, "LAST_S", 0.0)
     started = time.monotonic()
     found._assemble(apply_rules(plain, FUSION_RULES), started + found._left())
     # of two seconds, and what it was doing then is finished: one batch of kernels

@@ -163,7 +163,7 @@ def test_choices_stay_inside_the_extents() -> None:
         ready = prepared(graph)
         for group in partition(ready, MACHINE):
             for schedule in derive(make_region(ready, group)):
-                for atom, options in choices(schedule).items():
+                for atom, options in choices(schedule, MACHINE).items():
                     assert all(1 <= o <= schedule.space.extent(atom) for o in options)
 
 

@@ -209,6 +209,15 @@ def test_columns_merged_from_two_dims_may_be_taken_one_row_at_a_time() -> None:
     graph = b.kernel_graph("experts", [x, w], [b.exp(product)])
     members = [n for n in graph.nodes() if n.op in (contraction.MATMUL, elementwise.EXP)]
     schedule = derive(make_region(graph, members))[0]
-    found = {schedule.space.extent(a): sizes for a, sizes in choices(schedule).items()}
+    found = {schedule.space.extent(a): sizes for a, sizes in choices(schedule, Target()).items()}
     assert 1 in found[8]
     assert 256 in found[256]
+
+
+def test_blocks_of_a_linear_layer_share_columns_evenly_and_transpose_weights_once() -> None:
+    x, w = b.input_("x", (300, 520)), b.input_("w", (777, 520))
+    graph = b.kernel_graph("linear", [x, w], [b.matmul(x, b.transpose(w))])
+    (schedule,) = [s for s in derive(whole_region(graph)) if s.loop is None]
+    ((_, tiles),) = best_tiles(schedule, Target(), 1)
+    extents = {schedule.space.extent(a): size for a, size in tiles.items()}
+    assert extents == {300: 300, 777: 400}
