@@ -306,11 +306,16 @@ class Clock:
 def random_tensor(
     wanted: TensorType, seed: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Return a random tensor of a type, strides included; integers are zero, so that they can index."""
+    """Return a random tensor of a type, strides included; integers are zero, so that they can index.
+
+    Sizes lie between 1/2 and 3/2: what is small by chance, and divided by, would make large numbers, whose
+    exponentials are denormal, and those take a processor a hundred cycles.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     dtype = DTYPES[wanted.dtype]
     if wanted.dtype.is_float:
-        values = torch.randn(wanted.shape, generator=generator, device=device).to(dtype)
+        values = torch.rand(wanted.shape, generator=generator, device=device) * 2 - 1
+        values = (values + values.sign() * 0.5).to(dtype)
     elif dtype is torch.bool:
         values = torch.rand(wanted.shape, generator=generator, device=device) < 0.8
     else:

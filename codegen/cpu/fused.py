@@ -29,6 +29,8 @@ class FusedLoop:
         if not self.members:
             return True
         first = self.members[0]
+        if member.dense is not None or first.dense is not None:
+            return False
         if member.rank != first.rank or member.rank == 0:
             return False
         if member.extents[:-1] != first.extents[:-1]:
@@ -66,7 +68,9 @@ class FusedLoop:
         members, self.members = self.members, []
         rank = members[0].rank
         lane = rank - 1
-        if all(m.extents[-1].full == 1 for m in members if m.rank) and rank:
+        if members[0].dense is not None:
+            lane = members[0].dense
+        elif all(m.extents[-1].full == 1 for m in members if m.rank) and rank:
             wide = [d for d in range(rank) if members[0].extents[d].full != 1]
             lane = wide[-1] if wide else lane
         for member in members:

@@ -106,6 +106,10 @@ class Plan:
             node = node.inputs[0]
         return node
 
+    def only_multiplied(self, node: Node) -> bool:
+        """Say whether nothing but products reads the value, through moves."""
+        return all(u.op is contraction.MATMUL for u in self._readers(node))
+
     def _operands(self, node: Node) -> None:
         if node.op is contraction.MATMUL:
             for operand in node.inputs:

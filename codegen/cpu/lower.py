@@ -10,13 +10,15 @@ the grid: FULL knows that all of its tiles are whole. The same is done inside lo
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import final
 
 from superopt.codegen.cpu.config import CpuConfig
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
 from superopt.codegen.cpu.contraction import Product
+from superopt.codegen.cpu.divide import shared_divisions
+from superopt.codegen.cpu.environment import Environment, identity_coords
 from superopt.codegen.cpu.expressions import LOWER, literal
 from superopt.codegen.cpu.fused import FusedLoop
 from superopt.codegen.cpu.inline import Plan
@@ -27,6 +29,7 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, structural, tile
 from superopt.ir.ops.registry import OpKind
+from superopt.ir.threads import inline_threads
 from superopt.ir.tiles import DimSource, is_accumulator
 from superopt.ir.types import DType, contiguous_strides
 
@@ -50,7 +53,7 @@ def lower(graph: Graph, config: CpuConfig, name: str) -> Source:
         CodegenError: an op or a combination of loops has no C++ form here; the caller keeps the
             library's kernel.
     """
-    program = tile_program(graph)
+    program = tile_program(shared_divisions(inline_threads(graph)))
     for node in program.graph.nodes():
         if node.op in LOWER.unsupported:
             raise CodegenError(f"{node.op.name}: {LOWER.unsupported[node.op]}")
@@ -342,8 +345,40 @@ class _Kernel:
         elif node.op in (structural.CONCAT, structural.PAD, structural.RESHAPE):
             self._copy(node)
         else:
-            view = self._view(node, "tile")
-            self._add(Member("write", node, node, view, tuple(self.context.extents(node))))
+            self._write(node)
+
+    def _write(self, node: Node) -> None:
+        extents = tuple(self.context.extents(node))
+        dense = self._dense_dim(node, extents)
+        if dense is not None and node not in self.context.views:
+            order = [i for i in range(len(node.shape)) if i != dense] + [dense]
+            shape = tuple(node.shape[i] for i in order)
+            view = self.context.allocate(shape, node.tensor.dtype, "tile")
+            strides = tuple(view.strides[order.index(i)] for i in range(len(order)))
+            self.context.views[node] = replace(view, strides=strides)
+        view = self._view(node, "tile")
+        self._add(Member("write", node, node, view, extents, dense=dense))
+
+    def _dense_dim(self, node: Node, extents: tuple[Extent, ...]) -> int | None:
+        """Return the dim along which an operand of products is to lie, where it is not the last.
+
+        A tile that is made of transposed ones lies as they do: products take it either way, and vectors
+        of it are read whole.
+        """
+        if not node.shape or not self.plan.only_multiplied(node):
+            return None
+        env = Environment(self.context, self.plan, extents, None)
+        last = len(node.shape) - 1
+        gains = dict.fromkeys(range(last + 1), 0)
+        for found, coords in env.reads(node, identity_coords(node.shape), node):
+            view = self.context.views.get(found)
+            if view is None or found is node:
+                continue
+            for (dim, scale, _), stride in zip(coords, view.strides, strict=True):
+                if dim is not None and stride * scale == 1:
+                    gains[dim] += found.tensor.elements
+        best = max(gains, key=lambda dim: (gains[dim], dim))
+        return None if best == last else best
 
     def _along(self, node: Node) -> None:
         """Compute what goes from element to element of one dim: scans and places of extremes."""

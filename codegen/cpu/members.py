@@ -91,6 +91,8 @@ class Member:
     """prefix: for each power in use, where exp(power * (old - new)) goes; rescale: whence."""
     old_shape: tuple[int, ...] = ()
     carry: View | None = None
+    dense: int | None = None
+    """The dim along which vectors lie, where it is not the last."""
 
     @property
     def rank(self) -> int:

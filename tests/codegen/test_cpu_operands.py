@@ -1,0 +1,92 @@
+"""What C++ kernels do to tiles on their way into loops: shared divisors, transposed operands of products."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from superopt.codegen.cpu.compile import find_compiler
+from superopt.codegen.cpu.config import CpuConfig
+from superopt.codegen.cpu.divide import shared_divisions
+from superopt.codegen.cpu.kernel import Kernel, compile_many
+from superopt.codegen.cpu.lower import lower
+from superopt.ir import build as b
+from superopt.ir.build import BlockBuilder
+from superopt.ir.graph import Graph
+from superopt.ir.node import topological
+from superopt.ir.ops import elementwise
+from superopt.ir.types import DType
+from superopt.verify.reference import run_reference
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+
+SIZES = (0.0, 1e-45, 3e-41, 1.17549435e-38, 1e-20, 0.3, 1.0, 7.0, 1e20, 9e37, 2.5e38, 3.4e38)
+VALUES = torch.tensor([s * v for v in SIZES for s in (1, -1)] + [torch.inf, -torch.inf, torch.nan])
+
+
+def run(graph: Graph, folder: Path, *inputs: torch.Tensor) -> torch.Tensor:
+    (kernel,) = compile_many([lower(graph, CpuConfig(), graph.name)], folder)
+    assert isinstance(kernel, Kernel), kernel
+    out = torch.empty(graph.outputs[0].shape)
+    kernel(*(t.data_ptr() for t in inputs), out.data_ptr())
+    return out
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_shared_divisors_of_all_sizes(tmp_path: Path, by_row: bool) -> None:
+    n = len(VALUES)
+    g = BlockBuilder("divided", grid={"m": 1})
+    x = g.load(b.input_("x", (n, n)), n, n)
+    y = g.load(b.input_("y", (n, 1) if by_row else (1, n)), *((n, 1) if by_row else (1, n)))
+    g.store(b.div(x, y), (n, n), n, n)
+    graph = g.graph()
+    divisions = [n for n in topological(shared_divisions(graph).outputs) if n.op is elementwise.DIV]
+    assert [d.tensor.elements for d in divisions] == [n]
+    above, below = VALUES.repeat(n, 1), VALUES
+    above, below = (above, below[:, None]) if by_row else (above.T.contiguous(), below[None, :])
+    got = run(graph, tmp_path, above, below.contiguous())
+    want = above / below
+    least = torch.finfo(torch.float32).smallest_normal
+    torch.testing.assert_close(got, want, rtol=3e-7, atol=2 * least * 2**-23, equal_nan=True)
+    assert torch.equal(got.isnan(), want.isnan())
+
+
+def test_divisions_that_stay() -> None:
+    def kept(x_shape: tuple[int, ...], divisor: object, dtype: DType = DType.F32) -> int:
+        g = BlockBuilder("g", grid={"m": 1})
+        x = g.load(b.input_("x", x_shape, dtype), *x_shape)
+        y = (
+            divisor
+            if isinstance(divisor, float)
+            else g.load(b.input_("y", divisor, dtype), *divisor)
+        )  # type: ignore[arg-type,misc]
+        g.store(b.div(x, y), x_shape, *x_shape)
+        nodes = topological(shared_divisions(g.graph()).outputs)
+        return sum(n.op is elementwise.DIV and n.tensor.elements == 12 for n in nodes)
+
+    assert kept((3, 4), (3, 4)) == 1
+    assert kept((3, 4), (1, 4)) == 1
+    assert kept((3, 4), (3, 1), DType.BF16) == 1
+    assert kept((3, 4), 3e-39) == 1
+    assert kept((3, 4), (3, 1)) == kept((3, 4), 3.0) == 0
+
+
+@pytest.mark.parametrize(("keys", "tile"), [(64, 32), (41, 16)])
+def test_an_operand_made_of_transposed_tiles_lies_as_they_do(
+    tmp_path: Path, keys: int, tile: int
+) -> None:
+    g = BlockBuilder("scores", grid={"n": -(-keys // tile)})
+    q = g.load(b.input_("q", (40, 19)), 40, 19)
+    k = g.load(b.input_("k", (19, keys), strides=(1, 19)), 19, ("n", tile))
+    gain = g.load(b.input_("gain", (19, 1)), 19, 1)
+    g.store(b.matmul(q, b.mul(k, gain)), (40, keys), 40, ("n", tile))
+    graph = g.graph()
+    assert "strided" not in lower(graph, CpuConfig(), "scores").text
+    generator = torch.Generator().manual_seed(1)
+    left, right = (
+        torch.randn(40, 19, generator=generator),
+        torch.randn(keys, 19, generator=generator),
+    )
+    scale = torch.randn(19, 1, generator=generator)
+    (want,) = run_reference(graph, [left, right.T, scale])
+    torch.testing.assert_close(run(graph, tmp_path, left, right, scale), want)
