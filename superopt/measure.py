@@ -26,7 +26,8 @@ from superopt.ir.ops.registry import OpKind
 from superopt.ir.target import Target
 from superopt.ir.types import TensorType
 from superopt.plan import KernelSource
-from superopt.runtime import Program, build_program, restride
+from superopt.runtime import Program, build_program
+from superopt.verify.opaque import restride
 from superopt.verify.reference import DTYPES, run_reference
 
 logger = logging.getLogger("superopt")
@@ -239,7 +240,7 @@ class Clock:
         except SuperoptError as error:
             self._failed(graph, error)
             return False
-        if all(_close(r, e) for r, e in zip(results, expected, strict=True)):
+        if all(close(r, e) for r, e in zip(results, expected, strict=True)):
             return True
         self._failed(graph, CodegenError("its result differs from its meaning"))
         return False
@@ -331,7 +332,10 @@ def _poisoned(wanted: TensorType, device: torch.device) -> torch.Tensor:
     return torch.full(wanted.shape, 1, dtype=dtype, device=device)
 
 
-def _close(result: torch.Tensor, expected: torch.Tensor) -> bool:
+def close(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Say whether a result is what it should be up to rounding."""
+    if expected.is_complex():
+        return close(torch.view_as_real(result), torch.view_as_real(expected))
     if not expected.is_floating_point():
         return bool((result == expected).float().mean() > 1 - _TOLERANCE)
     wide, exact = result.double(), expected.double()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, final
 
 import torch
+from torch.utils import _pytree as pytree
 
 import superopt
 from superopt.backends import Backend, backend_named, current
@@ -27,17 +28,16 @@ from superopt.codegen.errors import CodegenError, NoCompiler
 from superopt.errors import PlanError, Unsupported, unknown
 from superopt.ir.graph import Graph
 from superopt.ir.node import topological
-from superopt.ir.ops import library
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.text import print_graph
-from superopt.measure import Clock, interleaved
+from superopt.measure import Clock, close, interleaved
 from superopt.plan import KernelSource, OutputSpec, Plan
 from superopt.runtime import Program, build_program, store_tensor, with_layouts
 from superopt.search.driver import LAST_S, Event, SearchResult, search
 from superopt.verify.certificate import certify
+from superopt.verify.draws import draws, generators
 from superopt.verify.equivalence import Verdict, verify_field
 from superopt.verify.floating import FloatTest, FloatVerdict
-from superopt.verify.opaque import draws_random_numbers
 
 logger = logging.getLogger("superopt")
 
@@ -136,7 +136,6 @@ def make_plan(
     """
     started = time.monotonic() if started is None else started
     graph = with_layouts(request.graph, request.tensors)
-    _refuse_random(graph)
     request = replace(request, graph=graph)
     store = Cache(options.folder())
     key = plan_key(request, options)
@@ -246,12 +245,6 @@ def device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
     return devices[0] if devices else torch.device("cpu")
 
 
-def _refuse_random(graph: Graph) -> None:
-    for node in graph.nodes():
-        if node.op is library.OPAQUE and draws_random_numbers(node.attrs):
-            raise Unsupported(f"{node.attrs.target} draws random numbers: it runs as it was")
-
-
 def _search(
     request: Request, options: Options, store: Cache, on_event: OnEvent, started: float
 ) -> Planned:
@@ -354,6 +347,8 @@ def _finish(
         writes=request.writes,
         device=clock.backend.device,
     )
+    if draws(graph) and not _draws_alike(request, program, options.seed, clock.device):
+        return _unchanged(request, report, "its random numbers would be others")
     original_s, planned_s = _compare(request, program, clock.backend)
     report |= {"original_s": original_s, "planned_s": planned_s}
     on_event(Event("compared", f"{original_s * 1e3:.3f} ms -> {planned_s * 1e3:.3f} ms", {}))
@@ -384,6 +379,24 @@ def _compare(request: Request, program: Program, backend: Backend) -> tuple[floa
     calls = [request.original, planned]
     original_s, planned_s = interleaved(calls, limit_s=2.0, rounds=15, timed=backend.timed)
     return original_s, planned_s
+
+
+def _draws_alike(request: Request, program: Program, seed: int, device: torch.device) -> bool:
+    """Say whether original and plan draw the same numbers, and leave the generators alike.
+
+    The proof takes a draw for a function of its operands' values. It is one of their layout too.
+    """
+    tensors = list(request.tensors)
+    for target in request.writes.values():
+        tensors[target] = tensors[target].clone()
+    with generators(device, seed):
+        expected = pytree.tree_leaves(request.original())
+        state = torch.rand(1, device=device)
+    with generators(device, seed):
+        found = program.run(*tensors)
+        same = torch.equal(torch.rand(1, device=device), state)
+    results = [t for t in expected if isinstance(t, torch.Tensor)]
+    return same and all(close(a, b) for a, b in zip(found, results, strict=True))
 
 
 def restorer(changed: Sequence[torch.Tensor]) -> Callable[[], None]:

@@ -25,6 +25,7 @@ from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType, TensorType, contiguous_strides
 from superopt.memory import LARGE_BYTES, allocator
 from superopt.plan import OutputSpec, StoredTensor
+from superopt.verify.opaque import restride
 from superopt.verify.reference import DTYPES, IR_DTYPES, TORCH, TorchDomain
 
 VIEWS: Final = (structural.RESHAPE, structural.PERMUTE, structural.SLICE, structural.BROADCAST)
@@ -72,7 +73,8 @@ def build_program(
         graph: kernel level; its custom nodes are looked up in `kernels` by their block graph's digest.
         kernels: entry points that take addresses, inputs before outputs.
         strides: of the inputs as they will come (None: as the graph's input types say).
-        outputs: how the results are to lie in memory (None: as it comes).
+        outputs: how the results are to lie in memory (None: as it comes); further outputs are computed
+            and not returned.
         writes: output index -> index of the input that it is copied into after all is computed.
         device: where all tensors are, inputs and results.
     """
@@ -377,11 +379,13 @@ class _Writer:
                 is_input = self.places[node].base.op is leaf.INPUT
                 names.append(self._line(f"{name}.clone()") if is_input else name)
                 continue
-            spec = self.outputs[len(returned)] if self.outputs is not None else None
-            if spec is None:
+            if self.outputs is None:
                 names.append(name)
                 returned.append(name)
                 continue
+            if len(returned) == len(self.outputs):
+                break  # the last draw of random numbers: it is computed, and nobody sees it
+            spec = self.outputs[len(returned)]
             name = self._as_eager(node, name, spec, returned, fresh)
             names.append(name)
             returned.append(name)
@@ -445,18 +449,6 @@ def with_layouts(graph: Graph, tensors: Sequence[torch.Tensor]) -> Graph:
             new[node] = rebuild(node, tuple(new[i] for i in node.inputs))
     inputs = tuple(new[i] for i in graph.inputs)
     return Graph(graph.level, graph.name, inputs, tuple(new[o] for o in graph.outputs))
-
-
-def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """Return a copy of `tensor` with these strides (0: the elements along that dim are the same)."""
-    shape = tuple(tensor.shape)
-    spread = [d for d, (n, s) in enumerate(zip(shape, strides, strict=True)) if s == 0 and n > 1]
-    for dim in spread:
-        tensor = tensor.narrow(dim, 0, 1)
-    made = torch.empty_strided(
-        tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
-    ).copy_(tensor)
-    return made.expand(shape) if spread else made
 
 
 def _meta(node: Node, strides: Sequence[int] | None) -> torch.Tensor:

@@ -20,6 +20,7 @@ from superopt.pipeline import Request, restorer
 from superopt.plan import OutputSpec, Plan
 from superopt.runtime import load_tensor
 from superopt.signature import tensor_check
+from superopt.verify.draws import generators
 
 Function = Callable[..., Any]
 Modules = Sequence[torch.nn.Module]
@@ -142,7 +143,7 @@ def make_request(
         raise Unsupported("the program changes memory that it also reads by another name")
     with preserved(lifted):
         outputs, structure = _observe(function, args, kwargs, tensors, writes)
-    returned = len(lifted.graph.outputs) - len(writes)
+    returned = len(lifted.graph.outputs) - len(writes) - lifted.draws
     if len(outputs) != returned:
         raise Unsupported(f"the program returns {len(outputs)} tensors, its graph {returned}")
     request = Request(
@@ -161,11 +162,12 @@ def make_request(
 
 @contextmanager
 def preserved(lifted: Lifted) -> Iterator[None]:
-    """Give the buffers that a program changes their values back in the end."""
+    """Give the buffers that a program changes, and random generators, their state back in the end."""
     changed = [lifted.parameters[m.target] for m in lifted.mutations if m.kind == "buffer"]
     kept = [(tensor.detach(), tensor.detach().clone()) for tensor in changed]
     try:
-        yield
+        with generators(lifted.device):
+            yield
     finally:
         for tensor, value in kept:
             tensor.copy_(value)

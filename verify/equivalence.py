@@ -27,6 +27,7 @@ from superopt.ir.semantics import to_primitives
 from superopt.ir.types import TensorType, Type
 from superopt.verify.arithmetic import PRIME_LIMIT
 from superopt.verify.degree import error_per_test
+from superopt.verify.draws import draws
 from superopt.verify.field import FieldDomain, FieldValue, ZeroDivision
 from superopt.verify.needs import COMPARISONS, infinite_constant, needed_residues
 from superopt.verify.ranges import integer_limits
@@ -141,7 +142,7 @@ def verify_field(
 
 def _verified(original: Graph, candidate: Graph, seed: int, error_bound: float) -> Verdict:
     started = time.perf_counter()
-    mismatch = _signature_mismatch(original, candidate)
+    mismatch = _signature_mismatch(original, candidate) or _draw_mismatch(original, candidate)
     if mismatch:
         return _refused(mismatch, seed, started)
     joint = _joint(original, candidate)
@@ -167,6 +168,20 @@ def _signature_mismatch(original: Graph, candidate: Graph) -> str | None:
     for i, (a, b) in enumerate(zip(original.outputs, candidate.outputs, strict=True)):
         if a.shape != b.shape or a.tensor.dtype is not b.tensor.dtype:
             return f"output {i} is {b.type}, not {a.type}"
+    return None
+
+
+def _draw_mismatch(original: Graph, candidate: Graph) -> str | None:
+    """Say where the draws of random numbers differ: their operators, arguments, number or order.
+
+    From what they are drawn is for the field to tell: the last one is an output.
+    """
+    wanted, found = ([n.attrs for n in draws(g)] for g in (original, candidate))
+    if len(found) != len(wanted):
+        return f"{len(found)} draws of random numbers, not {len(wanted)}"
+    for number, (a, b) in enumerate(zip(wanted, found, strict=True)):
+        if a != b:
+            return f"draw {number} of random numbers is {b.target}, not {a.target} as it was"
     return None
 
 

@@ -8,6 +8,7 @@ original itself errs at working precision, and may give inf or NaN only where th
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -17,9 +18,10 @@ import torch
 from superopt.ir.graph import Graph
 from superopt.ir.interpret import interpret
 from superopt.ir.node import Node
-from superopt.ir.ops import contraction, elementwise
+from superopt.ir.ops import contraction, elementwise, library
 from superopt.ir.ops.registry import Op, OpKind
 from superopt.ir.types import DType, TensorType
+from superopt.verify.draws import generators
 from superopt.verify.ranges import draw_integers, integer_limits
 from superopt.verify.reference import DTYPES, TorchDomain, run_reference
 
@@ -173,7 +175,7 @@ class FloatTest:
         self.original = original
         self.seed = seed
         self.device = device
-        self._references: dict[str, _Reference] = {}
+        self._references: dict[str, _Reference | str] = {}
         self._seconds: dict[str, float] = {}
 
     def predicted_s(self) -> float:
@@ -187,12 +189,16 @@ class FloatTest:
         """Compare the candidate's error with the original's own on every distribution."""
         started = time.perf_counter()
         errors: list[FloatError] = []
-        reason = ""
+        reason = refused = ""
         for distribution in distributions:
             begun = time.perf_counter()
             inputs = draw_inputs(self.original, distribution, self.seed, self.device)
             reference = self._reference(distribution, inputs)
-            found = list(run_candidate([on(i, self.device) for i in inputs]))
+            if isinstance(reference, str):
+                refused = reference
+                continue
+            with self._drawing():
+                found = list(run_candidate([on(i, self.device) for i in inputs]))
             reason = _shape_mismatch(reference.own, found)
             if not reason:
                 pair, reason = _worst(reference, found)
@@ -201,16 +207,34 @@ class FloatTest:
             if reason:
                 reason = f"{distribution} inputs: {reason}"
                 break
+        if not errors and not reason:
+            reason = f"the original fails on all test inputs: {refused}"
         seconds = time.perf_counter() - started
         return FloatVerdict(not reason, reason, self.seed, tuple(errors), seconds)
 
-    def _reference(self, distribution: str, inputs: list[torch.Tensor]) -> "_Reference":
+    def _drawing(self) -> AbstractContextManager[None]:
+        """Let programs that draw random numbers all draw the same ones."""
+        return generators(self.device, self.seed)
+
+    def _reference(self, distribution: str, inputs: list[torch.Tensor]) -> "_Reference | str":
+        """Return what the original gives, or why it gives nothing.
+
+        An operator may refuse operands: a Cholesky factor exists of few matrices.
+        """
         if distribution not in self._references:
-            self._references[distribution] = _Reference(
-                run_reference(self.original, inputs, dtype_override=torch.float64),
-                _run_rounded(self.original, inputs, self.seed),
-                run_reference(self.original, inputs),
-            )
+            try:
+                with self._drawing():
+                    exact = run_reference(self.original, inputs, dtype_override=torch.float64)
+                with self._drawing():
+                    moved = _run_rounded(self.original, inputs, self.seed)
+                with self._drawing():
+                    own = run_reference(self.original, inputs)
+            except (RuntimeError, ValueError, IndexError) as error:
+                if not any(n.op is library.OPAQUE for n in self.original.nodes()):
+                    raise
+                self._references[distribution] = f"{type(error).__name__}: {error}"
+            else:
+                self._references[distribution] = _Reference(exact, moved, own)
         return self._references[distribution]
 
 

@@ -1,13 +1,16 @@
 """PyTorch operators that stay as they are: how a call becomes the text of a node, and runs again.
 
 In: an operator overload and its arguments. Out: `OpaqueAttrs`, whose `arguments` is JSON: tensors
-are `{"t": operand index}`, element types, devices and the like are `{"torch": name}`, numbers that
-JSON lacks are `{"float": text}`. No pickle: a foreign graph can only name registered operators.
+are `{"t": operand index}`, with `"strides"` where the operator looks at the layout; one of which it looks at
+nothing else is `{"empty": shape, "strides", "dtype", "device"}` and no operand. Element types, devices and
+the like are `{"torch": name}`, numbers that JSON lacks are `{"float": text}`. No pickle: a foreign graph can
+only name registered operators.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,8 +20,6 @@ from superopt.ir.errors import GraphError
 from superopt.ir.ops.library import OpaqueAttrs
 from superopt.ir.types import Type
 
-_SWITCHES = ("train", "training")
-_RATES = ("dropout", "dropout_p")
 _NAMED = {
     str(value).removeprefix("torch."): value
     for value in vars(torch).values()
@@ -31,9 +32,9 @@ def encode_call(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     result: Type,
-    operand: Callable[[Any], int | None],
+    operand: Callable[[Any], dict[str, Any] | None],
 ) -> OpaqueAttrs:
-    """Describe one call; `operand(value)` numbers tensors and gives None for all else.
+    """Describe one call; `operand(value)` gives the JSON form of tensors and None for all else.
 
     Raises:
         GraphError: an argument has no JSON form (a symbolic size, a generator, a complex number).
@@ -45,10 +46,10 @@ def encode_call(
     return OpaqueAttrs(target, json.dumps(arguments, separators=(",", ":")), result)
 
 
-def _encode(value: Any, operand: Callable[[Any], int | None]) -> Any:
-    index = operand(value)
-    if index is not None:
-        return {"t": index}
+def _encode(value: Any, operand: Callable[[Any], dict[str, Any] | None]) -> Any:
+    described = operand(value)
+    if described is not None:
+        return described
     if value is None or isinstance(value, bool | str):
         return value
     if type(value) is int:
@@ -69,15 +70,18 @@ def _decode(value: Any, tensors: Sequence[Any]) -> Any:
         return [_decode(v, tensors) for v in value]
     if not isinstance(value, dict):
         return value
-    ((kind, text),) = value.items()
-    match kind:
-        case "t":
-            return tensors[text]
-        case "float":
+    match value:
+        case {"t": index, "strides": strides}:
+            return laid_out(tensors[index], tuple(strides))
+        case {"t": index}:
+            return tensors[index]
+        case {"empty": shape, "strides": strides, "dtype": dtype, "device": device}:
+            return torch.empty_strided(shape, strides, dtype=getattr(torch, dtype), device=device)
+        case {"float": text}:
             return float(text)
-        case "device":
+        case {"device": text}:
             return torch.device(text)
-        case "torch":
+        case {"torch": text}:
             return _NAMED[text]
     raise GraphError(f"unknown argument {value} of an opaque operator")
 
@@ -101,33 +105,52 @@ def operator(target: str) -> torch._ops.OpOverload:
     return found
 
 
-def draws_random_numbers(attrs: OpaqueAttrs) -> bool:
-    """Say whether a call draws random numbers: its operator may, and no argument turns that off."""
-    overload = operator(attrs.target)
-    if torch.Tag.nondeterministic_seeded not in overload.tags:
-        return False
-    arguments = json.loads(attrs.arguments)
-    declared = overload._schema.arguments
-    given = {a.name: a.default_value for a in declared if a.has_default_value()}
-    given |= dict(zip((a.name for a in declared), arguments["args"], strict=False))
-    given |= arguments["kwargs"]
-    off = any(given.get(name) is False for name in _SWITCHES)
-    return not off and all(given.get(name) != 0 for name in _RATES)
-
-
 def flatten_result(result: Any) -> list[Any]:
     """Return the tensors of an operator's result, lists within tuples flattened, in order."""
     return list(pytree.tree_leaves(result))
+
+
+def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """Return a copy of `tensor` with these strides (0: the elements along that dim are the same)."""
+    shape = tuple(tensor.shape)
+    spread = [d for d, (n, s) in enumerate(zip(shape, strides, strict=True)) if s == 0 and n > 1]
+    for dim in spread:
+        tensor = tensor.narrow(dim, 0, 1)
+    made = torch.empty_strided(
+        tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
+    ).copy_(tensor)
+    return made.expand(shape) if spread else made
+
+
+def laid_out(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """Return `tensor` with these strides: itself where it lies so."""
+    return tensor if tensor.stride() == strides else restride(tensor, strides)
+
+
+@lru_cache(maxsize=1024)
+def call_of(attrs: OpaqueAttrs) -> tuple[torch._ops.OpOverload, list[Any], dict[str, Any]]:
+    """Return the operator of a call, and its arguments in their JSON form.
+
+    Raises:
+        GraphError: the operator is not registered in this process, or the arguments are damaged.
+    """
+    try:
+        arguments = json.loads(attrs.arguments)
+        return operator(attrs.target), list(arguments["args"]), dict(arguments["kwargs"])
+    except (ValueError, TypeError, KeyError):
+        raise GraphError(
+            f"the arguments of {attrs.target} are damaged: {attrs.arguments}"
+        ) from None
 
 
 def run_opaque(
     attrs: OpaqueAttrs, tensors: Sequence[torch.Tensor]
 ) -> "torch.Tensor | tuple[torch.Tensor, ...]":
     """Run the operator on `tensors`; several results come as a flat tuple."""
-    arguments = json.loads(attrs.arguments)
-    args = _decode(arguments["args"], tensors)
-    kwargs = {k: _decode(v, tensors) for k, v in arguments["kwargs"].items()}
-    result = operator(attrs.target)(*args, **kwargs)
+    overload, given, named = call_of(attrs)
+    args = _decode(given, tensors)
+    kwargs = {k: _decode(v, tensors) for k, v in named.items()}
+    result = overload(*args, **kwargs)
     if isinstance(result, torch.Tensor):
         return result
     return tuple(flatten_result(result))

@@ -23,7 +23,7 @@ from typing import Any, Final, final
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, rebuild, topological
-from superopt.ir.ops import elementwise, leaf
+from superopt.ir.ops import elementwise, leaf, library
 from superopt.ir.ops.registry import OpKind
 from superopt.verify.needs import real_valued
 
@@ -67,7 +67,8 @@ class Sweep:
         for node in topological(self.original):
             self.numbers[node] = len(self.numbers)
             self._number(node)
-            if node.op is leaf.INPUT or any(i in varying for i in node.inputs):
+            free = node.op in (leaf.INPUT, library.OPAQUE)
+            if free or any(i in varying for i in node.inputs):
                 varying.add(node)
                 if node in self.finite and _computes(node):
                     self.cuttable.add(node)

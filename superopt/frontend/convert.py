@@ -3,6 +3,9 @@
 In: FX nodes in order, and IR nodes for the placeholders. Out: IR nodes for the outputs. An operator
 without a rule, or with arguments that its rule declines, becomes an opaque node; so does what
 touches complex numbers. The types of all results are compared with those PyTorch recorded.
+
+What draws random numbers does so in the order of the layout in memory: its operands are described with
+the strides that they have in PyTorch.
 """
 
 import operator
@@ -27,7 +30,8 @@ from superopt.ir.errors import GraphError
 from superopt.ir.node import Node, make
 from superopt.ir.ops import library
 from superopt.ir.types import TensorType, TupleType, Type
-from superopt.verify.opaque import draws_random_numbers, encode_call
+from superopt.verify.draws import draws_random_numbers
+from superopt.verify.opaque import encode_call
 from superopt.verify.reference import IR_DTYPES
 
 # Checks without a result. Types are static here; a failed value check is the program's own error.
@@ -37,6 +41,23 @@ _NO_EFFECT = (
     "_assert_scalar",
     "sym_constrain_range",
     "sym_constrain_range_for_size",
+)
+
+
+# Operators that fill a tensor like their first operand and do not look at its elements.
+_FILLING = (
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "bernoulli.p",
+    "bernoulli.Tensor",
+    "uniform",
+    "normal_functional",
+    "exponential",
+    "log_normal",
+    "cauchy",
+    "geometric",
+    "random",
 )
 
 
@@ -83,11 +104,11 @@ def tensor_type(value: torch.Tensor, *, layout: bool = False) -> TensorType:
 @final
 @dataclass(slots=True)
 class Converter:
-    """The state of one walk: the IR value of each FX node, and the last random operator."""
+    """The state of one walk: the IR value of each FX node, and the last draw of random numbers."""
 
     values: dict[FxNode, Any]
     locations: dict[Node, str] = field(default_factory=dict)
-    last_random: Node | None = None
+    last_draw: Node | None = None
 
     def run(self, nodes: Sequence[FxNode]) -> None:
         """Convert every operator call in `nodes`."""
@@ -141,27 +162,41 @@ class Converter:
         if not results:
             raise LiftError("it returns no tensor")
         operands: dict[Node, int] = {}
+        random = torch.Tag.nondeterministic_seeded in target.tags
+        filled = node.args[0] if random and _fills(target) else None
 
-        def operand(value: Any) -> int | None:
-            if isinstance(value, Node):
-                return operands.setdefault(value, len(operands))
-            return None
+        def operand(value: Any) -> dict[str, Any] | None:
+            if not isinstance(value, FxNode):
+                return None
+            if value is filled:
+                return _shell(value.meta["val"])
+            index = operands.setdefault(self.values[value], len(operands))
+            strides = list(value.meta["val"].stride()) if random else None
+            return {"t": index, "strides": strides} if random else {"t": index}
+
+        def tensors(argument: Any) -> Any:
+            """Leave only those FX nodes that stand for tensors."""
+            return pytree.tree_map_only(
+                FxNode,
+                lambda n: n if isinstance(self.values[n], Node) else self.values[n],
+                argument,
+                is_leaf=lambda a: isinstance(a, FxNode),
+            )
 
         meta = node.meta["val"]
         type_: Type = results[0] if isinstance(meta, torch.Tensor) else TupleType(results)
-        args = self.value(node.args)
-        kwargs = self.value(node.kwargs)
+        args, kwargs = tensors(node.args), tensors(node.kwargs)
         attrs = encode_call(str(target), args, kwargs, type_, operand)
-        random = draws_random_numbers(attrs)
-        if random and self.last_random is not None:
-            # keeps random operators apart, and in the program's order: one reads the one before
-            operands.setdefault(self.last_random, len(operands))
+        drawn = draws_random_numbers(attrs)
+        if drawn and self.last_draw is not None:
+            # keeps draws apart, and in the program's order: one reads the one before
+            operands.setdefault(self.last_draw, len(operands))
         made = make(library.OPAQUE, tuple(operands), attrs)
-        if isinstance(type_, TensorType):
-            self.last_random = made if random else self.last_random
+        single = isinstance(type_, TensorType)
+        items = [made] if single else [b.item(made, i) for i in range(len(results))]
+        self.last_draw = items[0] if drawn else self.last_draw
+        if single:
             return made
-        items = [b.item(made, i) for i in range(len(results))]
-        self.last_random = items[0] if random else self.last_random
         return pytree.tree_unflatten(items, pytree.tree_structure(meta))
 
     def _remember(self, result: Any, node: FxNode) -> None:
@@ -169,6 +204,22 @@ class Converter:
         for made in pytree.tree_leaves(result):
             if isinstance(made, Node) and location:
                 self.locations.setdefault(made, location)
+
+
+def _fills(target: torch._ops.OpOverload) -> bool:
+    return target._opname in _FILLING or str(target).partition(".")[2] in _FILLING
+
+
+def _shell(value: torch.Tensor) -> dict[str, Any]:
+    """Describe a tensor by everything but its elements."""
+    dtype = str(value.dtype).removeprefix("torch.")
+    strides = list(value.stride())
+    return {
+        "empty": list(value.shape),
+        "strides": strides,
+        "dtype": dtype,
+        "device": str(value.device),
+    }
 
 
 def _result_types(node: FxNode) -> tuple[TensorType, ...]:
@@ -213,8 +264,3 @@ def _agrees(lifted: Any, call: Call) -> bool:
         node.tensor.shape == type_.shape and node.tensor.dtype is type_.dtype
         for node, type_ in zip(made, call.results, strict=False)
     )
-
-
-def is_random(node: Node) -> bool:
-    """Say whether a node is an opaque operator that draws random numbers."""
-    return node.op is library.OPAQUE and draws_random_numbers(node.attrs)

@@ -3,7 +3,12 @@
 In: an exported program. Out: the same program in functional operators, mutation turned into further
 outputs. What has a composite or a direct rule is kept whole: attention, norms, linear, silu and
 softmax (broken-up attention also yields strides that a later view refuses on the CPU).
+
+What draws random numbers is kept whole too, as other operators would draw other numbers. Dropout is the
+exception, on the CPU, where it is a draw and two products.
 """
+
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -36,8 +41,22 @@ KEPT_WHOLE = (
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """Return the program in functional core operators and those kept whole."""
     table = torch.export.default_decompositions()
-    for target in KEPT_WHOLE:
-        if target in table:
+    for target in list(table):
+        tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
+        if target in KEPT_WHOLE or torch.Tag.nondeterministic_seeded in tags:
             del table[target]
+    table[aten.native_dropout.default] = _dropout
     result: ExportedProgram = program.run_decompositions(table)
     return result
+
+
+def _dropout(x: torch.Tensor, rate: float, train: bool | None) -> Any:
+    """Drop out as `torch.dropout` does on the CPU, with the same numbers.
+
+    `bernoulli` fills a row-major tensor, `dropout` one that lies as its operand does.
+    """
+    whole = x.device.type != "cpu" or not x.is_contiguous()
+    if whole or train is False or not 0 < rate < 1:
+        return NotImplemented
+    kept = aten.bernoulli.p(x, 1 - rate)
+    return x * (kept / (1 - rate)), kept != 0

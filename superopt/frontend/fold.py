@@ -12,12 +12,13 @@ from typing import final
 
 import torch
 
-from superopt.frontend.convert import is_random, tensor_type
+from superopt.frontend.convert import tensor_type
 from superopt.ir import build as b
 from superopt.ir.graph import Graph, Level
 from superopt.ir.node import Node, rebuild, rewrite, topological
 from superopt.ir.ops import elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
+from superopt.verify.draws import is_draw
 from superopt.verify.reference import run_reference
 
 _VIEWS = (structural.RESHAPE, structural.BROADCAST, structural.PERMUTE, structural.SLICE)
@@ -82,7 +83,7 @@ def _constant_nodes(outputs: tuple[Node, ...], known: Mapping[Node, torch.Tensor
         if node.op is leaf.INPUT:
             fixed = node in known
         else:
-            fixed = all(i in constant for i in node.inputs) and not is_random(node)
+            fixed = all(i in constant for i in node.inputs) and not is_draw(node)
         if fixed:
             constant.add(node)
     return constant

@@ -29,6 +29,7 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make, rewrite
 from superopt.ir.ops import leaf
 from superopt.ir.types import TensorType
+from superopt.verify.draws import draws_numbers
 
 
 @final
@@ -58,11 +59,13 @@ class Lifted:
     """A program as a kernel graph, and how its arguments and results are laid out.
 
     The graph's inputs are `user_inputs`, then the keys of `parameters`, in order. Its outputs are
-    those of `mutations`, then the results. `folded_sources` are the buffers whose values are part of
+    those of `mutations`, then the results, then the last draw of random numbers where it `draws` any. `folded_sources` are the buffers whose values are part of
     folded parameters: whoever changes one of them lifts anew.
     """
 
     graph: Graph
+    device: torch.device
+    draws: bool
     user_inputs: list[str]
     parameters: dict[str, torch.Tensor]
     mutations: list[Mutation]
@@ -220,10 +223,22 @@ def lift_exported(program: ExportedProgram, *, name: str = "program") -> Lifted:
     """
     try:
         with torch.no_grad(), _without_torch_deprecations():
+            count = _draw_count(program)
             program = decompose(program)
     except Exception as error:
         raise LiftError(f"PyTorch cannot decompose {name}: {_first_lines(error)}") from error
+    if _draw_count(program) < count:
+        raise LiftError(f"{name} draws random numbers that it does not use")
     return _Lifter(program, re.sub(r"[^A-Za-z0-9_.]", "_", name)).run()
+
+
+def _draw_count(program: ExportedProgram) -> int:
+    """Return how often a program draws random numbers."""
+    return sum(
+        isinstance(node.target, torch._ops.OpOverload)
+        and draws_numbers(node.target, node.args, node.kwargs)
+        for node in program.graph.nodes
+    )
 
 
 Rewriting = Callable[[Node, tuple[Node, ...]], Node]
@@ -284,6 +299,8 @@ class _Lifter:
         outputs, mutations, results = self._outputs(returned)
         if not outputs:
             raise LiftError(f"{self.name} returns no tensor")
+        draw = converter.last_draw
+        outputs += [] if draw is None else [draw]
         locations = converter.locations
         simple = rewrite(outputs, _carrying(locations, simplified))
         folded = fold(simple, self._unchanged(mutations), device)
@@ -299,6 +316,8 @@ class _Lifter:
         spec = self.program.call_spec
         return Lifted(
             graph=kernel_graph(self.name, inputs, folded.outputs),
+            device=device,
+            draws=draw is not None,
             user_inputs=self.users,
             parameters={**parameters, **table},
             mutations=mutations,

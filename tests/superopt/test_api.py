@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import superopt
 from superopt import api
+from superopt.frontend import decompose
 from superopt.search.driver import Event
 
 FACTOR = 2.0
@@ -234,20 +235,61 @@ def test_buffers_change_as_in_eager(folder):
     torch.testing.assert_close(fast.cache, module.cache)
 
 
-def test_random_programs_and_data_dependent_ones_run_as_they_were(folder):
-    def noisy(x):
-        return x + torch.rand_like(x) + torch.rand_like(x)
-
+def test_data_dependent_programs_run_as_they_were(folder):
     def branching(x):
         return x * 2 if x.sum() > 0 else x - 1
 
-    for function in (noisy, branching):
-        fast = superopt.optimize(function, budget_s=1, cache=folder)
-        assert fast(torch.ones(3)).shape == (3,)
-        assert not any(planned(fast))
-        assert fast.report().unplanned
     fast = superopt.optimize(branching, budget_s=1, cache=folder)
+    assert fast(torch.ones(3)).tolist() == [2, 2, 2]
     assert fast(-torch.ones(3)).tolist() == [-2, -2, -2]
+    assert not any(planned(fast))
+    assert fast.report().unplanned
+
+
+class Noisy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = torch.nn.LayerNorm(64), torch.nn.Dropout(0.4)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        y = self.norm(self.drop(x * 2)) + torch.rand_like(x)
+        return y * 3, torch.multinomial(y.softmax(-1), 2), torch.randperm(4)
+
+
+def assert_drawn_alike(fast, eager, x):
+    """Call both with the same seed: the first call, in which the plan is made, and another one."""
+    for seed in (1, 2):
+        found = []
+        for run in (eager, fast):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                found.append((run(x), torch.get_rng_state()))
+        torch.testing.assert_close(found[1][0], found[0][0])
+        assert torch.equal(found[1][1], found[0][1])
+
+
+def test_random_numbers_are_drawn_as_eager_draws_them(folder):
+    fast, eager = superopt.optimize(Noisy(), budget_s=3, cache=folder), Noisy()
+    assert_drawn_alike(fast, eager, torch.randn(16, 64))
+    assert planned(fast) == [True]
+    again = superopt.optimize(Noisy(), budget_s=3, cache=folder)
+    assert_drawn_alike(again, eager, torch.randn(16, 64))
+
+
+def test_a_plan_that_would_draw_other_numbers_is_not_used(folder, monkeypatch):
+    def careless(x, rate, train):
+        kept = torch.ops.aten.bernoulli.p(x, 1 - rate)
+        return x * (kept / (1 - rate)), kept != 0
+
+    def columns(x):
+        return F.softmax(F.dropout(x.t() * 2, 0.3, training=True), -1) * x.t()
+
+    monkeypatch.setattr(decompose, "_dropout", careless)
+    fast = superopt.optimize(columns, budget_s=3, cache=folder)
+    assert_drawn_alike(fast, columns, torch.randn(16, 64))
+    assert fast.report().plans[0].why == "its random numbers would be others"
 
 
 def test_an_error_of_the_program_is_the_programs_error(folder):

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 
 from superopt import SuperoptError
 from superopt.frontend import LiftError, lift, lift_exported, lift_fx
-from superopt.frontend.convert import is_random
 from superopt.frontend.rules import common_dtype
 from superopt.ir import build as b
 from superopt.ir import composite
 from superopt.ir.node import Node
 from superopt.ir.ops import elementwise, library
 from superopt.ir.ops.registry import Op
+from superopt.verify.draws import is_draw
 from superopt.verify.reference import DTYPES, run_reference
 
 
@@ -157,17 +157,43 @@ def test_opaque_in_the_middle(runner: Any) -> None:
     runner.check(lifted, program(x), x)
 
 
-def test_random_operators_stay_apart_and_in_order(runner: Any) -> None:
-    def program(x: torch.Tensor) -> torch.Tensor:
-        first, second = torch.rand_like(x), torch.rand_like(x)
-        return second * 2 - first + F.dropout(x, 0.5, training=True)
+DRAWS = {
+    "in order": lambda x: torch.rand_like(x) * 2 - torch.rand_like(x),
+    "last one alone": lambda x: (x * 2, torch.randperm(5), torch.randn(3)),
+    "dropout": lambda x: F.dropout(x, 0.3, training=True) + 1,
+    "dropout of columns": lambda x: F.dropout(x.t() * 2, 0.3, training=True),
+    "dropout of a repeated row": lambda x: F.dropout(x[:1].expand(6, -1), 0.3, training=True),
+    "dropout of nothing": lambda x: F.dropout(x, 0.0, training=True) + torch.rand_like(x),
+    "dropout in place": lambda x: F.dropout(x * 2, 0.3, training=True, inplace=True),
+    "channels": lambda x: F.dropout2d(x.view(2, 3, 4, 5), 0.5, training=True),
+    "alpha": lambda x: F.alpha_dropout(x, 0.2, training=True),
+    "rrelu": lambda x: F.rrelu(x, training=True),
+    "probabilities": lambda x: torch.bernoulli(x.t().sigmoid()),
+    "choices": lambda x: torch.multinomial(x.softmax(-1), 3),
+    "fill": lambda x: x.clone().normal_() + torch.empty(6, 20).uniform_(1, 2),
+    "fill columns": lambda x: x.t().clone().normal_() + x.t(),
+    "gumbel": lambda x: F.gumbel_softmax(x),
+    "rates": lambda x: torch.poisson(x.exp()) + torch.normal(x, x.abs()),
+    "integers": lambda x: x + torch.randint_like(x, 3, 9) + torch.randint(0, 5, (20,)),
+}
 
-    x = randn(5, 5)
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_numbers_are_those_of_eager(runner: Any, name: str) -> None:
+    program, x = DRAWS[name], randn(6, 20)
     lifted = lift(program, (x,))
-    torch.manual_seed(3)
-    expected = program(x)
-    torch.manual_seed(3)
-    torch.testing.assert_close(runner(lifted, x), expected)
+    assert lifted.draws
+    states = []
+    for run in (program, lambda x: runner(lifted, x)):
+        torch.manual_seed(3)
+        states.append((run(x), torch.get_rng_state()))
+    torch.testing.assert_close(states[1][0], states[0][0], check_stride=False)
+    assert torch.equal(states[1][1], states[0][1])
+
+
+def test_a_draw_that_nothing_uses_is_not_lost() -> None:
+    with pytest.raises(LiftError, match="draws random numbers that it does not use"):
+        lift(lambda x: (torch.rand(3), x + torch.rand_like(x))[1], (randn(3),))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +204,7 @@ def test_an_operator_is_random_unless_an_argument_turns_it_off(
 ) -> None:
     module = torch.nn.LSTM(4, 4, 2, dropout=dropout).train(training)
     (node,) = nodes_of(lift(module, (randn(3, 2, 4),)), library.OPAQUE)
-    assert is_random(node) is random
+    assert is_draw(node) is random
 
 
 def test_batch_norm_in_training_updates_its_buffers(runner: Any) -> None:

@@ -12,7 +12,8 @@ from superopt.ir.composite import SOFTMAX
 from superopt.ir.node import make
 from superopt.ir.ops.contraction import AxisAttrs
 from superopt.plan import OutputSpec
-from superopt.runtime import build_program, load_tensor, restride, store_tensor, with_layouts
+from superopt.runtime import build_program, load_tensor, store_tensor, with_layouts
+from superopt.verify.opaque import restride
 from superopt.verify.reference import run_reference
 
 

@@ -201,7 +201,7 @@ def test_opaque_arguments_survive_json() -> None:
         arguments,
         {},
         TensorType((3, 8), DType.F32),
-        lambda v: 0 if isinstance(v, torch.Tensor) else None,
+        lambda v: {"t": 0} if isinstance(v, torch.Tensor) else None,
     )
     assert json.loads(attrs.arguments) == {"args": [[{"t": 0}, {"t": 0}], -1], "kwargs": {}}
     torch.testing.assert_close(run_opaque(attrs, [x]), torch.cat([x, x], -1))
