@@ -58,6 +58,8 @@ DISTRIBUTIONS = ("normal", "uniform", "large", "tiny", "constant-rows", "mixed",
 HARDEST: Final = ("constant-rows", "overflow-edge")
 """Where algebra that is right in a field first fails: enough to choose between variants."""
 
+_PIECE: Final = 1 << 17
+
 
 @final
 class Source:
@@ -356,20 +358,18 @@ def _output_errors(
     if exact.numel() == 0:
         return 0.0, 0.0, ""
     columns = exact.shape[-1] if exact.dim() else 1
-    e, m, o, f = (t.to(torch.float64).reshape(-1, columns) for t in (exact, moved, own, found))
-    finite = torch.isfinite(o) & torch.isfinite(e)
-    if bool((finite & ~torch.isfinite(f)).any()):
-        return 0.0, float("inf"), "is inf or NaN where the original is not"
-    wrong = ~torch.isfinite(o) & torch.isnan(o) & ~torch.isnan(e) & torch.isinf(f) & ~torch.isinf(e)
-    if bool(wrong.any()):
-        return 0.0, float("inf"), "is infinite where it should be a number"
-    zero = torch.zeros((), dtype=torch.float64)
-    scale = torch.where(finite, e.abs(), zero).amax(-1)
+    rows = [t.reshape(-1, columns) for t in (exact, moved, own, found)]
+    # a few rows at a time stay in the caches through all the steps
+    pieces = [torch.split(t, max(1, _PIECE // columns)) for t in rows]
+    sizes = []
+    for piece in zip(*pieces, strict=True):
+        found_sizes, reason = _row_errors(*(t.to(torch.float64) for t in piece))
+        if reason:
+            return 0.0, float("inf"), reason
+        sizes.append(found_sizes)
+    scale, own_row, found_row, moved_row = torch.cat(sizes, dim=1)
     unit = torch.finfo(own.dtype).eps
     smallest = torch.finfo(own.dtype).tiny
-    own_row = torch.where(finite, (o - e).abs(), zero).amax(-1)
-    found_row = torch.where(finite, (f - e).abs(), zero).amax(-1)
-    moved_row = torch.where(finite & torch.isfinite(m), (m - e).abs(), zero).amax(-1)
     slack = SLACK_ULPS * unit * scale + smallest
     expected = own_row + moved_row
     reason = ""
@@ -382,6 +382,23 @@ def _output_errors(
         )
     whole = float(scale.max()) or 1.0
     return float(own_row.max()) / whole, float(found_row.max()) / whole, reason
+
+
+def _row_errors(
+    e: torch.Tensor, m: torch.Tensor, o: torch.Tensor, f: torch.Tensor
+) -> tuple[torch.Tensor, str]:
+    """Return each row's scale and the errors of `o`, `f` and `m`, 4 x rows; or what is wrong."""
+    finite = torch.isfinite(o) & torch.isfinite(e)
+    if bool((finite & ~torch.isfinite(f)).any()):
+        return e, "is inf or NaN where the original is not"
+    if not bool(finite.all()):
+        wrong = torch.isnan(o) & ~torch.isnan(e) & torch.isinf(f) & ~torch.isinf(e)
+        if bool(wrong.any()):
+            return e, "is infinite where it should be a number"
+    zero = torch.zeros((), dtype=torch.float64, device=e.device)
+    steady = finite & torch.isfinite(m)
+    pairs = ((e, finite), (o - e, finite), (f - e, finite), (m - e, steady))
+    return torch.stack([torch.where(kept, x.abs(), zero).amax(-1) for x, kept in pairs]), ""
 
 
 def _dominated(
