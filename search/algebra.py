@@ -28,6 +28,7 @@ from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.search.reductions import (
     maximum_out_of_shift,
+    reduce_in_parts,
     reduce_in_stages,
     reduce_of_concat,
     slice_of_concat,
@@ -354,6 +355,7 @@ GATHER_BELOW_ELEMENTWISE: Final = Rule("gather-below-elementwise", _gather_below
 VIEW_BELOW_LEAF: Final = Rule("view-below-leaf", _view_below_leaf)
 BROADCAST_INTO_ELEMENTWISE: Final = Rule("broadcast-into-elementwise", _broadcast_into_elementwise)
 REDUCE_IN_STAGES: Final = Rule("reduce-in-stages", reduce_in_stages, exact=False)
+REDUCE_IN_PARTS: Final = Rule("reduce-in-parts", reduce_in_parts, exact=False)
 REDUCE_OF_CONCAT: Final = Rule("reduce-of-concat", reduce_of_concat, exact=False)
 SLICE_OF_CONCAT: Final = Rule("slice-of-concat", slice_of_concat)
 MAXIMUM_OUT_OF_SHIFT: Final = Rule("maximum-out-of-shift", maximum_out_of_shift, exact=False)

@@ -26,7 +26,13 @@ from superopt.ir.node import Node, rebuild, rewrite, topological
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
-from superopt.search.algebra import FUSION_RULES, apply_accepted, apply_rules, with_gathers
+from superopt.search.algebra import (
+    FUSION_RULES,
+    REDUCE_IN_PARTS,
+    apply_accepted,
+    apply_rules,
+    with_gathers,
+)
 from superopt.search.emit import block_graph, place
 from superopt.search.errors import NotFusible
 from superopt.search.indices import Atom
@@ -207,7 +213,10 @@ class Driver:
     def _variants(self) -> list[Graph]:
         """Algebraic variants, most promising first; duplicates dropped."""
         plain = {g.digest(): g for g in (expand(self.original), _expand_simple(self.original))}
-        return list({g.digest(): g for g in map(self._moved, plain.values())}.values())
+        moved = [self._moved(g) for g in plain.values()]
+        # in parts they occupy all cores; whole they stay in a loop with what else is read there
+        moved += [apply_rules(g, (REDUCE_IN_PARTS,)) for g in moved]
+        return list({g.digest(): g for g in moved}.values())
 
     def _moved(self, plain: Graph) -> Graph:
         """Apply the algebraic moves, all of them or those that are right and cost no accuracy.

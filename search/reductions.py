@@ -2,6 +2,7 @@
 
 - `reduce-in-stages`: a reduction that leaves too few elements to occupy the cores => one over the inner axes
   and another over the outer ones, which are few by then.
+- `reduce-in-parts`: the same along one long axis, cut into pieces of equal length (and a rest, reduced alone).
 - `reduce-of-concat`: a reduction over f(concat(a, b)) => the reductions over f(a) and f(b), combined: what
   is joined in memory only to be reduced is never joined.
 - `slice-of-concat`: a slice of f(concat(a, b)) within a => a slice of f(a).
@@ -23,6 +24,8 @@ from superopt.ir.ops.registry import OpKind
 
 _ENOUGH: Final = 64
 """Results that occupy the cores of a machine, and blocks enough that none of them waits for long."""
+_LONG: Final = 1 << 15
+"""Elements along an axis that take longer to reduce than it takes to call one kernel more."""
 _COMBINE: Final = {
     contraction.REDUCE_SUM: elementwise.ADD,
     contraction.REDUCE_MAX: elementwise.MAXIMUM,
@@ -46,6 +49,46 @@ def reduce_in_stages(node: Node) -> Node | None:
         return None
     inner = [a for a in node.attrs.axes if a not in axes[:outer]]
     return b.reduce(node.op, b.reduce(node.op, x, inner), axes[:outer])
+
+
+def reduce_in_parts(node: Node) -> Node | None:
+    """Reduce the pieces of a long axis first where the result has few elements."""
+    if node.op not in _COMBINE:
+        return None
+    x = node.inputs[0]
+    axes = [a for a in node.attrs.axes if x.shape[a] > 1]
+    present = prod(node.shape)
+    if len(axes) != 1 or present >= _ENOUGH or x.shape[axes[0]] < _LONG:
+        return None
+    axis = axes[0] + len(x.shape)
+    extent = x.shape[axis]
+    least = -(-_ENOUGH // present)
+    parts = next((p for p in range(least, 4 * least) if extent % p == 0), least)
+    whole = extent // parts * parts
+    cut = (*x.shape[:axis], parts, whole // parts, *x.shape[axis + 1 :])
+    pieces = b.reduce(node.op, b.reshape(_sliced(x, axes[0], 0, whole), cut), axis + 1)
+    result = b.reshape(b.reduce(node.op, pieces, axis), node.shape)
+    if whole == extent:
+        return result
+    rest = b.reduce(node.op, _sliced(x, axes[0], whole, extent), axis)
+    return b.elementwise_op(_COMBINE[node.op], result, rest)
+
+
+def _sliced(node: Node, axis: int, start: int, stop: int) -> Node:
+    """Return a slice along an axis counted from the end, taken of what elementwise ops read."""
+    known: dict[Node, Node] = {}
+
+    def sliced(of: Node) -> Node:
+        if of not in known:
+            if len(of.shape) < -axis or of.shape[axis] == 1:
+                known[of] = of
+            elif of.op.kind is OpKind.ELEMENTWISE:
+                known[of] = rebuild(of, tuple(map(sliced, of.inputs)))
+            else:
+                known[of] = b.slice_(of, axis, start, stop)
+        return known[of]
+
+    return sliced(node)
 
 
 def reduce_of_concat(node: Node) -> Node | None:

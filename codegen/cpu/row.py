@@ -8,7 +8,7 @@ over at the end is masked, and lanes past the end count as the identity in reduc
 """
 
 from dataclasses import dataclass, field
-from typing import final
+from typing import Final, final
 
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
 from superopt.codegen.cpu.environment import Coordinate, Environment, identity_coords
@@ -18,6 +18,9 @@ from superopt.codegen.cpu.members import Member, carried, combine, combine_kind,
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, structural, tile
 from superopt.ir.types import DType
+
+_CHAIN: Final = 32
+"""Additions in turn to one partial sum of a long row."""
 
 
 @final
@@ -172,11 +175,17 @@ class Row:
         steps = unroll if extent.full >= 64 * unroll and (reduces or len(members) < 3) else 1
         loops.append(f"long {lane} = 0;")
         if steps > 1:
-            head = f"for (; {lane} + {steps} * VL <= {extent.text}; {lane} += {steps} * VL) {{"
-            loops.append(head)
-            for u in range(steps):
-                text = f"{lane} + {u} * VL" if u else lane
-                loops += self._step(members, row, totals, u, text, None, read)
+            if any(self._sums(m) for m in reduces):
+                for level in (2, 1):
+                    part = f"{_CHAIN**level * steps} * VL"
+                    if extent.full > 2 * 16 * _CHAIN**level * steps:
+                        loops.append(f"while ({lane} + {part} <= {extent.text}) {{")
+                        loops += self._part(members, row, totals, steps, level, read)
+                        loops.append("}")
+            loops.append(
+                f"for (; {lane} + {steps} * VL <= {extent.text}; {lane} += {steps} * VL) {{"
+            )
+            loops += self._steps(members, row, totals, steps, read)
             loops.append("}")
         loops.append(f"for (; {lane} + VL <= {extent.text}; {lane} += VL) {{")
         loops += self._step(members, row, totals, 0, lane, None, read)
@@ -190,6 +199,56 @@ class Row:
                 del totals[member.node][1:]
         loops[:] = ["{", *loops, "}"]
         return read
+
+    def _sums(self, member: Member) -> bool:
+        along = member.kind == "reduce" and self.lane in member.axes
+        return along and combine_kind(member.node) == "sum"
+
+    def _part(
+        self,
+        members: list[Member],
+        row: Environment,
+        totals: dict[Node, list[str]],
+        steps: int,
+        level: int,
+        read: set[str],
+    ) -> list[str]:
+        """Return loops over _CHAIN**level steps of a long row, summed on their own and then added.
+
+        The error of a sum grows with the number of additions in turn.
+        """
+        if level == 0:
+            return self._steps(members, row, totals, steps, read)
+        sums = [m.node for m in members if self._sums(m)]
+        parts = {node: [self.context.fresh("t") for _ in range(steps)] for node in sums}
+        lane, stop = f"j{self.lane}", self.context.fresh("stop")
+        step = f" {lane} += {steps} * VL" if level == 1 else ""
+        lines = [self._start(node, name, True) for node, names in parts.items() for name in names]
+        lines.append(
+            f"for (const long {stop} = {lane} + {_CHAIN**level * steps} * VL; {lane} < {stop};{step}) {{"
+        )
+        lines += self._part(members, row, {**totals, **parts}, steps, level - 1, read)
+        lines.append("}")
+        for node, names in parts.items():
+            dtype = node.inputs[0].tensor.dtype
+            for total, name in zip(totals[node], names, strict=True):
+                lines.append(f"{total} = {combine('sum', total, name, dtype, vector=True)};")
+        return lines
+
+    def _steps(
+        self,
+        members: list[Member],
+        row: Environment,
+        totals: dict[Node, list[str]],
+        steps: int,
+        read: set[str],
+    ) -> list[str]:
+        lane = f"j{self.lane}"
+        texts = [f"{lane} + {u} * VL" if u else lane for u in range(steps)]
+        made = (
+            self._step(members, row, totals, u, text, None, read) for u, text in enumerate(texts)
+        )
+        return [line for lines in made for line in lines]
 
     def _plain_loop(
         self,

@@ -135,6 +135,25 @@ def test_attention_16_bit(folder, dtype):
     check(attention(2, 37, 70, 32, 16, 32, dtype=dtype), folder)
 
 
+@pytest.mark.parametrize("columns", [5000, 70001, 300007])
+def test_long_sums_are_no_chain(folder, columns):
+    x = b.input_("x", (2, columns))
+    build = BlockBuilder("total", grid={"m": 2})
+    row = build.load(x, ("m", 1), columns)
+    build.store(b.reduce_sum(b.mul(row, row), -1), (2, 1), ("m", 1), 1)
+    build.store(b.reduce_max(row, -1), (2, 1), ("m", 1), 1)
+    graph = build.graph()
+    source = check(graph, folder, tolerance=1e-5)
+    # equal numbers: every addition of a chain rounds the same way
+    (kernel,) = compile_many([source], folder)
+    values = torch.full((2, columns), 1.2345)
+    total, top = torch.empty(2, 1), torch.empty(2, 1)
+    kernel(values.data_ptr(), total.data_ptr(), top.data_ptr())
+    exact = (values.double() ** 2).sum(-1, keepdim=True)
+    assert ((total - exact).abs() / exact).max() < 16 * torch.finfo(torch.float32).eps
+    assert (top == values[:, :1]).all()
+
+
 def linear(rows, inner, columns, tiles, *, transposed, norm=False, strides=None):
     m_tile, k_tile, n_tile = tiles
     x = b.input_("x", (rows, inner), **({"strides": strides} if strides else {}))

@@ -14,6 +14,7 @@ from superopt.search.algebra import (
     GATHER_BELOW_ELEMENTWISE,
     GATHER_TO_SELECT,
     MAXIMUM_OUT_OF_SHIFT,
+    REDUCE_IN_PARTS,
     REDUCE_IN_STAGES,
     REDUCE_OF_CONCAT,
     SCALE_OUT_OF_CONTRACTION,
@@ -35,6 +36,7 @@ top = b.maximum(b.reduce_max(x, -1), sink)
 deep = b.input_("deep", (3, 9, 11))
 long = b.input_("long", (5, 7))
 wide = b.input_("wide", (70, 3, 4))
+vast, prime = b.input_("vast", (1, 40000)), b.input_("prime", (2, 32771, 1))
 
 
 def case(inputs: list[object], output: object) -> Graph:
@@ -53,6 +55,11 @@ FIRES = [
     (GATHER_BELOW_ELEMENTWISE, case([x, bias, label], b.gather(b.sub(x, bias), label, -1))),
     (REDUCE_IN_STAGES, case([deep], b.reduce_sum(deep, (-3, -2, -1)))),
     (REDUCE_IN_STAGES, case([deep], b.reduce_max(deep, (-2, -1)))),
+    (REDUCE_IN_PARTS, case([vast], b.reduce_sum(b.mul(vast, vast), (-2, -1)))),
+    (
+        REDUCE_IN_PARTS,
+        case([prime, vast], b.reduce_max(b.sub(b.exp(prime), b.reduce_max(vast, -1)), -2)),
+    ),
     (REDUCE_OF_CONCAT, case([sink, x], b.reduce_sum(b.exp(b.sub(joined, row)), -1))),
     (REDUCE_OF_CONCAT, case([sink, x], b.reduce_max(b.mul(joined, joined), (-2, -1)))),
     (
@@ -78,6 +85,7 @@ STAYS = [
     (SCALE_OUT_OF_SUM, case([x], b.reduce_sum(b.div(b.exp(x), row), -2))),
     # one axis has no stages, and many results need none
     (REDUCE_IN_STAGES, case([x], b.reduce_sum(x, -1))),
+    (REDUCE_IN_PARTS, case([deep], b.reduce_sum(deep, -1))),
     (REDUCE_IN_STAGES, case([wide], b.reduce_sum(wide, (-2, -1)))),
     # joined along another axis, or read as a whole
     (REDUCE_OF_CONCAT, case([sink, x], b.reduce_sum(joined, -2))),

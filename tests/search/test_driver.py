@@ -157,6 +157,15 @@ def test_search_ends_early_enough_for_the_proof(monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - started < 1.6
 
 
+def test_one_long_sum_occupies_all_cores() -> None:
+    x = b.input_("x", (40009,))
+    graph = b.kernel_graph("total", [x], [b.reduce_sum(b.mul(x, x), -1)])
+    found = Driver(graph, Target(), Predicted(), 30.0, 0, FloatTest(graph, seed=0))
+    variants = found._variants()
+    sums = [[n.op for n in v.nodes()].count(contraction.REDUCE_SUM) for v in variants]
+    assert sums == [1, 3]  # whole; pieces, their results, and the rest
+
+
 def test_a_decoder_block_is_proven_in_pieces() -> None:
     result = run(llama(size=32, heads=2, length=8, hidden=48), Predicted(), budget_s=60.0)
     assert result.verdict is not None
