@@ -9,7 +9,7 @@ from typing import Literal, Protocol, final
 
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, topological
-from superopt.ir.ops import contraction, structural
+from superopt.ir.ops import contraction, elementwise, structural, tile
 
 Contraction = Literal["auto", "pack", "dot"]
 _AVX512_BYTES = 64
@@ -60,7 +60,7 @@ def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]
         past = [CpuConfig(store_past=True)] if large else []
         return [CpuConfig(), *past, *(CpuConfig(unroll=u) for u in _UNROLLS)]
     wide = target is None or target.vector_bytes >= _AVX512_BYTES
-    rows = max(p.shape[-2] for p in products)
+    rows = max(_rows(p) for p in products)
     found = [_tile(r, v, wide=wide) for r, v in _register_tiles(rows, wide=wide)]
     if any(_runs_along(p.inputs[1]) for p in products):
         first = found[0]
@@ -85,6 +85,23 @@ def _register_tiles(rows: int, *, wide: bool) -> list[tuple[int, int]]:
     if rows <= _SKINNY:
         return [(8, 2), (4, 4), (6, 4)]
     return [(6, 4), (4, 4), (5, 4), (8, 2)]
+
+
+def _rows(product: Node) -> int:
+    """Return the rows of a product, or those that batches of one row are together."""
+    for dim in reversed(range(len(product.shape) - 2)):
+        if product.shape[-2] == 1 < product.shape[dim] and _repeats(product.inputs[1], dim):
+            return product.shape[dim]
+    return product.shape[-2]
+
+
+def _repeats(node: Node, dim: int) -> bool:
+    """Say whether an operand, moved but not computed, is the same at all places of `dim`."""
+    while node.op is structural.PERMUTE or node.op is elementwise.CAST:
+        dim = node.attrs.perm[dim] if node.op is structural.PERMUTE else dim
+        node = node.inputs[0]
+    repeated = node.op is tile.LOAD and node.inputs[0].tensor.element_strides[dim] == 0
+    return repeated or node.shape[dim] == 1
 
 
 def _runs_along(node: Node) -> bool:

@@ -94,17 +94,41 @@ class Product:
         left = view_of(self.context, self.plan, self.node.inputs[0])
         right = view_of(self.context, self.plan, self.node.inputs[1])
         extents = self.context.extents(self.node)
-        self._batch(left, right, extents, 0, ["", "", ""])
+        self._batch(left, right, extents, 0, self._row_dim(right, extents), ["", "", ""])
+
+    def _row_dim(self, right: View, extents: list[Extent]) -> int:
+        """Return the dim of the rows: of one row each, a batch dim over which the right operand repeats.
+
+        Heads that share keys are then one product, which reads them once.
+        """
+        last = len(extents) - 2
+        if extents[last].full == 1 and extents[last].known:
+            shape = self.node.inputs[1].shape
+            for dim in reversed(range(last)):
+                if extents[dim].full > 1 and (shape[dim] == 1 or right.strides[dim] == 0):
+                    return dim
+        return last
 
     def _batch(
-        self, left: View, right: View, extents: list[Extent], dim: int, offsets: list[str]
+        self,
+        left: View,
+        right: View,
+        extents: list[Extent],
+        dim: int,
+        rows: int,
+        offsets: list[str],
     ) -> None:
         if dim == len(extents) - 2:
             a, b, c = (
-                _Matrix(v.pointer + o, v.element, v.strides[-2], v.strides[-1], v.in_scratch)
-                for v, o in zip((left, right, self.target), offsets, strict=True)
+                _Matrix(v.pointer + o, v.element, v.strides[r], v.strides[-1], v.in_scratch)
+                for v, o, r in zip(
+                    (left, right, self.target), offsets, (rows, dim, rows), strict=True
+                )
             )
-            self._matrix(a, b, c, extents[-2], extents[-1])
+            self._matrix(a, b, c, extents[rows], extents[-1])
+            return
+        if dim == rows or (extents[dim].full == 1 and extents[dim].known):
+            self._batch(left, right, extents, dim + 1, rows, offsets)
             return
         name = self.context.fresh("b")
         grown = []
@@ -112,12 +136,9 @@ class Product:
         for view, shape, offset in zip((left, right, self.target), shapes, offsets, strict=True):
             stride = view.strides[dim] if shape[dim] != 1 else 0
             grown.append(offset + (f" + {name} * {stride}L" if stride else ""))
-        if extents[dim].full == 1 and extents[dim].known:
-            self._batch(left, right, extents, dim + 1, offsets)
-            return
         text = extents[dim].text
         with self.context.block(f"for (long {name} = 0; {name} < {text}; ++{name})"):
-            self._batch(left, right, extents, dim + 1, grown)
+            self._batch(left, right, extents, dim + 1, rows, grown)
 
     def _contracted(self) -> Extent:
         left, right = (self.context.extents(i) for i in self.node.inputs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from superopt.codegen.cpu.compile import find_compiler
-from superopt.codegen.cpu.config import CpuConfig
+from superopt.codegen.cpu.config import CpuConfig, configs
 from superopt.codegen.cpu.divide import shared_divisions
 from superopt.codegen.cpu.kernel import Kernel, compile_many
 from superopt.codegen.cpu.lower import lower
@@ -90,3 +90,27 @@ def test_an_operand_made_of_transposed_tiles_lies_as_they_do(
     scale = torch.randn(19, 1, generator=generator)
     (want,) = run_reference(graph, [left, right.T, scale])
     torch.testing.assert_close(run(graph, tmp_path, left, right, scale), want)
+
+
+@pytest.mark.parametrize("strided", [True, False])
+def test_rows_that_share_an_operand_are_one_product(tmp_path: Path, strided: bool) -> None:
+    heads, keys, width = 5, 19, 33
+    layout = {"strides": (keys * width, 0, width, 1)} if strided else {}
+    g = BlockBuilder("shared", grid={"b": 2})
+    q = g.load(b.input_("q", (2, heads, 1, width)), ("b", 1), heads, 1, width)
+    repeats = heads if strided else 1
+    k = g.load(b.input_("k", (2, repeats, keys, width), **layout), ("b", 1), repeats, keys, width)
+    scores = b.matmul(q, b.transpose(k))
+    shape = (2, heads, 1, width)
+    g.store(b.matmul(b.exp(scores), k), shape, ("b", 1), heads, 1, width)
+    graph = g.graph()
+    found = configs(graph)
+    assert {c.rows for c in found} == {8, 4, 6}
+    text = lower(graph, found[0], "shared").text
+    assert text.count("gemm_") == 2
+    assert text.count(f">({heads}, ") == 2
+    generator = torch.Generator().manual_seed(1)
+    left = torch.randn(shape, generator=generator)
+    right = torch.randn(2, 1, keys, width, generator=generator) * 0.1
+    (want,) = run_reference(graph, [left, right.expand(2, repeats, keys, width)])
+    torch.testing.assert_close(run(graph, tmp_path, left, right), want, rtol=2e-5, atol=2e-5)
