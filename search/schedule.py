@@ -82,6 +82,8 @@ class Schedule:
 
 def derive(region: Region) -> list[Schedule]:
     """Return all schedules of a region; the empty list when it cannot be one kernel."""
+    if any(0 in n.shape for n in (*region.inputs, *region.body)):
+        return []
     try:
         region, reads, space = separated(region)
     except NotFusible:

@@ -48,6 +48,7 @@ from superopt.subject import (
     flatten,
     make_request,
     preserved,
+    separated,
     shares_written,
 )
 
@@ -227,6 +228,7 @@ class _Dispatcher:
                     return restore(plan, self.options, tensors), binding
             except (PlanError, IndexError) as error:
                 logger.info("a cached plan does not fit: %s", error)
+        args, kwargs = separated(args, kwargs, _state(modules))
         lifted = lift(self.original, args, kwargs)
         self.guards.tensors += [(t, t._version) for t in lifted.folded_sources]
         with preserved(lifted):
@@ -281,6 +283,11 @@ def _runner(original: Function, planned: Planned, binding: Binding, *, flat: boo
         return results[0] if single else build(results)
 
     return run
+
+
+def _state(modules: Sequence[torch.nn.Module]) -> list[torch.Tensor]:
+    tables = [t for m in modules for t in (m._parameters, m._buffers)]
+    return [t for table in tables for t in table.values() if t is not None]
 
 
 def _is_scalar(value: Any) -> bool:

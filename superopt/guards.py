@@ -12,7 +12,7 @@ import hashlib
 import sys
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
@@ -54,7 +54,7 @@ _CLASS_NAMES: Final = frozenset(
 class Guards:
     """Conditions under which plans stay right; `hold` checks them all."""
 
-    identities: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    identities: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
     values: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     attributes: list[tuple[type, str, Any]] = field(default_factory=list)
     cells: list[tuple[Any, Any]] = field(default_factory=list)
@@ -125,6 +125,7 @@ class _Walk:
         self.seen: set[int] = set()
         self.kept: list[Any] = []
         self.held: dict[int, tuple[int, str]] = {}
+        self.tables: dict[int, tuple[Mapping[str, Any], str]] = {}
 
     def note(self, *parts: Any) -> None:
         self.digest.update(repr(parts).encode())
@@ -282,14 +283,27 @@ class _Walk:
 
     # -- torch modules -------------------------------------------------------------------------
 
+    def tensor(self, table: Mapping[str, Any], name: str, tensor: torch.Tensor) -> None:
+        """Note where a module keeps a tensor; that two places share it is part of the program."""
+        number = len(self.guards.modules)
+        if id(tensor) not in self.held:
+            self.held[id(tensor)] = (number, name)
+            self.tables[id(tensor)] = (table, name)
+            return
+        self.note("tied", name, self.held[id(tensor)])
+        first, first_name = self.tables[id(tensor)]
+        self.guards.identities += [(first, first_name, tensor), (table, name, tensor)]
+
     def module(self, module: torch.nn.Module, depth: int) -> None:
         if any(module is m for m in self.guards.modules):
             self.note("a module again")
             return
         self.guards.modules.append(module)
         # parameters and buffers are found by their place at every call, wherever else they are kept
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            self.held.setdefault(id(tensor), (len(self.guards.modules), name))
+        for members in (module._parameters, module._buffers):
+            for name, tensor in members.items():
+                if tensor is not None:
+                    self.tensor(members, name, tensor)
         self.class_(type(module), depth)
         inside = module.__dict__
         self.guards.sizes.append((inside, _size(inside)))

@@ -27,7 +27,7 @@ from superopt.ir.target import Target
 from superopt.ir.types import TensorType
 from superopt.plan import KernelSource
 from superopt.runtime import Program, build_program
-from superopt.verify.opaque import restride
+from superopt.verify.opaque import spread
 from superopt.verify.reference import DTYPES, run_reference
 
 logger = logging.getLogger("superopt")
@@ -321,7 +321,7 @@ def random_tensor(
         values = torch.rand(wanted.shape, generator=generator, device=device) < 0.8
     else:
         values = torch.zeros(wanted.shape, dtype=dtype, device=device)
-    return values if wanted.strides is None else restride(values, wanted.strides)
+    return values if wanted.strides is None else spread(values, wanted.strides)
 
 
 def _poisoned(wanted: TensorType, device: torch.device) -> torch.Tensor:

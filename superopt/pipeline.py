@@ -237,11 +237,15 @@ def device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
     """Return the device that all tensors are on.
 
     Raises:
-        Unsupported: there are several.
+        Unsupported: there are several, or one that no backend is for.
     """
     devices = list(dict.fromkeys(t.device for t in tensors))
     if len(devices) > 1:
         raise Unsupported(f"its tensors are on several devices: {', '.join(map(str, devices))}")
+    if devices and devices[0].type not in ("cpu", "cuda"):
+        raise Unsupported(
+            f"its tensors are on {devices[0]}: plans are for the CPU and CUDA devices"
+        )
     return devices[0] if devices else torch.device("cpu")
 
 

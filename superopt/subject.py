@@ -6,7 +6,7 @@ that weights changed in place, or replaced by others of the same type, are seen.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
@@ -21,6 +21,7 @@ from superopt.plan import OutputSpec, Plan
 from superopt.runtime import load_tensor
 from superopt.signature import tensor_check
 from superopt.verify.draws import generators
+from superopt.verify.opaque import duplicate
 
 Function = Callable[..., Any]
 Modules = Sequence[torch.nn.Module]
@@ -101,11 +102,39 @@ def flatten(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[Any]:
     return pytree.tree_leaves((tuple(args), dict(kwargs or {})))
 
 
+def separated(
+    args: Sequence[Any], kwargs: Mapping[str, Any], held: Iterable[torch.Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with no two tensors in one storage, nor in that of a `held` one.
+
+    A plan is for all calls of its signature. Arguments that happen to be one tensor at the first call
+    are others at the next.
+    """
+    seen = {t.untyped_storage().data_ptr() for t in held if t.layout is torch.strided}
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout is not torch.strided or tensor.numel() == 0:
+            return tensor
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen:
+            return duplicate(tensor)
+        seen.add(place)
+        return tensor
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        torch.Tensor, own, (tuple(args), dict(kwargs))
+    )
+    return found
+
+
 def builder(structure: str) -> Callable[[Sequence[torch.Tensor]], Any]:
     """Return what makes the caller's result of the program's tensors."""
     described = json.loads(structure)
     if described["spec"] is None:
         return lambda tensors: tensors[0]
+    if "named" in described:
+        kind = getattr(torch.return_types, described["named"])
+        return lambda tensors: kind(tensors)
     spec = pytree.treespec_loads(described["spec"])
     constants = described["leaves"]
 
@@ -307,8 +336,13 @@ def _observe(
 
         args, kwargs = pytree.tree_map_only(torch.Tensor, copied, (tuple(args), dict(kwargs)))
         tensors = [copies.get(id(t), t) for t in tensors]
+    given, form = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    args, kwargs = pytree.tree_unflatten(given, form)
     with torch.no_grad():
         result = function(*args, **kwargs)
+    left, left_form = pytree.tree_flatten((args, kwargs))
+    if left_form != form or any(a is not b for a, b in zip(given, left, strict=True)):
+        raise Unsupported("the program changes a list or a dict among its arguments")
     leaves, spec = pytree.tree_flatten(result)
     outputs: list[torch.Tensor] = []
     specs: list[OutputSpec] = []
@@ -324,8 +358,14 @@ def _observe(
             raise Unsupported(f"the program returns a {type(leaf).__name__}")
     if not outputs:
         raise Unsupported("the program returns no tensor")
+    whole = pytree.tree_leaves(result, is_leaf=lambda v: isinstance(v, torch.Size))
+    if any(isinstance(v, torch.Size) for v in whole):
+        raise Unsupported("the program returns a torch.Size")
     if isinstance(result, torch.Tensor):
         return tuple(specs), json.dumps({"spec": None, "leaves": [None]})
+    name = type(result).__name__
+    if getattr(torch.return_types, name, None) is type(result):
+        return tuple(specs), json.dumps({"spec": "", "named": name})
     try:
         text = pytree.treespec_dumps(spec)
     except (NotImplementedError, TypeError) as error:
@@ -351,7 +391,11 @@ def _spec(
             if _shares(result, base):
                 offset = int(result.storage_offset()) - int(base.storage_offset())
                 same = result is base
+                if type(result) is torch.nn.Parameter and not same:
+                    break
                 return OutputSpec(shape, strides, f"{kind}:{i}", offset, same)
+    if type(result) is torch.nn.Parameter:
+        raise Unsupported("the program makes a new parameter")
     return OutputSpec(shape, strides)
 
 

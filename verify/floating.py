@@ -22,6 +22,7 @@ from superopt.ir.ops import contraction, elementwise, library
 from superopt.ir.ops.registry import Op, OpKind
 from superopt.ir.types import DType, TensorType
 from superopt.verify.draws import generators
+from superopt.verify.opaque import duplicate, spread
 from superopt.verify.ranges import draw_integers, integer_limits
 from superopt.verify.reference import DTYPES, TorchDomain, run_reference
 
@@ -137,12 +138,7 @@ def _draw(
 
 
 def _strided(x: torch.Tensor, type_: TensorType) -> torch.Tensor:
-    if type_.strides is None:
-        return x
-    size = 1 + sum((d - 1) * s for d, s in zip(type_.shape, type_.strides, strict=True) if d > 0)
-    memory = x.new_zeros(size).as_strided(type_.shape, type_.strides)
-    memory.copy_(x)
-    return memory
+    return x if type_.strides is None else spread(x, type_.strides)
 
 
 def _floats(
@@ -323,8 +319,7 @@ def _run_rounded(graph: Graph, inputs: list[torch.Tensor], seed: int) -> list[to
 
 def on(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Return a copy of a tensor on `device`, laid out the same."""
-    copied = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-    return copied.copy_(x)
+    return duplicate(x, device)
 
 
 def _shape_mismatch(own: list[torch.Tensor], found: list[torch.Tensor]) -> str:
@@ -340,6 +335,8 @@ def _worst(reference: _Reference, found: list[torch.Tensor]) -> tuple[tuple[floa
     worst_own = worst_found = 0.0
     rows = zip(reference.exact, reference.moved, reference.own, found, strict=True)
     for index, (e, m, o, f) in enumerate(rows):
+        if o.is_complex():
+            e, m, o, f = (torch.view_as_real(t).flatten(-2) for t in (e, m, o, f))
         if not o.is_floating_point():
             if not torch.equal(o, f):
                 return (worst_own, float("inf")), f"output {index} differs"

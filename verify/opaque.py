@@ -3,7 +3,7 @@
 In: an operator overload and its arguments. Out: `OpaqueAttrs`, whose `arguments` is JSON: tensors
 are `{"t": operand index}`, with `"strides"` where the operator looks at the layout; one of which it looks at
 nothing else is `{"empty": shape, "strides", "dtype", "device"}` and no operand. Element types, devices and
-the like are `{"torch": name}`, numbers that JSON lacks are `{"float": text}`. No pickle: a foreign graph can
+the like are `{"torch": name}`, numbers that JSON lacks are `{"float": text}` and `{"complex": text}`. No pickle: a foreign graph can
 only name registered operators.
 """
 
@@ -37,7 +37,7 @@ def encode_call(
     """Describe one call; `operand(value)` gives the JSON form of tensors and None for all else.
 
     Raises:
-        GraphError: an argument has no JSON form (a symbolic size, a generator, a complex number).
+        GraphError: an argument has no JSON form (a symbolic size, a generator).
     """
     arguments = {
         "args": [_encode(a, operand) for a in args],
@@ -56,6 +56,8 @@ def _encode(value: Any, operand: Callable[[Any], dict[str, Any] | None]) -> Any:
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"float": repr(value)}
+    if type(value) is complex:
+        return {"complex": repr(value)}
     if isinstance(value, list | tuple):
         return [_encode(v, operand) for v in value]
     if isinstance(value, torch.device):
@@ -79,6 +81,8 @@ def _decode(value: Any, tensors: Sequence[Any]) -> Any:
             return torch.empty_strided(shape, strides, dtype=getattr(torch, dtype), device=device)
         case {"float": text}:
             return float(text)
+        case {"complex": text}:
+            return complex(text)
         case {"device": text}:
             return torch.device(text)
         case {"torch": text}:
@@ -120,6 +124,31 @@ def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
         tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
     ).copy_(tensor)
     return made.expand(shape) if spread else made
+
+
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+
+
+def duplicate(tensor: torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
+    """Return a copy of a tensor that lies as it does, elements that share their memory included."""
+    strides = tuple(tensor.stride())
+    if tensor.numel() == 0:
+        return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=device)
+    memory = tensor.detach().as_strided((_span(tensor.shape, strides),), (1,))
+    return memory.to(device or tensor.device, copy=True).as_strided(tensor.shape, strides)
+
+
+def spread(values: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """Return random `values` with these strides: some of them, where elements may share memory."""
+    reached = 1
+    for stride, count in sorted(zip(strides, values.shape, strict=True)):
+        if count > 1 and stride < reached:
+            span = _span(values.shape, strides)
+            memory = values.reshape(-1).repeat(-(-span // values.numel()))[:span]
+            return memory.as_strided(values.shape, strides)
+        reached += (count - 1) * stride
+    return restride(values, strides)
 
 
 def laid_out(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:

@@ -90,6 +90,9 @@ def tensor_type(value: torch.Tensor, *, layout: bool = False) -> TensorType:
     if value.layout is not torch.strided:
         raise LiftError(f"layout {value.layout} is not supported; use a dense tensor")
     if any(type(d) is not int for d in value.shape):
+        sizes: tuple[Any, ...] = tuple(value.shape)
+        if not all(d.node.has_hint() for d in sizes if isinstance(d, torch.SymInt)):
+            raise LiftError(f"the shape {tuple(value.shape)} of its result depends on data")
         raise LiftError(f"dynamic shape {tuple(value.shape)}: export with fixed sizes")
     shape = tuple(value.shape)
     if not layout or any(type(s) is not int for s in value.stride()):

@@ -35,6 +35,16 @@ KEPT_WHOLE = (
     aten.masked_fill.Tensor,
     aten.lstm.input,
     aten.gru.input,
+    # they raise where there is no result, which no other operator does
+    aten.linalg_solve.default,
+    aten.linalg_inv.default,
+    aten.inverse.default,
+    aten.linalg_cholesky.default,
+    aten.linalg_lu_factor.default,
+    aten.linalg_ldl_factor.default,
+    aten.linalg_tensorsolve.default,
+    aten.linalg_tensorinv.default,
+    aten.linalg_matrix_power.default,
 )
 
 

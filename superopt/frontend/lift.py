@@ -6,6 +6,7 @@ new values of changed buffers and arguments first and then the results.
 """
 
 import inspect
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -175,7 +176,14 @@ def _without_torch_deprecations() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         # modules such as LSTM set attributes of their own as they run
         warnings.filterwarnings("ignore", message=".*assigned during export", category=UserWarning)
-        yield
+        # a program that branches on data is reported by us
+        logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _first_lines(error: BaseException) -> str:
@@ -240,6 +248,11 @@ def _draw_count(program: ExportedProgram) -> int:
         for node in program.graph.nodes
     )
 
+
+_EFFECTS = {
+    InputKind.TOKEN: "does something beside computing results (it prints, checks or sends data)",
+    InputKind.CUSTOM_OBJ: "uses an object that is no tensor",
+}
 
 Rewriting = Callable[[Node, tuple[Node, ...]], Node]
 
@@ -342,7 +355,7 @@ class _Lifter:
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 self._bind_parameter(node, spec)
             else:
-                raise LiftError(f"{spec.kind.name} {spec.target} is not supported")
+                raise LiftError(f"it {_EFFECTS.get(spec.kind, f'takes a {spec.kind.name}')}")
 
     def _bind_user_input(self, node: FxNode, spec: Any, value: Any) -> None:
         if isinstance(value, torch.Tensor):

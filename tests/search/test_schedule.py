@@ -221,3 +221,9 @@ def test_blocks_of_a_linear_layer_share_columns_evenly_and_transpose_weights_onc
     ((_, tiles),) = best_tiles(schedule, Target(), 1)
     extents = {schedule.space.extent(a): size for a, size in tiles.items()}
     assert extents == {300: 300, 777: 400}
+
+
+def test_nothing_has_no_schedule() -> None:
+    x = b.input_("x", (0, 4), DType.F32)
+    for y in (b.add(b.mul(x, 2.0), 1.0), b.reduce_sum(b.mul(x, 2.0), -2)):
+        assert derive(whole_region(b.kernel_graph("empty", [x], [y]))) == []

@@ -235,6 +235,71 @@ def test_buffers_change_as_in_eager(folder):
     torch.testing.assert_close(fast.cache, module.cache)
 
 
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(16, 64))
+        self.v = self.w
+
+    def forward(self, x):
+        return scaled_norm(x + self.w * 2, self.v[0])
+
+
+def test_tensors_that_are_one_at_first_are_others_later(folder):
+    def pair(a, b):
+        return scaled_norm(a + b * 2, b[0]), b
+
+    x, y = torch.randn(16, 64), torch.randn(16, 64)
+    fast = superopt.optimize(pair, budget_s=3, cache=folder)
+    for args in ((x, x), (x, y), (x[:1].expand(16, 64), y), (y.unfold(0, 1, 1)[..., 0], y)):
+        found = fast(*args)
+        torch.testing.assert_close(found, pair(*args))
+        assert found[1] is args[1]
+    module = Tied().requires_grad_(False)
+    fast = superopt.optimize(module, budget_s=3, cache=folder)
+    for argument in (module.w, x):
+        torch.testing.assert_close(fast(argument), module(argument))
+    assert any(planned(fast))
+    module.v = torch.nn.Parameter(y, requires_grad=False)
+    torch.testing.assert_close(fast(x), module(x))
+
+
+def test_changed_lists_and_odd_results_run_as_they_were(folder):
+    def replaced(items):
+        items[0] = items[0] * 2
+        return items[0] + 1
+
+    x = torch.ones(3)
+    fast = superopt.optimize(replaced, budget_s=1, cache=folder)
+    for _ in range(2):
+        items = [x]
+        assert fast(items).tolist() == [3, 3, 3]
+        assert items[0].tolist() == [2, 2, 2]
+    odd = [
+        (lambda x: (x * 2, x.shape), "torch.Size"),
+        (lambda x: torch.nn.Parameter(x * 2, requires_grad=False), "new parameter"),
+        (lambda x: x.to("meta") * 2, "device"),
+    ]
+    for function, why in ((replaced, "changes a list"), *odd):
+        fast = superopt.optimize(function, budget_s=1, cache=folder)
+        argument = [x] if function is replaced else x
+        assert type(fast(argument)) is type(function(argument))
+        assert why in str(fast.report().unplanned)
+
+
+def test_results_with_names_of_their_own(folder):
+    def ranked(x):
+        return torch.topk(F.softmax(x * 2, -1) * x, 3)
+
+    fast, x = superopt.optimize(ranked, budget_s=3, cache=folder), torch.randn(16, 64)
+    for _ in range(2):
+        found, expected = fast(x), ranked(x)
+        assert type(found) is type(expected)
+        torch.testing.assert_close(found.values, expected.values)
+        assert torch.equal(found.indices, expected.indices)
+    assert planned(fast) == [True]
+
+
 def test_data_dependent_programs_run_as_they_were(folder):
     def branching(x):
         return x * 2 if x.sum() > 0 else x - 1

@@ -381,8 +381,31 @@ def test_control_flow_on_data_is_refused() -> None:
 
 
 def test_results_of_unknown_size_are_refused() -> None:
-    with pytest.raises(LiftError, match=r"dynamic shape|depends on data|cannot export"):
+    with pytest.raises(LiftError, match=r"the shape \(u0, 1\) of its result depends on data"):
         lift(torch.nonzero, (randn(3),))
+
+
+def test_what_acts_beside_its_results_is_refused() -> None:
+    def checked(x: torch.Tensor) -> torch.Tensor:
+        torch.ops.aten._linalg_check_errors(x.sum().int(), "checked", is_matrix=True)
+        return x + 1
+
+    with pytest.raises(LiftError, match="does something beside computing results"):
+        lift(checked, (torch.zeros(3),))
+
+
+@pytest.mark.parametrize("function", [torch.linalg.solve, lambda a, y: torch.linalg.inv(a) @ y])
+def test_operators_that_raise_on_data_do_so_still(runner: Any, function: Any) -> None:
+    matrix, right = torch.eye(4) * 2 + randn(4, 4) / 9, randn(4, 2)
+    lifted = lift(lambda a, y: function(a * 2, y) + 1, (matrix, right))
+    runner.check(lifted, function(matrix * 2, right) + 1, matrix, right)
+    with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+        runner(lifted, torch.zeros(4, 4), right)
+
+
+def test_complex_numbers_as_arguments(runner: Any) -> None:
+    x = randn(4, 6)
+    runner.check(lift(lambda x: (x * (1 - 2j)).abs(), (x,)), (x * (1 - 2j)).abs(), x)
 
 
 def test_no_tensor_result_is_refused() -> None:

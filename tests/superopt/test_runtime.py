@@ -13,7 +13,7 @@ from superopt.ir.node import make
 from superopt.ir.ops.contraction import AxisAttrs
 from superopt.plan import OutputSpec
 from superopt.runtime import build_program, load_tensor, store_tensor, with_layouts
-from superopt.verify.opaque import restride
+from superopt.verify.opaque import duplicate, restride, spread
 from superopt.verify.reference import run_reference
 
 
@@ -239,3 +239,17 @@ def test_scratch_memory_that_no_view_describes_is_copied():
         build_program(graph, entries).run(given), run_reference(graph, [given]), strict=True
     ):
         torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("strides", [(6, 1), (0, 1), (1, 1), (1, 4), (13, 2)])
+def test_copies_lie_alike_whatever_shares_memory(strides):
+    values = torch.randn(4, 6)
+    made = spread(values, strides)
+    copied = duplicate(made)
+    for tensor in (made, copied):
+        assert tuple(tensor.stride()) == strides
+        assert set(tensor.flatten().tolist()) <= set(values.flatten().tolist())
+    assert torch.equal(copied, made)
+    assert copied.data_ptr() != made.data_ptr()
+    if strides not in ((0, 1), (1, 1)):
+        assert torch.equal(made, values)

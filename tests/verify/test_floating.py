@@ -5,8 +5,10 @@ import torch
 
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
-from superopt.ir.node import Node
-from superopt.ir.types import DType
+from superopt.ir.node import Node, make
+from superopt.ir.ops import library
+from superopt.ir.ops.library import OpaqueAttrs
+from superopt.ir.types import DType, TensorType
 from superopt.verify.equivalence import verify_field
 from superopt.verify.floating import DISTRIBUTIONS, draw_inputs, verify_float
 from superopt.verify.reference import run_reference
@@ -109,3 +111,14 @@ def test_a_candidate_is_not_held_against_the_luck_of_the_original() -> None:
     assert run(attend(product), attend(early)) == ""
     narrow = b.cast(b.cast(product, DType.BF16), DType.F32)
     assert "errs by" in run(attend(narrow), attend(early))
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-2])
+def test_complex_results_may_round(error: float) -> None:
+    attrs = OpaqueAttrs(
+        "aten.fft_rfft.default", '{"args": [{"t": 0}], "kwargs": {}}', TensorType((4, 5), DType.C64)
+    )
+    x = b.input_("x", (4, 8), DType.F32)
+    graph = b.kernel_graph("spectrum", [x], [make(library.OPAQUE, (b.mul(x, 3.0),), attrs)])
+    other = lambda t: [torch.fft.rfft(t[0] * 1.5 + t[0] * 1.5 * (1 + error))]  # noqa: E731
+    assert bool(verify_float(graph, other, seed=0)) is (error == 0.0)

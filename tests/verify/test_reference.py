@@ -213,12 +213,16 @@ def test_opaque_arguments_survive_json() -> None:
         lambda v: None,
     )
     assert run_opaque(full, []).tolist() == [math.inf, math.inf]
+    turn = encode_call(
+        "aten.full.default", ([1], 1 - 2j), {}, TensorType((1,), DType.C64), lambda v: None
+    )
+    assert run_opaque(turn, []).tolist() == [1 - 2j]
 
 
 def test_opaque_refuses_what_json_lacks() -> None:
     type_ = TensorType((2,), DType.F32)
     with pytest.raises(GraphError, match="no JSON form"):
-        encode_call("aten.add.Tensor", (1 + 2j,), {}, type_, lambda v: None)
+        encode_call("aten.rand.generator", (torch.Generator(),), {}, type_, lambda v: None)
 
 
 @pytest.mark.parametrize("target", ["aten.no_such_operator.default", "nobody.op.default", "x"])
