@@ -74,6 +74,54 @@ def contiguous_strides(shape: tuple[Dim, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
+Run = tuple[int, int]
+"""Elements a fixed distance apart: how many, and the distance."""
+
+
+def reshape_runs(
+    shape: tuple[Dim, ...], strides: tuple[int, ...], new: tuple[Dim, ...]
+) -> list[list[Run]] | None:
+    """Return of which runs, outermost first, each dim of a reshape consists.
+
+    Where every dim is one run the reshape needs no copy. None: a dim ends inside a run that its neighbours
+    do not divide.
+    """
+    if 0 in new:
+        return [[(n, s)] for n, s in zip(new, contiguous_strides(new), strict=True)]
+    runs: list[Run] = []
+    for extent, stride in zip(shape, strides, strict=True):
+        if extent == 1:
+            continue
+        if runs and runs[-1][1] == extent * stride:
+            runs[-1] = (runs[-1][0] * extent, stride)
+        else:
+            runs.append((extent, stride))
+    found: list[list[Run]] = []
+    rest, step = 1, 1
+    for missing in reversed(new):
+        parts: list[Run] = []
+        while missing > 1 or not parts:
+            if rest == 1 and runs:
+                rest, step = runs.pop()
+            taken = min(missing, rest)
+            if missing % taken or rest % taken:
+                return None
+            parts.insert(0, (taken, step))
+            rest, step, missing = rest // taken, step * taken, missing // taken
+        found.insert(0, parts)
+    return found
+
+
+def reshape_strides(
+    shape: tuple[Dim, ...], strides: tuple[int, ...], new: tuple[Dim, ...]
+) -> tuple[int, ...] | None:
+    """Strides of a reshape that needs no copy (the rule of torch's `view`), else None."""
+    runs = reshape_runs(shape, strides, new)
+    if runs is None or any(len(parts) > 1 for parts in runs):
+        return None
+    return tuple(stride for ((_, stride),) in runs)
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class TensorType:

@@ -10,7 +10,7 @@ from superopt.ir.graph import Graph, Level
 from superopt.ir.node import Node, make, rebuild, topological, users_of
 from superopt.ir.ops import leaf, structural
 from superopt.ir.ops.registry import OpKind
-from superopt.ir.types import TensorType, contiguous_strides
+from superopt.ir.types import TensorType, reshape_strides
 
 VIEWS = (structural.RESHAPE, structural.PERMUTE, structural.SLICE, structural.BROADCAST)
 
@@ -128,40 +128,7 @@ def _view_strides(node: Node, base: TensorType) -> tuple[int, ...] | None:
     if node.op is structural.SLICE:
         axis = len(base.shape) + node.attrs.axis
         return tuple(s * node.attrs.step if i == axis else s for i, s in enumerate(strides))
-    return _reshape_strides(base.shape, strides, node.shape)
-
-
-def _reshape_strides(
-    shape: tuple[int, ...], strides: tuple[int, ...], new: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """Strides of a reshape that needs no copy (the rule of torch's `view`), else None."""
-    if 0 in new:
-        return contiguous_strides(new)
-    runs: list[tuple[int, int]] = []
-    for extent, stride in zip(shape, strides, strict=True):
-        if extent == 1:
-            continue
-        if runs and runs[-1][1] == extent * stride:
-            runs[-1] = (runs[-1][0] * extent, stride)
-        else:
-            runs.append((extent, stride))
-    result = [0] * len(new)
-    dims = list(range(len(new)))[::-1]
-    for extent, stride in reversed(runs):
-        step = stride
-        missing = extent
-        while missing > 1:
-            while dims and new[dims[0]] == 1:
-                result[dims.pop(0)] = step
-            if not dims or missing % new[dims[0]]:
-                return None
-            i = dims.pop(0)
-            result[i] = step
-            step *= new[i]
-            missing //= new[i]
-    for i in dims:
-        result[i] = result[i + 1] * new[i + 1] if i + 1 < len(new) else 1
-    return tuple(result)
+    return reshape_strides(base.shape, strides, node.shape)
 
 
 def substitute(graph: Graph, replacements: Mapping[Node, Node]) -> Graph:

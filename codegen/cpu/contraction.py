@@ -6,15 +6,16 @@ along the contracted dim is transposed tile by tile, or multiplied along it; one
 cache sets or which is stored in 16 bits is copied as floats.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import final
 
 from superopt.codegen.cpu.context import Context, Extent, View
-from superopt.codegen.cpu.inline import Plan, widens
+from superopt.codegen.cpu.inline import Plan, is_move, widens
 from superopt.codegen.errors import CodegenError
 from superopt.ir.node import Node
-from superopt.ir.ops import structural
-from superopt.ir.types import DType
+from superopt.ir.ops import contraction, structural
+from superopt.ir.types import DType, Run, reshape_runs
 
 _SHARED_SETS_BYTES = 4096
 _MANY_COLUMNS = 64
@@ -23,6 +24,7 @@ _LONG_DOT = 512
 _SHORT_DOT = 64
 _FEW_ROWS = 4
 _PANEL_DEPTH = 512
+_SHORTEST_RUN = 16
 _MOST_LANES = 16
 _STRETCH, _LINE, _CACHE_WAY = 256, 16, 1024  # floats: a quarter of the sets, a line, all sets
 _DOT_PARTS = 8  # groups of rows that gemm_dot has under way
@@ -78,6 +80,39 @@ def _moved(view: View, node: Node) -> View:
     return replace(view, pointer=f"({view.pointer} + {offset})", strides=tuple(new))
 
 
+def merged_runs(context: Context, plan: Plan, node: Node) -> tuple[View, list[list[Run]]] | None:
+    """Return the memory that a reshape reads, and of which runs in it each of its dims consists.
+
+    None: what it reads is not in memory, is ragged, or lies in pieces of other sizes.
+    """
+    source = node.inputs[0]
+    base = plan.operand_base(source)
+    if base not in context.views or base.tensor.dtype is not node.tensor.dtype:
+        return None
+    if not all(e.known for e in context.extents(source)):
+        return None
+    view = view_of(context, plan, source)
+    runs = reshape_runs(source.shape, view.strides, node.shape)
+    return None if runs is None else (view, runs)
+
+
+def splits(node: Node, dims: list[list[Run]], users: list[Node]) -> bool:
+    """Say whether products alone read `node`, and can do it run by run.
+
+    Rows of the left operand and columns of the right one may consist of runs, long enough each.
+    """
+    for user in users:
+        if user.op is not contraction.MATMUL or user.tensor.dtype is not DType.F32:
+            return False
+        left, right = (operand is node for operand in user.inputs)
+        free = -1 if right else -2
+        if left == right or dims[free][-1][0] < _SHORTEST_RUN:
+            return False
+        if any(len(d) > 1 for i, d in enumerate(dims) if i != len(dims) + free):
+            return False
+    return True
+
+
 @final
 @dataclass(slots=True)
 class Product:
@@ -91,10 +126,34 @@ class Product:
 
     def emit(self) -> None:
         """Write the product: target (+)= operands."""
-        left = view_of(self.context, self.plan, self.node.inputs[0])
-        right = view_of(self.context, self.plan, self.node.inputs[1])
+        left, rows = self._operand(self.node.inputs[0], -2)
+        right, columns = self._operand(self.node.inputs[1], -1)
         extents = self.context.extents(self.node)
-        self._batch(left, right, extents, 0, self._row_dim(right, extents), ["", "", ""])
+        offsets = ["", "", ""]
+        with ExitStack() as loops:
+            for free, parts, own in ((-2, rows, 0), (-1, columns, 1)):
+                inner = parts[-1][0] if parts else 1
+                for count, stride in reversed(parts[:-1]):
+                    name = self.context.fresh("p")
+                    head = f"for (long {name} = 0; {name} < {count}; ++{name})"
+                    loops.enter_context(self.context.block(head))
+                    offsets[own] += f" + {name} * {stride}L"
+                    offsets[2] += f" + {name} * {inner * self.target.strides[free]}L"
+                    inner *= count
+                if len(parts) > 1:
+                    length = parts[-1][0]
+                    extents[free] = Extent(length, str(length), str(length))
+            self._batch(left, right, extents, 0, self._row_dim(right, extents), offsets)
+
+    def _operand(self, node: Node, free: int) -> tuple[View, list[Run]]:
+        """Return an operand's memory, and the runs of its rows or columns where they are several."""
+        if node in self.context.views or is_move(node) or widens(node):
+            return view_of(self.context, self.plan, node), []
+        found = merged_runs(self.context, self.plan, node)
+        if found is None:
+            raise CodegenError(f"{node.op.name} is not in memory")
+        view, dims = found
+        return replace(view, strides=tuple(parts[-1][1] for parts in dims)), dims[free]
 
     def _row_dim(self, right: View, extents: list[Extent]) -> int:
         """Return the dim of the rows: of one row each, a batch dim over which the right operand repeats.

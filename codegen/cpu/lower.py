@@ -16,7 +16,7 @@ from typing import final
 
 from superopt.codegen.cpu.config import CpuConfig
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
-from superopt.codegen.cpu.contraction import Product
+from superopt.codegen.cpu.contraction import Product, merged_runs, splits
 from superopt.codegen.cpu.divide import shared_divisions
 from superopt.codegen.cpu.environment import Environment, identity_coords
 from superopt.codegen.cpu.expressions import LOWER, literal
@@ -74,6 +74,7 @@ class _Kernel:
         self.outputs = [f"out{i}" for i in range(len(graph.outputs))]
         self.factors: dict[Node, dict[int, View]] = {}
         self.in_loops: list[str] = []
+        self.aliases: set[Node] = set()
 
     def source(self) -> Source:
         self._find_ragged()
@@ -263,7 +264,7 @@ class _Kernel:
                     context.full_sources -= set(declared)
                 inside = set(context.views) - set(kept)
                 for node in inside:
-                    if node.op is tile.LOAD:
+                    if node.op is tile.LOAD or node in self.aliases:
                         del context.views[node]
                 with context.block("else"):
                     self._items(loop.body)
@@ -476,8 +477,24 @@ class _Kernel:
         self.fused.flush()
         Product(self.context, self.plan, operand, view, accumulate=True).emit()
 
+    def _in_place(self, node: Node) -> bool:
+        """Let a reshape be another view of what is in memory, or leave it to the products that read it."""
+        runs = merged_runs(self.context, self.plan, node)
+        if runs is None:
+            return False
+        view, dims = runs
+        if all(len(parts) == 1 for parts in dims):
+            if self.plan.operand_base(node.inputs[0]).op is not tile.LOAD:
+                self.fused.flush()  # what is still to be written there is read through another name
+            self.context.views[node] = replace(view, strides=tuple(s for ((_, s),) in dims))
+            self.aliases.add(node)
+            return True
+        return splits(node, dims, self.plan.users[node])
+
     def _copy(self, node: Node) -> None:
         """Materialize an op that moves elements in a way no view can express."""
+        if node.op is structural.RESHAPE and self._in_place(node):
+            return
         self.fused.flush()
         view = self._view(node, "tile", dense=node.op is structural.RESHAPE)
         if node.op is structural.RESHAPE:

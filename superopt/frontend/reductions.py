@@ -23,6 +23,7 @@ from superopt.ir.build import elementwise_op
 from superopt.ir.node import Node, make
 from superopt.ir.ops import contraction as c
 from superopt.ir.ops import elementwise as e
+from superopt.ir.ops import structural
 from superopt.ir.ops.contraction import AxisAttrs
 from superopt.ir.ops.registry import Op
 from superopt.ir.types import DType
@@ -201,12 +202,26 @@ def _norm(x: Node, order: float, axes: tuple[int, ...]) -> Node:
 
 
 def _product(x: Node, y: Node) -> Node:
-    """torch.matmul for any ranks, without the batch dims being flattened."""
+    """torch.matmul for any ranks; rows that one matrix multiplies are one dim, whatever they were."""
     if 0 in (*x.shape, *y.shape):
         raise Decline("a product without elements")
     left = b.reshape(x, (1, *x.shape)) if x.tensor.rank == 1 else x
     right = b.reshape(y, (*y.shape, 1)) if y.tensor.rank == 1 else y
+    if left.tensor.rank > 2 and all(d == 1 for d in right.shape[:-2]):
+        rank = max(left.tensor.rank, right.tensor.rank)
+        return _rows_product(
+            b.reshape(left, (1,) * (rank - left.tensor.rank) + left.shape),
+            b.reshape(right, right.shape[-2:]),
+        )
     return b.matmul(left, right)
+
+
+def _rows_product(rows: Node, matrix: Node) -> Node:
+    """Multiply rows [..., K] by a matrix [K, N]; their order is changed after it, not before."""
+    if rows.op is structural.PERMUTE and rows.attrs.perm[-1] == rows.tensor.rank - 1:
+        return b.permute(_rows_product(rows.inputs[0], matrix), rows.attrs.perm)
+    merged = b.reshape(rows, (math.prod(rows.shape[:-1]), rows.shape[-1]))
+    return b.reshape(b.matmul(merged, matrix), (*rows.shape[:-1], matrix.shape[-1]))
 
 
 @rule(aten.mm.default, aten.bmm.default, aten.matmul.default, aten.mv.default, aten.dot.default)

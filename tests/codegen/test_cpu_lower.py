@@ -414,6 +414,33 @@ def test_batched_matmul_broadcast_and_views(folder):
     check(build.graph(), folder)
 
 
+@pytest.mark.parametrize("count", [40, 38], ids=["rows in one run", "rows in four runs"])
+def test_rows_and_columns_of_several_dims(folder, count):
+    # two heads of four, of queries, keys and values at once: columns in three runs
+    x, w = b.input_("x", (4, 40, 24)), b.input_("w", (3, 4, 16, 24))
+    build = BlockBuilder("projections", grid={"h": 2})
+    rows = b.slice_(build.load(x, 4, 40, 24), -2, 0, count)
+    columns = b.permute(build.load(w, 3, ("h", 2), 16, 24), (3, 0, 1, 2))
+    product = b.matmul(b.reshape(rows, (4 * count, 24)), b.reshape(columns, (24, 96)))
+    parts = b.reshape(product, (4, count, 3, 2, 16))
+    build.store(parts, (4, count, 3, 4, 16), 4, count, 3, ("h", 2), 16)
+    source = check(build.graph(), folder)
+    assert source.text.count("gemm_packed") == 1
+    assert "tile" not in source.text.split("block(")[1]  # nothing is copied
+
+
+def test_a_reshape_of_what_a_loop_has_just_written(folder):
+    x, w = b.input_("x", (2, 6, 20)), b.input_("w", (20, 8))
+    build = BlockBuilder("twice", grid={"g": 1}, loops={"n": 3})
+    tile_ = b.exp(build.load(x, 2, ("n", 2), 20))
+    kept = b.add(tile_, b.reduce_max(tile_, -1))
+    product = b.matmul(
+        b.reshape(b.div(kept, b.reduce_sum(kept, -1)), (4, 20)), build.load(w, 20, 8)
+    )
+    build.store(accum_sum(b.reshape(product, (2, 2, 8)), "n"), (2, 2, 8), 2, 2, 8)
+    check(build.graph(), folder)
+
+
 def test_fully_masked_rows_give_zero_over_zero(folder):
     x = b.input_("x", (3, 20))
     build = BlockBuilder("empty", grid={"m": 1}, loops={"k": 2})

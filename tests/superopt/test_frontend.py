@@ -15,7 +15,7 @@ from superopt.frontend.rules import common_dtype
 from superopt.ir import build as b
 from superopt.ir import composite
 from superopt.ir.node import Node
-from superopt.ir.ops import elementwise, library
+from superopt.ir.ops import contraction, elementwise, library
 from superopt.ir.ops.registry import Op
 from superopt.verify.draws import is_draw
 from superopt.verify.reference import DTYPES, run_reference
@@ -27,6 +27,28 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def nodes_of(lifted: Any, op: Op) -> list[Node]:
     return [n for n in lifted.graph.nodes() if n.op is op]
+
+
+# -- products ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x, w: F.linear(x, w), (6, 8)),
+        (lambda x, w: F.linear(x.transpose(0, 1), w), (6, 8)),
+        (lambda x, w: torch.matmul(x, w.t()), (6, 8)),
+        (lambda x, w: torch.matmul(x, w.t()[None]), (6, 8)),
+        (lambda x, w: torch.matmul(w, x.transpose(1, 2)), None),
+    ],
+)
+def test_rows_that_one_matrix_multiplies_are_one_dim(function: Any, shape: Any) -> None:
+    x, w = randn(2, 3, 5), randn(8, 5, seed=1)
+    lifted = lift(function, (x, w))
+    (product,) = nodes_of(lifted, contraction.MATMUL)
+    assert product.shape == (shape or (2, 8, 3))
+    (result,) = run_reference(lifted.graph, [x, w])
+    torch.testing.assert_close(result, function(x, w))
 
 
 # -- models --------------------------------------------------------------------------------------
