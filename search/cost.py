@@ -186,7 +186,7 @@ class KernelModel:
                 _runs_along(node.inputs[1]),
             )
         elif node.op not in VIEWS and kind is not OpKind.LEAF:
-            rate = _SLOW.get(node.op, 1.0) / self._machine.vector_ops
+            rate = self._operations(node, present) / self._machine.vector_ops
             if kind is OpKind.REDUCTION:
                 counted = self._present[node.inputs[0]]
         spills = kind not in (OpKind.LEAF, OpKind.STRUCTURAL)
@@ -195,6 +195,14 @@ class KernelModel:
             spills = False
         passes, tile = self._passes.get(node, 0), self._set(present)
         return _Op(self._set(counted), passes, closes, rate, product, tile, spills)
+
+    def _operations(self, node: Node, present: frozenset[Atom]) -> float:
+        """Return what an element costs, in simple operations."""
+        if node.op is elementwise.DIV and self._machine.kind == "cpu":
+            shared = present - self._present.get(node.inputs[1], frozenset())
+            if shared:  # the divisor is inverted once
+                return 2.0
+        return _SLOW.get(node.op, 1.0)
 
     def _read(self, node: Node) -> _Read:
         lies = view_type(node)

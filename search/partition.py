@@ -32,7 +32,7 @@ _FUSIBLE_STRUCTURAL = (
     structural.BROADCAST,
     contraction.SCAN,
 )
-_COARSE = 160
+_COARSE = 256
 Group = frozenset[Node]
 
 

@@ -135,7 +135,10 @@ class _Kernel:
         lines += ["  {", f"    char* const memory = scratch({max(context.scratch_bytes, 64)});"]
         if blocks > 1:
             lines.append(f"#pragma omp for schedule({schedule}) nowait")
-        lines += [f"    for (long block_index = 0; block_index < {blocks}L; ++block_index) {{"]
+        head = f"long block_index = 0; block_index < {blocks}L; ++block_index"
+        if self._grows():
+            head = f"long block_index = {blocks - 1}L; block_index >= 0; --block_index"
+        lines += [f"    for ({head}) {{"]
         divisor = 1
         for axis in reversed(graph.grid):
             position = f"block_index / {divisor}" if divisor > 1 else "block_index"
@@ -153,6 +156,12 @@ class _Kernel:
         else:
             lines.append(f"      block<true>({arguments});")
         return [*lines, "    }", "  }", "}"]
+
+    def _grows(self) -> bool:
+        """Say whether later blocks have longer loops: they come first, so that cores end together."""
+        grid = {a.name for a in self.graph.grid}
+        bounds = [bound for axis in self.graph.loops for bound in axis.bounds]
+        return sum(c for bound in bounds for name, c in bound.terms if name in grid) > 0
 
     # -- ragged dims ---------------------------------------------------------------------------
 

@@ -130,6 +130,15 @@ def test_attention(folder, heads, queries, keys, width, q_tile, k_tile, causal):
     check(attention(heads, queries, keys, width, q_tile, k_tile, causal=causal), folder)
 
 
+def test_long_blocks_come_first():
+    causal, plain = (
+        lower(attention(2, 64, 64, 8, 16, 16, causal=c), CpuConfig(), "a").text
+        for c in (True, False)
+    )
+    assert "block_index = 7L; block_index >= 0; --block_index" in causal
+    assert "block_index = 0; block_index < 8L; ++block_index" in plain
+
+
 @pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])
 def test_attention_16_bit(folder, dtype):
     check(attention(2, 37, 70, 32, 16, 32, dtype=dtype), folder)

@@ -13,7 +13,7 @@ from superopt.ir import build as b
 from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make, topological
-from superopt.ir.ops import contraction, library, structural
+from superopt.ir.ops import contraction, elementwise, library, structural
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
 from superopt.search.algebra import FUSION_RULES, apply_rules, with_gathers
@@ -48,6 +48,24 @@ def test_groups_cover_every_op_once(name: str, fuse: bool) -> None:
 
 def test_attention_becomes_one_kernel() -> None:
     assert len(partition(prepared(PROGRAMS["causal_gqa"]), MACHINE)) == 1
+
+
+def test_the_last_division_of_attention_stays_inside_at_any_size() -> None:
+    # also where the choices of tiles are so many that they are thinned
+    q, k, v = (b.input_(name, (4, 2048, 64)) for name in "qkv")
+    scores = b.mul(b.matmul(q, b.transpose(k)), 0.125)
+    shifted = b.exp(b.sub(scores, b.reduce_max(scores, -1)))
+    out = b.div(b.matmul(shifted, v), b.reduce_sum(shifted, -1))
+    (group,) = partition(b.kernel_graph("attention", [q, k, v], [out]), MACHINE)
+    # one division for all that share it: it costs little more than a product
+    (schedule,) = (
+        s
+        for s in derive(make_region(b.kernel_graph("a", [q, k, v], [out]), group))
+        if s.passes.shifts
+    )
+    seconds, tiles = best_tiles(schedule, MACHINE, 1)[0]
+    with mock.patch.dict("superopt.search.cost._SLOW", {elementwise.DIV: 600.0}):
+        assert KernelModel(schedule, MACHINE).seconds(tiles) == seconds
 
 
 def test_a_loss_reads_its_label_in_its_own_kernel() -> None:
