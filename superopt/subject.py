@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch.utils import _pytree as pytree
@@ -25,6 +25,9 @@ from superopt.verify.opaque import duplicate
 
 Function = Callable[..., Any]
 Modules = Sequence[torch.nn.Module]
+
+_NAMED: Final = "torch.return_types"
+"""The module of what `torch.max` returns, and the key under which such results are described."""
 
 
 @final
@@ -127,6 +130,24 @@ def separated(
     return found
 
 
+def _is_named(value: Any) -> bool:
+    return type(value).__module__ == _NAMED
+
+
+def _fields(value: Any) -> Any:
+    return {_NAMED: type(value).__name__, "fields": tuple(value)} if _is_named(value) else value
+
+
+def _is_fields(value: Any) -> bool:
+    return isinstance(value, dict) and _NAMED in value
+
+
+def _named(value: Any) -> Any:
+    if not _is_fields(value):
+        return value
+    return getattr(torch.return_types, value[_NAMED])(value["fields"])
+
+
 def builder(structure: str) -> Callable[[Sequence[torch.Tensor]], Any]:
     """Return what makes the caller's result of the program's tensors."""
     described = json.loads(structure)
@@ -137,11 +158,13 @@ def builder(structure: str) -> Callable[[Sequence[torch.Tensor]], Any]:
         return lambda tensors: kind(tensors)
     spec = pytree.treespec_loads(described["spec"])
     constants = described["leaves"]
+    named = _NAMED in described["spec"]
 
     def build(tensors: Sequence[torch.Tensor]) -> Any:
         rest = iter(tensors)
         leaves = [next(rest) if c is None else c["value"] for c in constants]
-        return pytree.tree_unflatten(leaves, spec)
+        plain = pytree.tree_unflatten(leaves, spec)
+        return pytree.tree_map(_named, plain, is_leaf=_is_fields) if named else plain
 
     return build
 
@@ -344,6 +367,10 @@ def _observe(
     if left_form != form or any(a is not b for a, b in zip(given, left, strict=True)):
         raise Unsupported("the program changes a list or a dict among its arguments")
     leaves, spec = pytree.tree_flatten(result)
+
+    # PyTorch gives its own named tuples no name to be stored under
+    plain = pytree.tree_map(_fields, result, is_leaf=_is_named)
+    leaves, spec = pytree.tree_flatten(plain)
     outputs: list[torch.Tensor] = []
     specs: list[OutputSpec] = []
     described: list[Any] = []

@@ -31,6 +31,8 @@ KEPT_WHOLE = (
     aten.dot.default,
     aten.baddbmm.default,
     aten.roll.default,
+    aten.eye.default,
+    aten.eye.m,
     aten.masked_fill.Scalar,
     aten.masked_fill.Tensor,
     aten.lstm.input,

@@ -317,13 +317,11 @@ def _leaky_relu(call: Call, x: Node, slope: Scalar) -> Node:
     return b.where(b.gt(x, 0.0), x, b.mul(x, float(slope)))
 
 
-@rule(aten.rrelu_with_noise_functional.default)
-def _rrelu(
-    call: Call, x: Node, noise: Node, low: Scalar, high: Scalar, training: bool, *_: Any
-) -> tuple[Node, ...]:
+@rule(aten.rrelu.default)
+def _rrelu(call: Call, x: Node, low: Scalar, high: Scalar, training: bool = False, *_: Any) -> Node:
     if training:
         raise Decline("random slopes")
-    return _leaky_relu(call, x, (low + high) / 2), noise
+    return _leaky_relu(call, x, (low + high) / 2)
 
 
 @rule(aten.elu.default)

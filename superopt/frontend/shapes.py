@@ -284,6 +284,11 @@ def _filled(call: Call, value: Scalar) -> Node:
     return b.full(call.shape, value, call.dtype)
 
 
+@rule(aten.eye.default, aten.eye.m)
+def _eye(call: Call, *_: Any) -> Node:
+    return to(b.eq(b.iota(call.shape, -2), b.iota(call.shape, -1)), call.dtype)
+
+
 @rule(aten.arange.start_step, aten.arange.start, aten.arange.default)
 def _arange(call: Call, first: Scalar, second: Any = None, third: Any = None, *_: Any) -> Node:
     start, step = first, third

@@ -56,6 +56,21 @@ def planned(optimized) -> list[bool]:
     return [p.program is not None for p in optimized.plans]
 
 
+def test_results_are_the_named_tuples_that_pytorch_returns(folder):
+    def best(x):
+        return {"top": (x.exp() * 2).max(-1), "both": [x.sigmoid().min(0), 3]}
+
+    fast = superopt.optimize(best, budget_s=2, cache=folder)
+    x = torch.randn(40, 70)
+    found, expected = fast(x), best(x)
+    assert planned(fast) == [True]
+    assert type(found["top"]) is torch.return_types.max
+    assert type(found["both"][0]) is torch.return_types.min
+    torch.testing.assert_close(found["top"].values, expected["top"].values)
+    assert torch.equal(found["both"][0].indices, expected["both"][0].indices)
+    assert found["both"][1] == 3
+
+
 def test_a_function_comes_back_faster_proven_and_reported(folder, tmp_path):
     fast = superopt.optimize(scaled_norm, budget_s=3, cache=tmp_path)
     x, w = torch.randn(16, 256), torch.randn(256)

@@ -426,6 +426,7 @@ def shapes(x: torch.Tensor, y: torch.Tensor, image: torch.Tensor) -> Results:
         "arange_float": torch.arange(0.0, 1.0, 0.1),
         "linspace": torch.linspace(0, 1, 5),
         "eye": torch.eye(3),
+        "eye_wide": torch.eye(3, 300, dtype=torch.bool),
         "full": torch.full((2, 3), 4.0) + x[0, 0],
         "ones_like": torch.ones_like(x),
         "zeros": x.new_zeros(3),

@@ -6,7 +6,7 @@ import torch
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make
-from superopt.ir.ops import library
+from superopt.ir.ops import contraction, library
 from superopt.ir.ops.library import OpaqueAttrs
 from superopt.ir.types import DType, TensorType
 from superopt.verify.equivalence import verify_field
@@ -122,3 +122,43 @@ def test_complex_results_may_round(error: float) -> None:
     graph = b.kernel_graph("spectrum", [x], [make(library.OPAQUE, (b.mul(x, 3.0),), attrs)])
     other = lambda t: [torch.fft.rfft(t[0] * 1.5 + t[0] * 1.5 * (1 + error))]  # noqa: E731
     assert bool(verify_float(graph, other, seed=0)) is (error == 0.0)
+
+
+def largest(scores: Node) -> Node:
+    return b.arg_reduce(contraction.ARGMAX, scores, -1)
+
+
+def test_rounding_may_decide_which_of_equal_scores_is_the_largest() -> None:
+    x, y = b.input_("x", (9, 300)), b.input_("y", (300, 40))
+    graph = b.kernel_graph("nearest", [x, y], [largest(b.exp(b.mul(b.matmul(x, y), 0.01)))])
+
+    def scores(tensors: list[torch.Tensor]) -> torch.Tensor:
+        left, right = tensors
+        # summed in another order
+        return (left[:, :150] @ right[:150] + left[:, 150:] @ right[150:]) * 0.01
+
+    def other_order(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [scores(tensors).exp().argmax(-1, keepdim=True)]
+
+    def second_best(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [scores(tensors).topk(2).indices[:, 1:]]
+
+    def outside(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.full((9, 1), 40)]
+
+    assert verify_float(graph, other_order, seed=0)
+    for wrong in (second_best, outside):
+        verdict = verify_float(graph, wrong, seed=0)
+        assert not verdict
+        assert "output 0" in verdict.reason
+
+
+@pytest.mark.parametrize("special", [float("inf"), float("nan")])
+def test_infinity_and_nan_are_the_largest_scores(special: float) -> None:
+    x = b.input_("x", (6, 20))
+    last = b.eq(b.iota((6, 20), -1), 19)
+    score = b.where(last, special, b.mul(x, 1.0))
+    graph = b.kernel_graph("special", [x], [b.reshape(largest(score), (6,))])
+    assert verify_float(graph, lambda tensors: [torch.full((6,), 19)], seed=0)
+    # next to nothing is missing from a score that is not a number
+    assert not verify_float(graph, lambda tensors: [tensors[0].argmax(-1)], seed=0)
