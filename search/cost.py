@@ -57,6 +57,8 @@ def library_cost(node: Node, machine: Target) -> float:
     if node.op.kind not in (OpKind.CONTRACTION, OpKind.LIBRARY):
         rate = machine.vector_ops * machine.cores
     busy, waiting = flops / rate, moved / machine.memory_bandwidth
+    if node.op is contraction.MATMUL and machine.kind == "cpu" and _runs_along(node.inputs[1]):
+        busy += _transposition_s(node.inputs[1].tensor.elements / machine.cores, machine)
     return machine.library_call_s + max(busy, waiting) + _UNHIDDEN * min(busy, waiting)
 
 
@@ -64,6 +66,11 @@ def _product_flops(node: Node, machine: Target) -> float:
     """Return the rate of large products of the type of `node`."""
     half = node.tensor.dtype in (DType.F16, DType.BF16)
     return machine.half_flops if half else machine.peak_flops
+
+
+def _transposition_s(elements: float, machine: Target) -> float:
+    """Seconds on one core of copying so many elements of a transposed operand; a library does it too."""
+    return _TRANSPOSITION * elements / machine.vector_ops
 
 
 def _runs_along(right: Node) -> bool:
@@ -287,8 +294,7 @@ class KernelModel:
         rate = product.flops / machine.cores * max(reuse, 0.05) * 0.9
         seconds = 2.0 * elements * sizes[product.inner] / rate
         if machine.kind == "cpu" and product.transposed and sizes[product.rows] > _STREAMED_ROWS:
-            copied = sizes[product.inner] * sizes[product.columns]
-            seconds += _TRANSPOSITION * copied / machine.vector_ops
+            seconds += _transposition_s(sizes[product.inner] * sizes[product.columns], machine)
         return seconds
 
     def _traffic(self, sizes: list[int], blocks: int, trips: int) -> tuple[float, float]:

@@ -13,7 +13,7 @@ program (the original when nothing better was proven).
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Final, Protocol, final
@@ -261,14 +261,30 @@ class Driver:
         return verdict.accurate
 
     def _assemble(self, variant: Graph, deadline: float) -> Graph | None:
-        """Choose a kernel or the library for every part of a variant.
-
-        Time is shared by predicted cost. However late it is every part gets a kernel, if only the first
-        that comes to mind: op by op it would be slower than the original.
-        """
-        costs = {g: c for g, c in partition(variant, self.machine).items() if _worth(variant, g)}
+        """Choose a kernel or the library for every part of a variant."""
+        costs = self._costs(variant, None)
         self._tell("partition", f"{len(costs)} kernels to generate", kernels=len(costs))
         replacements: dict[Node, Node] = {}
+        for region, choice in self._kernels(variant, costs, deadline):
+            results = place(choice.schedule, choice.graph, region.inputs)
+            replacements.update(zip(region.outputs, results, strict=True))
+            self.notes.append(f"{choice.graph.name}: {choice.schedule.describe()}")
+        return substitute(variant, replacements) if replacements else None
+
+    def _costs(self, graph: Graph, products: int | None) -> dict[Group, float]:
+        """Return the groups that may gain from a kernel, at most so many products in each."""
+        found = partition(graph, self.machine, products=products)
+        return {group: cost for group, cost in found.items() if _worth(graph, group)}
+
+    def _kernels(
+        self, graph: Graph, costs: Mapping[Group, float], deadline: float
+    ) -> list[tuple[Region, _Choice]]:
+        """Return kernels for groups; time is shared by predicted cost.
+
+        However late it is every group gets a kernel, if only the first that comes to mind: op by op it
+        would be slower than the original.
+        """
+        found: list[tuple[Region, _Choice]] = []
         total = missing = sum(costs.values())
         for group, cost in costs.items():
             left = deadline - time.monotonic()
@@ -277,49 +293,52 @@ class Driver:
             until = time.monotonic() + left * cost / max(missing, cost)
             missing -= cost
             minor = left <= 0 or cost < _MINOR * total
-            for region, choice in self._kernels_of(variant, group, until, minor):
-                results = place(choice.schedule, choice.graph, region.inputs)
-                replacements.update(zip(region.outputs, results, strict=True))
-                self.notes.append(f"{choice.graph.name}: {choice.schedule.describe()}")
-        return substitute(variant, replacements) if replacements else None
+            found += self._kernels_of(graph, group, until, minor)
+        return found
 
     def _kernels_of(
         self, variant: Graph, group: Group, until: float, minor: bool
     ) -> list[tuple[Region, _Choice]]:
-        """Return the kernels for a group: one, or those of its parts around library calls."""
+        """Return the kernels for a group: one, or those of its parts, some of them library calls."""
         region = make_region(variant, group)
         products = [n for n in group if n.op.kind is OpKind.CONTRACTION]
-        # what is around the products needs half of the time where they stay in the library
-        half = (time.monotonic() + until) / 2 if products else until
-        whole = self._tune(region, half, minor)
+        # the parts need the rest of the time where one kernel is not the best
+        now = time.monotonic()
+        share = 1.0 if not products else 0.5 if len(products) == 1 else 0.3
+        whole = self._tune(region, now + share * (until - now), minor)
         if not products:
             return [] if whole is None else [(region, whole)]
         if whole is not None and whole.seconds < _CLEAR * self._library_s(variant, products):
             return [(region, whole)]
-        # the alternative: contractions in the library, what is around them fused
         subgraph = extract(region, "part")
-        parts: list[tuple[Region, _Choice]] = []
-        for part in partition(subgraph, self.machine, fuse_contractions=False):
-            if not _worth(subgraph, part) or any(n.op.kind is OpKind.CONTRACTION for n in part):
-                continue
-            if parts and self._left() <= 0:
-                continue
-            inner = make_region(subgraph, part)
-            choice = self._tune(inner, until, minor)
-            if choice is not None:
-                parts.append((inner, choice))
-        library = _replaced(subgraph, parts)
+        if len(products) > 1 and time.monotonic() < until:
+            parts = self._kernels(subgraph, self._costs(subgraph, 1), until)
+        else:
+            parts = self._around(subgraph, until, minor)
         if whole is None:
             return _moved(variant, region, parts)
         fused = subgraph.with_outputs(place(whole.schedule, whole.graph, subgraph.inputs))
-        custom_s, library_s = self.measurer.programs([fused, library])
+        custom_s, parts_s = self.measurer.programs([fused, _replaced(subgraph, parts)])
         self._tell(
-            "compared",
-            f"one kernel {custom_s * 1e3:.3f} ms, library kernels {library_s * 1e3:.3f} ms",
+            "compared", f"one kernel {custom_s * 1e3:.3f} ms, its parts {parts_s * 1e3:.3f} ms"
         )
-        if custom_s <= library_s:
+        if custom_s <= parts_s:
             return [(region, whole)]
         return _moved(variant, region, parts)
+
+    def _around(self, graph: Graph, until: float, minor: bool) -> list[tuple[Region, _Choice]]:
+        """Return kernels for what is around products, which stay in the library."""
+        parts: list[tuple[Region, _Choice]] = []
+        for part in self._costs(graph, 0):
+            if any(n.op.kind is OpKind.CONTRACTION for n in part):
+                continue
+            if parts and self._left() <= 0:
+                continue
+            inner = make_region(graph, part)
+            choice = self._tune(inner, until, minor)
+            if choice is not None:
+                parts.append((inner, choice))
+        return parts
 
     def _library_s(self, variant: Graph, products: Sequence[Node]) -> float:
         """Return the seconds of products alone, each by the library."""

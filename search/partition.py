@@ -41,14 +41,13 @@ def is_compute(node: Node) -> bool:
     return not (node.op in (leaf.INPUT, leaf.ITEM) or is_leaf(node) or is_view(node))
 
 
-def partition(
-    graph: Graph, machine: Target, *, fuse_contractions: bool = True
-) -> dict[Group, float]:
+def partition(graph: Graph, machine: Target, *, products: int | None = None) -> dict[Group, float]:
     """Return groups of compute nodes, each one kernel, in topological order, with predicted seconds.
 
-    No two groups need each other, directly or through others.
+    No two groups need each other, directly or through others. At most `products` contractions are in one
+    (None: any number); with 0 each is a library kernel.
     """
-    return _Partition(graph, machine, fuse_contractions).run()
+    return _Partition(graph, machine, products).run()
 
 
 @final
@@ -56,7 +55,7 @@ def partition(
 class _Partition:
     graph: Graph
     machine: Target
-    fuse_contractions: bool
+    products: int | None
     owner: dict[Node, Group] = field(default_factory=dict)
     costs: dict[Group, float] = field(default_factory=dict)
     producers: dict[Node, list[Node]] = field(default_factory=dict)
@@ -94,6 +93,8 @@ class _Partition:
             union = frozenset(members)
             parts = {self.owner[n] for n in union}
             separate = sum(self._cost(p) for p in parts)
+            if self._crowded(union):
+                continue
             if len(parts) > 2 and self._closed(union) and self._cost(union) < separate:
                 for node in union:
                     self.owner[node] = union
@@ -136,13 +137,18 @@ class _Partition:
 
     def _gain(self, first: Group, second: Group) -> float:
         union = first | second
-        if not all(self._fusible(n) for n in union):
+        if not all(self._fusible(n) for n in union) or self._crowded(union):
             return -inf
         return self._cost(first) + self._cost(second) - self._cost(union)
 
+    def _crowded(self, union: Group) -> bool:
+        """Say whether there are more products than may be in one kernel."""
+        count = sum(n.op.kind is OpKind.CONTRACTION for n in union)
+        return self.products is not None and count > max(1, self.products)
+
     def _fusible(self, node: Node) -> bool:
         if node.op.kind is OpKind.CONTRACTION:
-            return self.fuse_contractions
+            return self.products != 0
         if node.op is structural.GATHER:
             return self.machine.kind == "cpu"
         return node.op.kind in _FUSIBLE or node.op in _FUSIBLE_STRUCTURAL

@@ -72,6 +72,37 @@ def test_where_no_kernel_runs_the_original_stays() -> None:
     assert result.graph == PROGRAMS["norm_linear"]
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_products_get_kernels_of_their_own_where_one_for_all_is_slow(wide: bool) -> None:
+    def products(graph: Graph) -> int:
+        return sum(n.op is contraction.MATMUL for n in graph.nodes())
+
+    class Narrow(Predicted):
+        """What a program takes is what its kernels take, and a kernel of two products takes long."""
+
+        def kernels(self, graphs: Sequence[Graph]) -> list[float]:
+            return [self.takes(g) for g in graphs]
+
+        def takes(self, graph: Graph) -> float:
+            return 3.0 if wide and products(graph) > 1 else 0.1
+
+        def programs(self, graphs: Sequence[Graph]) -> list[float]:
+            kernels = [[n for n in g.nodes() if n.op is library.CUSTOM] for g in graphs]
+            return [
+                sum(self.takes(n.attrs.graph) for n in found) + products(g)
+                for g, found in zip(graphs, kernels, strict=True)
+            ]
+
+    x, up, down = b.input_("x", (10, 24)), b.input_("up", (24, 48)), b.input_("down", (48, 24))
+    layers = b.add(b.matmul(b.maximum(b.matmul(x, up), 0.0), down), x)
+    result = run(b.kernel_graph("layers", [x, up, down], [layers]), Narrow())
+    assert result.verdict is not None
+    blocks = [n.attrs.graph for n in result.graph.nodes() if n.op is library.CUSTOM]
+    counts = [products(g) for g in blocks if products(g)]
+    assert sum(counts) == 2
+    assert counts == ([1, 1] if wide else [2])
+
+
 def test_a_wrong_rule_ends_as_a_rejected_program(monkeypatch: pytest.MonkeyPatch) -> None:
     def forget_a_factor(node: Node) -> Node | None:
         if node.op is not contraction.MATMUL:

@@ -32,16 +32,17 @@ def prepared(graph: Graph) -> Graph:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("fuse", [True, False])
-def test_groups_cover_every_op_once(name: str, fuse: bool) -> None:
+@pytest.mark.parametrize("most", [None, 1, 0])
+def test_groups_cover_every_op_once(name: str, most: int | None) -> None:
     graph = prepared(PROGRAMS[name])
-    groups = partition(graph, MACHINE, fuse_contractions=fuse)
+    groups = partition(graph, MACHINE, products=most)
     nodes = [n for group in groups for n in group]
     assert len(nodes) == len(set(nodes))
     assert set(nodes) == {n for n in topological(graph.outputs) if is_compute(n)}
     for group in groups:
         products = [n for n in group if n.op is contraction.MATMUL]
-        assert fuse or not products or len(group) == 1
+        assert most is None or len(products) <= 1
+        assert most != 0 or not products or len(group) == 1
         if len(group) > 1:
             assert derive(make_region(graph, group))
 

@@ -58,7 +58,7 @@ def fused(graph: Graph, *, fuse_contractions: bool = True) -> Graph:
     """Replace every part that can be one kernel by the kernel that is predicted to be fastest."""
     machine = Target()
     variant = apply_rules(expand(graph), FUSION_RULES)
-    groups = partition(variant, machine, fuse_contractions=fuse_contractions)
+    groups = partition(variant, machine, products=None if fuse_contractions else 0)
     replacements: dict[Node, Node] = {}
     for number, group in enumerate(groups):
         region = make_region(variant, group)
