@@ -16,7 +16,7 @@ from superopt.codegen.cpu.expressions import literal, scalar_type
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.cpu.members import Member, carried, combine, combine_kind, identity
 from superopt.ir.node import Node
-from superopt.ir.ops import contraction, structural, tile
+from superopt.ir.ops import contraction, elementwise, structural, tile
 from superopt.ir.types import DType
 
 _CHAIN: Final = 32
@@ -306,7 +306,8 @@ class Row:
             return
         assert member.source is not None
         env.target = member.node if member.source is member.node else None
-        value = env.value(member.source, identity_coords(member.source.shape))
+        source = self._unrounded(member)
+        value = env.value(source, identity_coords(source.shape))
         env.target = None
         if member.kind in ("write", "store"):
             env.store(member.view, at[: len(member.view.strides)], value)
@@ -322,6 +323,16 @@ class Row:
             self._prefix(member, env, value, at)
         else:
             self._accumulate(member, env, value, at)
+
+    def _unrounded(self, member: Member) -> Node:
+        """Return what a member reads, before a rounding to 16 bits that its store does anyway."""
+        assert member.source is not None
+        source = member.source
+        stored = member.kind == "store" and member.view.element == element_type(source.tensor.dtype)
+        narrows = source.op is elementwise.CAST and source.inputs[0].tensor.dtype is DType.F32
+        if stored and narrows and source.tensor.dtype in (DType.F16, DType.BF16):
+            return source if source in self.context.views else source.inputs[0]
+        return source
 
     def _reduce(self, member: Member, env: Environment, value: str, total: str | None) -> None:
         kind = combine_kind(member.node)

@@ -114,3 +114,23 @@ def test_rows_that_share_an_operand_are_one_product(tmp_path: Path, strided: boo
     right = torch.randn(2, 1, keys, width, generator=generator) * 0.1
     (want,) = run_reference(graph, [left, right.expand(2, repeats, keys, width)])
     torch.testing.assert_close(run(graph, tmp_path, left, right), want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
+def test_a_result_is_rounded_once(tmp_path: Path, dtype: DType) -> None:
+    g = BlockBuilder("rounded", grid={"m": 1})
+    doubled = b.mul(g.load(b.input_("x", (5, 37)), 5, 37), 1.7)
+    g.store(b.cast(doubled, dtype), (5, 37), 5, 37)
+    g.store(b.cast(b.cast(doubled, dtype), DType.F32), (5, 37), 5, 37)  # this rounding is seen
+    graph = g.graph()
+    source = lower(graph, CpuConfig(), "rounded")
+    assert source.text.count("round_to") == 2  # whole vectors and the rest of them, of the second
+    (kernel,) = compile_many([source], tmp_path)
+    assert isinstance(kernel, Kernel), kernel
+    x = torch.randn(5, 37, generator=torch.Generator().manual_seed(2)) * 100
+    x[0, :4] = torch.tensor([torch.inf, torch.nan, 6e4, 1e-8])
+    first, second = run_reference(graph, [x])
+    stored, seen = torch.empty_like(first), torch.empty_like(second)
+    kernel(x.data_ptr(), stored.data_ptr(), seen.data_ptr())
+    torch.testing.assert_close(stored, first, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(seen, second, rtol=0, atol=0, equal_nan=True)
