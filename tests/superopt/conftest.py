@@ -40,5 +40,5 @@ def first_found(monkeypatch: pytest.MonkeyPatch) -> None:
     ranked = driver.best_tiles
     monkeypatch.setattr(pipeline, "_GAIN", float("inf"))
     monkeypatch.setattr(pipeline, "_CONFIGURATIONS", 1)
-    monkeypatch.setattr(driver, "_neighbours", lambda best: [])
+    monkeypatch.setattr(driver, "_neighbours", lambda best, machine: [])
     monkeypatch.setattr(driver, "best_tiles", lambda *a: ranked(*a)[:1])
