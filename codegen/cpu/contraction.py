@@ -263,7 +263,8 @@ class Product:
         if a.element != "float":
             a = self._copied_rows(a, m, k)
         rows, vectors = self._register_tile(m, n)
-        depth = min(k.full, _PANEL_DEPTH)
+        # stretches of about one length: a short last one costs a pass over the result like any other
+        depth = -(-k.full // max(1, round(k.full / _PANEL_DEPTH)))
         panel = self.context.allocate(
             (depth, config.vectors * _MOST_LANES), DType.F32, "panel", dense=True
         )

@@ -118,7 +118,7 @@ def test_dot_any_extent(folder, width, element):
     check_rows_by_rows(kernel, element, (37, 7, 530))
 
 
-@pytest.mark.parametrize("width", [64, 16])
+@pytest.mark.parametrize("width", [64, 32, 16])
 @pytest.mark.parametrize("element", TYPES)
 def test_packed_any_extent(folder, width, element):
     kernel = build(
