@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar, final, overload
 import torch
 
 from superopt.cache import Cache, key_of
-from superopt.errors import PlanError
+from superopt.errors import PlanError, Unsupported
 from superopt.frontend import lift
 from superopt.guards import BOUND, Guards, take_guards
 from superopt.ir.errors import SuperoptError
@@ -229,11 +229,20 @@ class _Dispatcher:
             except (PlanError, IndexError) as error:
                 logger.info("a cached plan does not fit: %s", error)
         args, kwargs = separated(args, kwargs, _state(modules))
-        lifted = lift(self.original, args, kwargs)
+        try:
+            lifted = lift(self.original, args, kwargs)
+        finally:
+            changed = self.guards.put_back()
         self.guards.tensors += [(t, t._version) for t in lifted.folded_sources]
-        with preserved(lifted):
-            request, binding = make_request(self.original, modules, lifted, args, kwargs)
-            planned = make_plan(request, self.options, self.on_event, started=started)
+        try:
+            with preserved(lifted):
+                request, binding = make_request(self.original, modules, lifted, args, kwargs)
+                changed = self.guards.put_back() or changed
+                if changed:
+                    raise Unsupported(f"the program changes {changed}, which a plan does not")
+                planned = make_plan(request, self.options, self.on_event, started=started)
+        finally:
+            self.guards.put_back()
         if alias is not None and not lifted.folded_sources and lasting(planned.plan):
             store.save_alias(alias, planned.key)
         return planned, binding

@@ -12,7 +12,7 @@ import hashlib
 import sys
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
@@ -52,9 +52,12 @@ _CLASS_NAMES: Final = frozenset(
 @final
 @dataclass(slots=True)
 class Guards:
-    """Conditions under which plans stay right; `hold` checks them all."""
+    """Conditions under which plans stay right; `hold` checks them all.
 
-    identities: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
+    `contents` are the attributes, lists, dicts and sets that were met, with copies of what they held.
+    """
+
+    identities: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     values: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     attributes: list[tuple[type, str, Any]] = field(default_factory=list)
     cells: list[tuple[Any, Any]] = field(default_factory=list)
@@ -63,6 +66,7 @@ class Guards:
     sizes: list[tuple[dict[str, Any], int]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     modules: list[torch.nn.Module] = field(default_factory=list)
+    contents: list[tuple[str, Any, Any]] = field(default_factory=list)
     digest: str = ""
 
     def hold(self) -> bool:
@@ -97,6 +101,25 @@ class Guards:
                 return False
         return all(now == then for now, then in self.snapshots)
 
+    def put_back(self) -> str:
+        """Undo what running the program did to what was met; return the name of one such thing or "".
+
+        Tensors are not looked into, and other tensors in the place of buffers are not named: lifting knows them.
+        """
+        changed = ""
+        for name, now, then in self.contents:
+            if not _same_items(now, then):
+                changed = changed if name == "_buffers" else name
+                _refill(now, then)
+        for place, name, value in (*self.identities, *self.values):
+            if place.get(name, _MISSING) is not value and type(value) not in _CONTAINERS:
+                changed = changed if place.get(name, _MISSING) == value else name
+                place[name] = value
+        for cell, value in self.cells:
+            if _cell(cell) is not value:
+                changed, cell.cell_contents = "a variable of an enclosing function", value
+        return changed
+
     @property
     def fingerprint(self) -> str | None:
         """Digest of all that was met, or None where something has no form that lasts."""
@@ -104,6 +127,29 @@ class Guards:
 
 
 _MISSING: Final = object()
+_CONTAINERS: Final = (list, dict, set)
+
+
+def _same_items(now: Any, then: Any) -> bool:
+    """Compare what containers hold by identity; our own entry among attributes does not count."""
+    if isinstance(now, set):
+        return bool(now == then)
+    pairs = [list(c.items()) if isinstance(c, dict) else list(enumerate(c)) for c in (now, then)]
+    left, right = ([(k, v) for k, v in items if k != BOUND] for items in pairs)
+    return len(left) == len(right) and all(
+        a == b and v is w for (a, v), (b, w) in zip(left, right, strict=True)
+    )
+
+
+def _refill(now: Any, then: Any) -> None:
+    if isinstance(now, list):
+        now[:] = then
+        return
+    ours = {BOUND: now[BOUND]} if isinstance(now, dict) and BOUND in now else {}
+    now.clear()
+    now.update(then)
+    if ours:
+        now.update(ours)
 
 
 def take_guards(subject: Callable[..., Any]) -> Guards:
@@ -125,7 +171,7 @@ class _Walk:
         self.seen: set[int] = set()
         self.kept: list[Any] = []
         self.held: dict[int, tuple[int, str]] = {}
-        self.tables: dict[int, tuple[Mapping[str, Any], str]] = {}
+        self.tables: dict[int, tuple[dict[str, Any], str]] = {}
 
     def note(self, *parts: Any) -> None:
         self.digest.update(repr(parts).encode())
@@ -194,6 +240,7 @@ class _Walk:
             self.value(f"{name}[{key!r}]", item, depth)
         if not isinstance(value, tuple | frozenset):
             self.guards.snapshots.append((value, value.copy()))
+            self.guards.contents.append((name, value, value.copy()))
 
     def other(self, name: str, value: Any, depth: int) -> None:
         """Guard the attributes of an object of a user's class, whose code is not known."""
@@ -203,6 +250,7 @@ class _Walk:
         inside = getattr(value, "__dict__", None)
         if isinstance(inside, dict) and not isinstance(value, type):
             self.guards.sizes.append((inside, _size(inside)))
+            self.guards.contents.append((f"attributes of {name}", inside, inside.copy()))
             for key in list(inside):
                 if key != BOUND:
                     self.place(inside, key, depth + 1)
@@ -283,7 +331,7 @@ class _Walk:
 
     # -- torch modules -------------------------------------------------------------------------
 
-    def tensor(self, table: Mapping[str, Any], name: str, tensor: torch.Tensor) -> None:
+    def tensor(self, table: dict[str, Any], name: str, tensor: torch.Tensor) -> None:
         """Note where a module keeps a tensor; that two places share it is part of the program."""
         number = len(self.guards.modules)
         if id(tensor) not in self.held:
@@ -307,6 +355,11 @@ class _Walk:
         self.class_(type(module), depth)
         inside = module.__dict__
         self.guards.sizes.append((inside, _size(inside)))
+        self.guards.contents.append(
+            (f"attributes of {type(module).__name__}", inside, inside.copy())
+        )
+        for table in ("_parameters", "_buffers", "_modules"):
+            self.guards.contents.append((table, inside[table], inside[table].copy()))
         for name in sorted(inside):
             if (name not in _PRIVATE and name != BOUND) or name == "training":
                 self.place(inside, name, depth)

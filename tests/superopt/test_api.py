@@ -279,6 +279,65 @@ def test_tensors_that_are_one_at_first_are_others_later(folder):
     torch.testing.assert_close(fast(x), module(x))
 
 
+CALLS = []
+
+
+class Changing(torch.nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.count, self.seen = change, 0, []
+
+    def forward(self, x):
+        self.change(self, x)
+        return x * self.count
+
+
+CHANGES = {
+    "attribute": lambda self, x: setattr(self, "count", self.count + 1),
+    "list": lambda self, x: self.seen.append(x.shape),
+    "global": lambda self, x: CALLS.append(self.count),
+    "cache": lambda self, x: setattr(self, "cached", getattr(self, "cached", x * 2)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_program_does_beside_its_result_happens_once(folder, name):
+    eager, module = Changing(CHANGES[name]), Changing(CHANGES[name])
+    fast = superopt.optimize(module, budget_s=1, cache=folder)
+    calls = []
+    for run in (eager, fast):
+        CALLS.clear()
+        results = [run(torch.ones(3)) for _ in range(2)]
+        calls.append((results, len(CALLS)))
+    torch.testing.assert_close(calls[1][0], calls[0][0])
+    assert calls[1][1] == calls[0][1]
+    assert (module.count, module.seen) == (eager.count, eager.seen)
+    if name == "cache":
+        assert type(module.cached) is torch.Tensor
+    assert "the program changes" in fast.report().unplanned[0]
+
+
+def test_buffers_may_be_bound_anew(folder):
+    class Rebinding(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen = self.seen + 1
+            return scaled_norm(x, x[0]) * self.seen
+
+    fast, eager, x = (
+        superopt.optimize(Rebinding(), budget_s=3, cache=folder),
+        Rebinding(),
+        torch.randn(16, 64),
+    )
+    for _ in range(3):
+        torch.testing.assert_close(fast(x), eager(x))
+    assert fast.seen.item() == 3
+    assert planned(fast) == [True]
+
+
 def test_changed_lists_and_odd_results_run_as_they_were(folder):
     def replaced(items):
         items[0] = items[0] * 2
