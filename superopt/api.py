@@ -232,12 +232,12 @@ class _Dispatcher:
         try:
             lifted = lift(self.original, args, kwargs)
         finally:
-            changed = self.guards.put_back()
+            self.guards.put_back()
         self.guards.tensors += [(t, t._version) for t in lifted.folded_sources]
         try:
             with preserved(lifted):
                 request, binding = make_request(self.original, modules, lifted, args, kwargs)
-                changed = self.guards.put_back() or changed
+                changed = self.guards.put_back()
                 if changed:
                     raise Unsupported(f"the program changes {changed}, which a plan does not")
                 planned = make_plan(request, self.options, self.on_event, started=started)
