@@ -12,6 +12,7 @@ import re
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -88,6 +89,8 @@ def run_optimize(options: argparse.Namespace) -> int:
         raise UsageError(f"{options.output} exists already: pass --force to replace it")
     if not options.budget > 0:
         raise UsageError("--budget is a number of seconds above 0")
+    if not _may_be_made(options.output):
+        raise UsageError(f"{options.output} cannot be written: choose another folder")
     chosen = make_options(
         {
             "budget_s": options.budget,
@@ -110,6 +113,12 @@ def run_optimize(options: argparse.Namespace) -> int:
     record = {"event": "done", "artifact": str(options.output), "report": plan.report}
     emit(record, as_json=options.json, text=f"{report}\nwritten to {options.output}")
     return INTERRUPTED if plan.report.get("stopped") == "interrupted" else DONE
+
+
+def _may_be_made(folder: Path) -> bool:
+    """Say whether a folder can be made, before a search whose result it is to hold."""
+    above = next(p for p in folder.absolute().parents if p.exists())
+    return above.is_dir() and os.access(above, os.W_OK | os.X_OK)
 
 
 def _self_contained(plan: Plan, parameters: tuple[torch.Tensor, ...]) -> Plan:
@@ -145,13 +154,16 @@ def _program(
 
 
 def _exported(path: Path) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Lifted]:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        # torch would log a traceback of its own
+        raise UsageError(f"{path} is not a torch.export file")
     try:
         with warnings.catch_warnings():
             # some versions of torch warn about buffers of their own
             warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
             exported = torch.export.load(path)
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
     except Exception as error:  # torch raises whatever its readers meet in a foreign file
         raise UsageError(f"{path} is not a torch.export file: {error}") from error
     if exported.example_inputs is None:

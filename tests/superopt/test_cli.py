@@ -233,6 +233,8 @@ def test_targets_cache_and_ops(capsys, artifact):
         (["optimize", "superopt_cli_program:number", "-o", "o", "-i", "f32[2]"], 2, "int"),
         (["optimize", "no_such_module:f", "-o", "o", "-i", "f32[2]"], 2, "no_such_module"),
         (["optimize", "missing.pt2", "-o", "o"], 2, "missing.pt2"),
+        (["optimize", __file__ + ".pt2", "-o", "o"], 2, "there is no file"),
+        (["optimize", "superopt_cli_program:norm", "-o", "/dev/null/o"], 2, "cannot be written"),
         (["optimize", "neither", "-o", "o"], 2, "module:function"),
         (["optimize", "superopt_cli_program:norm", "-o", "o", "-i", "f31[2]"], 2, "f31"),
         (["bench", "nowhere"], 2, "nowhere"),
@@ -242,6 +244,15 @@ def test_usage_errors_say_what_is_wrong(capsys, arguments, code, words):
     found, _, err = run(capsys, *arguments)
     assert found == code
     assert words in err
+
+
+def test_a_foreign_file_is_named_without_a_traceback(capsys, caplog, tmp_path):
+    foreign = tmp_path / "foreign.pt2"
+    foreign.write_text("nothing")
+    code, _, err = run(capsys, "optimize", str(foreign), "-o", str(tmp_path / "o"))
+    assert code == 2
+    assert "foreign.pt2 is not a torch.export file" in err
+    assert not caplog.records
 
 
 def test_what_is_not_supported_has_its_own_code(capsys):
