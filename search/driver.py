@@ -305,7 +305,7 @@ class Driver:
         # the parts need the rest of the time where one kernel is not the best
         now = time.monotonic()
         share = 1.0 if not products else 0.5 if len(products) == 1 else 0.3
-        whole = self._tune(region, now + share * (until - now), minor)
+        whole = self.tune(region, now + share * (until - now), minor)
         if not products:
             return [] if whole is None else [(region, whole)]
         if whole is not None and whole.seconds < _CLEAR * self._library_s(variant, products):
@@ -335,7 +335,7 @@ class Driver:
             if parts and self._left() <= 0:
                 continue
             inner = make_region(graph, part)
-            choice = self._tune(inner, until, minor)
+            choice = self.tune(inner, until, minor)
             if choice is not None:
                 parts.append((inner, choice))
         return parts
@@ -347,7 +347,7 @@ class Driver:
 
     # -- tuning one kernel ---------------------------------------------------------------------
 
-    def _tune(self, region: Region, until: float, minor: bool) -> _Choice | None:
+    def tune(self, region: Region, until: float, minor: bool) -> _Choice | None:
         """Return the fastest kernel found for a region before `until`; the first for a minor one."""
         self.region_number += 1
         schedules = derive(region)
