@@ -135,7 +135,8 @@ def facts(device: str, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "compiler": _compiler(),
     }
-    for package in ("torch", "triton", "numpy", "superopt"):
+    found["torch"] = torch.__version__
+    for package in ("triton", "numpy", "superopt"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,6 +1,6 @@
 """`python -m benchmarks.readme`: put the newest full CPU result files into the README as tables.
 
-The tables, one per type, stand between two comments; a test fails when they are not what the files
+The tables, one per type and all but the first folded, stand between two comments; a test fails when they are not what the files
 say.
 """
 
@@ -30,7 +30,12 @@ def filled(text: str) -> str:
     head, _, rest = text.partition(START)
     if START not in text or END not in rest:
         raise ValueError(f"the README has no lines {START} and {END}")
-    tables = "\n\n".join(map(_table, newest("cpu")))
+    first, *others = map(_table, newest("cpu"))
+    folded = (
+        f"<details><summary>The same in {path.name.split('-')[1]}</summary>\n\n{table}\n\n</details>"
+        for path, table in zip(newest("cpu")[1:], others, strict=True)
+    )
+    tables = "\n\n".join([first, *folded])
     return f"{head}{START}\n{tables}\n{END}{rest.partition(END)[2]}"
 
 
