@@ -407,6 +407,7 @@ def test_results_of_unknown_size_are_refused() -> None:
         lift(torch.nonzero, (randn(3),))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older PyTorch drops the check itself")
 def test_what_acts_beside_its_results_is_refused() -> None:
     def checked(x: torch.Tensor) -> torch.Tensor:
         torch.ops.aten._linalg_check_errors(x.sum().int(), "checked", is_matrix=True)
