@@ -50,6 +50,7 @@ UNKNOWN = (
     elementwise.REMAINDER,
     elementwise.FMOD,
     elementwise.ATAN2,
+    elementwise.COPYSIGN,
 )
 COMPARISONS = (
     elementwise.EQ,

@@ -191,6 +191,7 @@ _PLAIN: dict[Op, Callable[..., Any]] = {
     elementwise.ISINF: torch.isinf,
     elementwise.NOT: torch.bitwise_not,
     elementwise.ATAN2: torch.atan2,
+    elementwise.COPYSIGN: torch.copysign,
     elementwise.MAXIMUM: torch.maximum,
     elementwise.MINIMUM: torch.minimum,
     elementwise.WHERE: torch.where,

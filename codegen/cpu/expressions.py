@@ -150,6 +150,7 @@ for _op, _name in (
     (elementwise.ERFINV, "erfinv"),
     (elementwise.LGAMMA, "lgamma"),
     (elementwise.ATAN2, "atan2"),
+    (elementwise.COPYSIGN, "copysign"),
 ):
     LOWER.register(_op)(_call(_name))
 for _op, _name in (

@@ -121,6 +121,7 @@ _REAL_FORMS: Final = {
     e.TRUNC: "libdevice.trunc({0})",
     e.DIV: "({0} / {1})",
     e.ATAN2: "libdevice.atan2({0}, {1})",
+    e.COPYSIGN: "libdevice.copysign({0}, {1})",
 }
 _PLAIN_FORMS: Final = {
     e.NEG: "(-{0})",

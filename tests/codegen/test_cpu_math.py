@@ -88,7 +88,10 @@ extern "C" void choose(const float* x, int64_t n, float* y) {
 def _source() -> str:
     lines = [KERNELS]
     lines += [f"UNARY({name})" for name in (*UNARY, *LANEWISE)]
-    lines += [f"BINARY({name})" for name in ("pow", "max", "min", "fmod", "atan2", "remainder")]
+    lines += [
+        f"BINARY({name})"
+        for name in ("pow", "max", "min", "fmod", "atan2", "remainder", "copysign")
+    ]
     lines += [f"ELEMENT({name}, {ctype})" for name, (ctype, _) in ELEMENTS.items()]
     return "\n".join(lines)
 
@@ -280,6 +283,7 @@ def test_pow_accuracy(kernels: Any) -> None:
         ("fmod", np.fmod, 0.0),
         ("remainder", np.remainder, 0.5001),
         ("atan2", np.arctan2, 2.0),
+        ("copysign", np.copysign, 0.0),
     ],
 )
 @pytest.mark.parametrize("form", ["k_", "s_"])

@@ -31,6 +31,7 @@ _TORCH_FUNCTIONS = {
     "fmod": torch.fmod,
     "pow": torch.pow,
     "atan2": torch.atan2,
+    "copysign": torch.copysign,
 }
 
 

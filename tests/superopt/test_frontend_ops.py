@@ -122,6 +122,7 @@ _BINARY = [
     "remainder",
     "fmod",
     "atan2",
+    "copysign",
     "maximum",
     "minimum",
     "fmax",

@@ -81,6 +81,11 @@ SO_INLINE float fmod(float x, float y) { return __builtin_fmodf(x, y); }
 SO_INLINE double fmod(double x, double y) { return __builtin_fmod(x, y); }
 SO_INLINE float atan2(float y, float x) { return __builtin_atan2f(y, x); }
 SO_INLINE double atan2(double y, double x) { return __builtin_atan2(y, x); }
+SO_INLINE float copysign(float x, float y) { return __builtin_copysignf(x, y); }
+SO_INLINE double copysign(double x, double y) { return __builtin_copysign(x, y); }
+SO_INLINE vf copysign(vf x, vf y) {
+  return bit_cast<vf>((bit_cast<vi>(x) & ~sign_bit) | (bit_cast<vi>(y) & sign_bit));
+}
 struct fmod_function {
   static float call(float x, float y) { return __builtin_fmodf(x, y); }
 };
