@@ -22,6 +22,23 @@ from superopt.ir.types import DType
 _CHAIN: Final = 32
 """Additions in turn to one partial sum of a long row."""
 
+_Totals = dict[Node, list[str]]
+"""The partial results of each reduction: one variable per unrolled step."""
+
+
+@final
+@dataclass(slots=True)
+class _Loop:
+    """What one loop along the lane dim works on."""
+
+    members: list[Member]
+    extent: Extent
+    row: Environment
+    """Values that do not vary along the loop."""
+    totals: _Totals = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
+    """Pointers that the loop reads vectors from."""
+
 
 @final
 @dataclass(slots=True)
@@ -126,26 +143,24 @@ class Row:
         members, self.pending = self.pending, []
         if not members:
             return
-        extent = members[0].extents[self.lane]
         vector = self._vector(members[0])
         row = self._row_env(members[0])
         row.lane = None
-        totals: dict[Node, list[str]] = {}
-        loops: list[str] = []
+        loop = _Loop(members, members[0].extents[self.lane], row)
         if vector:
-            read = self._vector_loops(members, extent, row, totals, loops)
-            self.context.fetched |= read & self.context.read
-            self.context.read |= read
+            lines = self._vector_loops(loop)
+            self.context.fetched |= loop.read & self.context.read
+            self.context.read |= loop.read
         else:
-            self._plain_loop(members, extent, row, totals, loops)
+            lines = self._plain_loop(loop)
         self._emit(row.lines)
-        for node, names in totals.items():
+        for node, names in loop.totals.items():
             for name in names:
                 self._emit([self._start(node, name, vector)])
-        self._emit(loops)
+        self._emit(lines)
         for member in members:
             if member.kind == "reduce":
-                self._total(member, totals[member.node], vector)
+                self._total(member, loop.totals[member.node], vector)
 
     def _start(self, node: Node, name: str, vector: bool) -> str:
         dtype = node.inputs[0].tensor.dtype
@@ -156,70 +171,54 @@ class Row:
             return f"vi {name} = splat_mask({neutral});"
         return f"vf {name} = splat<vf>({neutral});"
 
-    def _vector_loops(
-        self,
-        members: list[Member],
-        extent: Extent,
-        row: Environment,
-        totals: dict[Node, list[str]],
-        loops: list[str],
-    ) -> set[str]:
-        """Write the loops into `loops`; return the pointers that they read vectors from."""
-        reduces = [m for m in members if m.kind == "reduce"]
-        read: set[str] = set()
+    def _vector_loops(self, loop: _Loop) -> list[str]:
+        reduces = [m for m in loop.members if m.kind == "reduce"]
+        extent, totals = loop.extent, loop.totals
         unroll = self.context.config.unroll
         lane = f"j{self.lane}"
         for member in reduces:
             totals[member.node] = [self.context.fresh("t") for _ in range(unroll)]
         # The text does not know the vector width: the compiler folds what an extent rules out.
-        steps = unroll if extent.full >= 64 * unroll and (reduces or len(members) < 3) else 1
-        loops.append(f"long {lane} = 0;")
+        long_and_light = extent.full >= 64 * unroll and (reduces or len(loop.members) < 3)
+        steps = unroll if long_and_light else 1
+        lines = ["{", f"long {lane} = 0;"]
         if steps > 1:
             if any(self._sums(m) for m in reduces):
                 for level in (2, 1):
                     part = f"{_CHAIN**level * steps} * VL"
                     if extent.full > 2 * 16 * _CHAIN**level * steps:
-                        loops.append(f"while ({lane} + {part} <= {extent.text}) {{")
-                        loops += self._part(members, row, totals, steps, level, read)
-                        loops.append("}")
-            loops.append(
+                        lines.append(f"while ({lane} + {part} <= {extent.text}) {{")
+                        lines += self._part(loop, totals, steps, level)
+                        lines.append("}")
+            lines.append(
                 f"for (; {lane} + {steps} * VL <= {extent.text}; {lane} += {steps} * VL) {{"
             )
-            loops += self._steps(members, row, totals, steps, read)
-            loops.append("}")
-        loops.append(f"for (; {lane} + VL <= {extent.text}; {lane} += VL) {{")
-        loops += self._step(members, row, totals, 0, lane, None, read)
-        loops.append("}")
-        loops.append(f"if ({lane} < {extent.text}) {{")
-        loops.append(f"  const long rest = {extent.text} - {lane};")
-        loops += self._step(members, row, totals, 0, lane, "rest", read)
-        loops.append("}")
+            lines += self._steps(loop, totals, steps)
+            lines.append("}")
+        lines.append(f"for (; {lane} + VL <= {extent.text}; {lane} += VL) {{")
+        lines += self._step(loop, totals, 0, lane)
+        lines.append("}")
+        lines.append(f"if ({lane} < {extent.text}) {{")
+        lines.append(f"  const long rest = {extent.text} - {lane};")
+        lines += self._step(loop, totals, 0, lane, "rest")
+        lines += ["}", "}"]
         if steps == 1:
             for member in reduces:
                 del totals[member.node][1:]
-        loops[:] = ["{", *loops, "}"]
-        return read
+        return lines
 
     def _sums(self, member: Member) -> bool:
         along = member.kind == "reduce" and self.lane in member.axes
         return along and combine_kind(member.node) == "sum"
 
-    def _part(
-        self,
-        members: list[Member],
-        row: Environment,
-        totals: dict[Node, list[str]],
-        steps: int,
-        level: int,
-        read: set[str],
-    ) -> list[str]:
+    def _part(self, loop: _Loop, totals: _Totals, steps: int, level: int) -> list[str]:
         """Return loops over _CHAIN**level steps of a long row, summed on their own and then added.
 
         The error of a sum grows with the number of additions in turn.
         """
         if level == 0:
-            return self._steps(members, row, totals, steps, read)
-        sums = [m.node for m in members if self._sums(m)]
+            return self._steps(loop, totals, steps)
+        sums = [m.node for m in loop.members if self._sums(m)]
         parts = {node: [self.context.fresh("t") for _ in range(steps)] for node in sums}
         lane, stop = f"j{self.lane}", self.context.fresh("stop")
         step = f" {lane} += {steps} * VL" if level == 1 else ""
@@ -227,7 +226,7 @@ class Row:
         lines.append(
             f"for (const long {stop} = {lane} + {_CHAIN**level * steps} * VL; {lane} < {stop};{step}) {{"
         )
-        lines += self._part(members, row, {**totals, **parts}, steps, level - 1, read)
+        lines += self._part(loop, {**totals, **parts}, steps, level - 1)
         lines.append("}")
         for node, names in parts.items():
             dtype = node.inputs[0].tensor.dtype
@@ -235,64 +234,43 @@ class Row:
                 lines.append(f"{total} = {combine('sum', total, name, dtype, vector=True)};")
         return lines
 
-    def _steps(
-        self,
-        members: list[Member],
-        row: Environment,
-        totals: dict[Node, list[str]],
-        steps: int,
-        read: set[str],
-    ) -> list[str]:
+    def _steps(self, loop: _Loop, totals: _Totals, steps: int) -> list[str]:
         lane = f"j{self.lane}"
         texts = [f"{lane} + {u} * VL" if u else lane for u in range(steps)]
-        made = (
-            self._step(members, row, totals, u, text, None, read) for u, text in enumerate(texts)
-        )
+        made = (self._step(loop, totals, u, text) for u, text in enumerate(texts))
         return [line for lines in made for line in lines]
 
-    def _plain_loop(
-        self,
-        members: list[Member],
-        extent: Extent,
-        row: Environment,
-        totals: dict[Node, list[str]],
-        loops: list[str],
-    ) -> None:
-        lane = f"j{self.lane}"
-        for member in members:
-            if member.kind == "reduce":
-                totals[member.node] = [self.context.fresh("t")]
-        loops.append(f"for (long {lane} = 0; {lane} < {extent.text}; ++{lane}) {{")
-        env = Environment(self.context, self.plan, members[0].extents, self.lane, lane, row=row)
-        for member in members:
-            self._statement(member, env, totals[member.node][0] if member.node in totals else None)
-        loops += ["  " + line for line in env.lines] + ["}"]
-
     def _step(
-        self,
-        members: list[Member],
-        row: Environment,
-        totals: dict[Node, list[str]],
-        copy: int,
-        lane_text: str,
-        count: str | None,
-        read: set[str],
+        self, loop: _Loop, totals: _Totals, copy: int, lane: str, count: str | None = None
     ) -> list[str]:
         env = Environment(
             self.context,
             self.plan,
-            members[0].extents,
+            loop.members[0].extents,
             self.lane,
-            lane_text,
+            lane,
             count,
             vector=True,
-            row=row,
-            read=read,
+            row=loop.row,
+            read=loop.read,
         )
-        for member in members:
+        for member in loop.members:
             names = totals.get(member.node)
             self._statement(member, env, names[copy] if names else None)
         return ["  {", *("    " + line for line in env.lines), "  }"]
+
+    def _plain_loop(self, loop: _Loop) -> list[str]:
+        lane = f"j{self.lane}"
+        env = Environment(
+            self.context, self.plan, loop.members[0].extents, self.lane, lane, row=loop.row
+        )
+        for member in loop.members:
+            total = self.context.fresh("t") if member.kind == "reduce" else None
+            if total is not None:
+                loop.totals[member.node] = [total]
+            self._statement(member, env, total)
+        head = f"for (long {lane} = 0; {lane} < {loop.extent.text}; ++{lane}) {{"
+        return [head, *("  " + line for line in env.lines), "}"]
 
     def _statement(self, member: Member, env: Environment, total: str | None) -> None:
         env.extents = member.extents

@@ -60,8 +60,9 @@ class Lifted:
     """A program as a kernel graph, and how its arguments and results are laid out.
 
     The graph's inputs are `user_inputs`, then the keys of `parameters`, in order. Its outputs are
-    those of `mutations`, then the results, then the last draw of random numbers where it `draws` any. `folded_sources` are the buffers whose values are part of
-    folded parameters: whoever changes one of them lifts anew.
+    those of `mutations`, then the results, then the last draw of random numbers where it `draws`
+    any. `folded_sources` are the buffers whose values are part of folded parameters: whoever
+    changes one of them lifts anew.
     """
 
     graph: Graph
@@ -162,7 +163,7 @@ def lift(
     name = type(program).__name__ if is_module else getattr(program, "__name__", "program")
     try:
         # under no_grad a program's own no_grad blocks leave no trace in the graph
-        with torch.no_grad(), _without_torch_deprecations():
+        with torch.no_grad(), _quiet_export():
             exported = torch.export.export(module, tuple(args), dict(kwargs or {}), strict=False)
     except Exception as error:
         raise LiftError(f"PyTorch cannot export {name}: {_first_lines(error)}") from error
@@ -170,8 +171,8 @@ def lift(
 
 
 @contextmanager
-def _without_torch_deprecations() -> Iterator[None]:
-    """Hide what export warns about its own code; the caller can change nothing there."""
+def _quiet_export() -> Iterator[None]:
+    """Hide what export says of its own code, and what we report ourselves."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         # modules such as LSTM set attributes of their own as they run
@@ -230,7 +231,7 @@ def lift_exported(program: ExportedProgram, *, name: str = "program") -> Lifted:
         LiftError: an operator or type that no graph can hold; the message names the user's line.
     """
     try:
-        with torch.no_grad(), _without_torch_deprecations():
+        with torch.no_grad(), _quiet_export():
             count = _draw_count(program)
             program = decompose(program)
     except Exception as error:

@@ -1,5 +1,7 @@
 """The floating-point test: accurate candidates pass, unstable ones do not."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -120,7 +122,11 @@ def test_complex_results_may_round(error: float) -> None:
     )
     x = b.input_("x", (4, 8), DType.F32)
     graph = b.kernel_graph("spectrum", [x], [make(library.OPAQUE, (b.mul(x, 3.0),), attrs)])
-    other = lambda t: [torch.fft.rfft(t[0] * 1.5 + t[0] * 1.5 * (1 + error))]  # noqa: E731
+
+    def other(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        (x,) = tensors
+        return [torch.fft.rfft(x * 1.5 + x * 1.5 * (1 + error))]
+
     assert bool(verify_float(graph, other, seed=0)) is (error == 0.0)
 
 
