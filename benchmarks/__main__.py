@@ -13,19 +13,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import machine, report
 from benchmarks.contenders import NAMES
 from benchmarks.isolation import Isolated
-from benchmarks.machine import Roofline
-from benchmarks.measurement import Measurement, clock_of
+from benchmarks.measurement import Measurement
 from benchmarks.roofline import svg
-from benchmarks.runner import WorkloadResult, failed, set_bound
+from benchmarks.runner import WorkloadResult, failed
 from benchmarks.suites import SUITES
 from benchmarks.workloads import Workload
 
-_Call = Callable[[str], tuple[WorkloadResult, Roofline | None]]
+_Call = Callable[[str], WorkloadResult]
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 _DTYPES = {
@@ -65,9 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(names: Sequence[str], measure: Measurement, end: float) -> list[WorkloadResult]:
     """Measure one workload after the other until `end`; what has been measured is written at once."""
     options, dtype = measure.options, measure.dtype
-    device, out = SUITES[options.suite][0], _out_path(options, dtype)
-    facts = machine.facts(device, options.threads)
-    roofline = Roofline(device, getattr(torch, dtype), clock_of(device))
+    out = _out_path(options, dtype)
+    facts = machine.facts(SUITES[options.suite][0], options.threads)
     results: list[WorkloadResult] = []
     with _caller(measure) as call:
         for name in names:
@@ -76,20 +72,15 @@ def _run(names: Sequence[str], measure: Measurement, end: float) -> list[Workloa
                 print(f"no time is left for {name}", file=sys.stderr)
                 break
             print(f"{name} ...", end="", file=sys.stderr, flush=True)
-            result, seen = call(name)
-            if seen is not None:
-                roofline.merge(seen)
+            result = call(name)
             results.append(result)
             taken = f"{time.monotonic() - start:.1f} s"
             print(f" {taken}; {_summary(result)}", file=sys.stderr, flush=True)
-            _write(out, options.suite, roofline, facts, results)
-    if measure.job is not None:
-        measure.job.roofline.refresh()
-        roofline.merge(measure.job.roofline)
-    content = _write(out, options.suite, roofline, facts, results)
+            _write(out, options.suite, facts, results)
+    content = _write(out, options.suite, facts, results)
     if any(result.timings for result in results):
         out.with_suffix(".svg").write_text(svg(content))
-    print(_heading(facts, roofline, dtype, options.suite))
+    print(_heading(content, dtype))
     print(report.table(results))
     print(f"written to {os.path.relpath(out)}")
     return results
@@ -103,9 +94,9 @@ def _caller(measure: Measurement) -> Iterator[_Call]:
         return
     isolated = Isolated(measure, machine.usable)
 
-    def call(name: str) -> tuple[WorkloadResult, Roofline | None]:
+    def call(name: str) -> WorkloadResult:
         answer, reason = isolated.call(name, _WORKLOAD_LIMIT_S)
-        return answer or (failed(name, measure.dtype, reason), None)
+        return answer or failed(name, measure.dtype, reason)
 
     try:
         yield call
@@ -121,29 +112,23 @@ def _summary(result: WorkloadResult) -> str:
 
 
 def _write(
-    out: Path,
-    suite: str,
-    roofline: Roofline,
-    facts: dict[str, object],
-    results: Sequence[WorkloadResult],
+    out: Path, suite: str, facts: dict[str, object], results: Sequence[WorkloadResult]
 ) -> dict[str, Any]:
     """Write what there is so far, so that an interrupted run leaves its results."""
-    for result in results:
-        set_bound(result, roofline)
-    content = report.document(suite, facts, roofline, results)
+    content = report.document(suite, facts, results)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")
     return content
 
 
-def _heading(facts: dict[str, object], roofline: Roofline, dtype: str, suite: str) -> str:
+def _heading(content: dict[str, Any], dtype: str) -> str:
+    facts, (memory, peak) = content["machine"], report.roofs(content)
     device = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
-    memory = roofline.bytes_per_s.get(max(roofline.bytes_per_s, default=0), 0.0)
     return (
-        f"\n{suite} {dtype}: {device}; torch {facts['torch']}, triton {facts['triton']}, "
-        f"commit {facts['commit']}, {facts['date']}\n"
+        f"\n{content['suite']} {dtype}: {device}; torch {facts['torch']}, "
+        f"triton {facts['triton']}, commit {facts['commit']}, {facts['date']}\n"
         f"measured: read {memory / 1e9:.1f} GB/s from memory, "
-        f"matrix product {roofline.flops_per_s / 1e9:.0f} GFLOP/s\n"
+        f"matrix product {peak / 1e9:.0f} GFLOP/s\n"
     )
 
 

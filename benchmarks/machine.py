@@ -1,7 +1,7 @@
 """What the machine is, and what it can do at best, measured in the same run as the programs.
 
-Out: facts for the result file (no names of hosts, users or folders), the time that the measured
-bandwidth and peak allow a program (its bound), and how busy other processes kept the machine.
+Out: facts for the result file (no names of hosts, users or folders), what to time beside a program
+to know its bound, and how busy other processes kept the machine.
 """
 
 import functools
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,74 +24,51 @@ from benchmarks.timing import Clock
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SMALLEST_READ_BYTES = 1 << 20
-_LARGEST_READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 _MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
-class Bound:
-    """The least time a program can take: the longer of its traffic and its arithmetic."""
+class Probe:
+    """A library call that does nothing but move `amount` bytes, or `amount` operations."""
 
-    traffic_s: float
-    arithmetic_s: float
-
-    @property
-    def seconds(self) -> float:
-        """The bound itself."""
-        return max(self.traffic_s, self.arithmetic_s)
-
-    @property
-    def kind(self) -> str:
-        """Which of the two it is."""
-        return "memory" if self.traffic_s >= self.arithmetic_s else "compute"
+    call: Callable[[], Any]
+    amount: int
 
 
 @dataclass
-class Roofline:
-    """Measured read bandwidth, by footprint, and the rate of a large matrix product.
+class Probes:
+    """What a program is held against: a read of as many bytes, and a large matrix product.
 
-    A footprint that fits a cache is read faster than memory allows, and repeated calls find their
-    inputs there. So bandwidth is measured at each power of two, and a program is held against the
-    one at its own footprint. A CPU's product is the faster of the dtype's and float32's. Every measurement is a maximum, and `refresh` can only raise it.
+    They are timed in turn with the program, since the speed of a machine that others use too changes
+    within minutes. What fits a cache is read from there, as repeated calls find their inputs there.
+    A CPU's product is the faster of the dtype's and float32's: without 16-bit instructions a library
+    is slower in 16 bits.
     """
 
     device: str
     dtype: torch.dtype
     clock: Clock
-    bytes_per_s: dict[int, float] = field(default_factory=dict)
-    flops_per_s: float = 0.0
+    _product: Probe | None = None
 
-    def refresh(self) -> None:
-        """Measure (again), and keep the best seen."""
-        n = _MATMUL_SIZE[self.device]
-        wide = torch.randn(n, n, device=self.device)
-        # a library may be slower in 16 bits than in 32, where the CPU has no such instructions
-        for a in (wide.to(self.dtype), wide) if self.device == "cpu" else (wide.to(self.dtype),):
-            seconds = self._best(functools.partial(torch.matmul, a, a))
-            self.flops_per_s = max(self.flops_per_s, 2 * n**3 / seconds)
-        largest = torch.ones(_LARGEST_READ_BYTES[self.device] // 4, device=self.device)
-        size = _SMALLEST_READ_BYTES
-        while size <= _LARGEST_READ_BYTES[self.device]:
-            rate = size / self._best(largest[: size // 4].sum)
-            self.bytes_per_s[size] = max(self.bytes_per_s.get(size, 0.0), rate)
-            size *= 2
+    def of(self, moved_bytes: int, flops: int) -> dict[str, Probe]:
+        """Return the probes for a program; one without contractions needs no product."""
+        size = max(moved_bytes, _SMALLEST_READ_BYTES) // 4
+        found = {"read": Probe(torch.ones(size, device=self.device).sum, 4 * size)}
+        return found | ({"product": self._large_product()} if flops else {})
 
-    def merge(self, other: "Roofline") -> None:
-        """Keep the best of both."""
-        self.flops_per_s = max(self.flops_per_s, other.flops_per_s)
-        for size, rate in other.bytes_per_s.items():
-            self.bytes_per_s[size] = max(self.bytes_per_s.get(size, 0.0), rate)
+    def _large_product(self) -> Probe:
+        if self._product is None:
+            n = _MATMUL_SIZE[self.device]
+            wide = torch.randn(n, n, device=self.device)
+            dtypes = {self.dtype, torch.float32} if self.device == "cpu" else {self.dtype}
+            calls = [functools.partial(torch.matmul, a, a) for a in map(wide.to, dtypes)]
+            fastest = min(calls, key=self._seconds) if len(calls) > 1 else calls[0]
+            self._product = Probe(fastest, 2 * n**3)
+        return self._product
 
-    def bound(self, moved_bytes: int, flops: int) -> Bound:
-        """Return the least time for this much traffic and arithmetic."""
-        fitting = [size for size in self.bytes_per_s if size >= moved_bytes]
-        size = min(fitting, default=max(self.bytes_per_s))
-        return Bound(moved_bytes / self.bytes_per_s[size], flops / self.flops_per_s)
-
-    def _best(self, call: Callable[[], Any]) -> float:
+    def _seconds(self, call: Callable[[], Any]) -> float:
         call()
-        repeat = max(1, int(0.002 / self.clock.time(call, 1)))
-        return min(self.clock.time(call, repeat) for _ in range(7))
+        return min(self.clock.time(call, 1) for _ in range(3))
 
 
 class OtherLoad:

@@ -1,7 +1,6 @@
 """One suite at one dtype: measures its workloads, one at a time, by name.
 
-In: the command line's options. Out: per workload its result and the roofline as known by then. It can be
-sent to another process: what measuring needs is made at the first workload, where that is measured.
+In: the command line's options. Out: per workload its result. It can be sent to another process: what measuring needs is made at the first workload, where that is measured.
 """
 
 import argparse
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.contenders import NAMES, SearchOptions, quiet_compilers
-from benchmarks.machine import Roofline
+from benchmarks.machine import Probes
 from benchmarks.runner import Job, WorkloadResult, failed, run_workload
 from benchmarks.suites import SUITES
 from benchmarks.timing import Clock, CpuClock, CudaClock, Effort
@@ -33,33 +32,26 @@ class Measurement:
     cache: Path
     job: Job | None = None
 
-    def __call__(self, name: str) -> tuple[WorkloadResult, Roofline]:
-        """Return one workload's result and the roofline as known by then."""
+    def __call__(self, name: str) -> WorkloadResult:
+        """Return one workload's result."""
         if self.job is None:
             torch.set_num_threads(self.options.threads)
             quiet_compilers()
             self.job = job_of(self.options, getattr(torch, self.dtype), self.cache)
-            self.job.roofline.refresh()
         (workload,) = (w for w in SUITES[self.options.suite][1] if w.name == name)
         torch.manual_seed(0)
         try:
             with torch.no_grad():
-                result = run_workload(workload, self.job)
+                return run_workload(workload, self.job)
         except Exception as error:  # memory runs out, a kernel spoils the device: others go on
             traceback.print_exc()
-            result = failed(name, self.dtype, f"{type(error).__name__}: {error}")
-        return result, self.job.roofline
-
-
-def clock_of(device: str) -> Clock:
-    """Return what times calls on a device."""
-    return CudaClock() if device == "cuda" else CpuClock()
+            return failed(name, self.dtype, f"{type(error).__name__}: {error}")
 
 
 def job_of(options: argparse.Namespace, dtype: torch.dtype, cache: Path) -> Job:
     """Return how to run the workloads."""
     device = SUITES[options.suite][0]
-    clock = clock_of(device)
+    clock: Clock = CudaClock() if device == "cuda" else CpuClock()
     effort = _QUICK if options.quick else _FULL
     return Job(
         suite=options.suite,
@@ -68,7 +60,7 @@ def job_of(options: argparse.Namespace, dtype: torch.dtype, cache: Path) -> Job:
         contenders=[name for name in _CONTENDERS[device] if name not in options.skip],
         clock=clock,
         effort=_on_gpu(effort) if device == "cuda" else effort,
-        roofline=Roofline(device, dtype, clock),
+        probes=Probes(device, dtype, clock),
         search=SearchOptions(cache, options.budget_s or _BUDGET_S[device]),
     )
 

@@ -1,11 +1,11 @@
 """The roofline plot of a result file: where each workload stands below the machine's two roofs.
 
 In: a result document, as `report.document` makes it. Out: an SVG, the same bytes for the same
-document. Both roofs are those that the run measured; a workload's bytes are its inputs and outputs,
-its operations those of its contractions (Williams, Waterman and Patterson, "Roofline", 2009).
-Workloads without contractions have no place on the axis of intensity: they stand in a lane at its
-left end, where their height below the roof still is their share of the bandwidth. What fits in a
-cache may stand above the roof of memory.
+document. The roofs are the run's medians; a workload's bytes are its inputs and outputs, its operations
+those of its contractions (Williams, Waterman and Patterson, "Roofline", 2009). How far a point lies
+below the roof is the share that the contender has of the bound measured beside that very workload, from
+the caches if it fits there: the speed of a shared machine changes within a run. Workloads without
+contractions have no place on the axis of intensity: they stand in a lane at its left end.
 """
 
 import io
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.contenders import SUPEROPT
+from benchmarks.report import roofs
 
 _LANE: Final = 0.25
 """Workloads without contractions are drawn from here to the left, as FLOP per byte."""
@@ -30,11 +31,13 @@ def svg(document: dict[str, Any]) -> str:
     axes = figure.add_subplot()
     entries = [e for e in document["workloads"] if SUPEROPT in e["timings"]]
     intensities = _intensities(entries)
-    _roof(axes, document["roofline"], intensities)
+    memory, peak = (rate / 1e9 for rate in roofs(document))
+    _roof(axes, memory, peak, intensities)
     for number, (x, entry) in enumerate(zip(intensities, entries, strict=True), start=1):
-        superopt = x * bandwidth(entry, SUPEROPT) / 1e9
+        roof = min(memory * x, peak) if entry["flops"] else memory * x
+        superopt = roof * share(entry, SUPEROPT)
         if entry["best_other"] is not None:
-            other = x * bandwidth(entry, entry["best_other"]) / 1e9
+            other = roof * share(entry, entry["best_other"])
             axes.plot([x, x], [other, superopt], color="0.7", lw=1, zorder=1)
             axes.plot(x, other, "_", color="0.5", zorder=2)
         name = f"{number}  {entry['name']}"
@@ -50,10 +53,9 @@ def svg(document: dict[str, Any]) -> str:
     return _text(figure)
 
 
-def bandwidth(entry: dict[str, Any], contender: str) -> float:
-    """Return the rate at which a contender's inputs and outputs pass, in bytes/s."""
-    rate: float = entry["moved_bytes"] / entry["timings"][contender]["spread"]["median"]
-    return rate
+def share(entry: dict[str, Any], contender: str) -> float:
+    """Return the share of its bound that a contender reaches."""
+    return float(entry["bound_s"] / entry["timings"][contender]["spread"]["median"])
 
 
 def _intensities(entries: list[dict[str, Any]]) -> list[float]:
@@ -62,9 +64,7 @@ def _intensities(entries: list[dict[str, Any]]) -> list[float]:
     return [e["flops"] / e["moved_bytes"] if e["flops"] else next(lane) for e in entries]
 
 
-def _roof(axes: Axes, measured: dict[str, Any], intensities: list[float]) -> None:
-    by_size = measured["read_bytes_per_s_by_footprint"]
-    memory, peak = by_size[max(by_size, key=int)] / 1e9, measured["flops_per_s"] / 1e9
+def _roof(axes: Axes, memory: float, peak: float, intensities: list[float]) -> None:
     ridge = peak / memory
     left, right = min(intensities, default=_LANE) / 2, 2 * max([ridge, *intensities])
     axes.plot([left, ridge, right], [memory * left, peak, peak], "k-", lw=1)

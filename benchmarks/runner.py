@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contenders import SUPEROPT, Contender, Failure, Search, SearchOptions, build
-from benchmarks.machine import OtherLoad, Roofline
+from benchmarks.machine import OtherLoad, Probe, Probes
 from benchmarks.timing import Clock, Effort, Spread, interleave, paired_ratio
 from benchmarks.workloads import Program, Workload
 
@@ -43,7 +43,7 @@ class Job:
     contenders: Sequence[str]
     clock: Clock
     effort: Effort
-    roofline: Roofline
+    probes: Probes
     search: SearchOptions
     warm_start: bool = True
 
@@ -82,7 +82,11 @@ class WorkloadResult:
     moved_bytes: int
     flops: int
     bound_s: float = math.nan
+    """The longer of its traffic and its arithmetic, at the rates below."""
     bound_kind: str = ""
+    read_bytes_per_s: float = math.nan
+    product_flops_per_s: float | None = None
+    """Rates of a read of as many bytes and of a large product, timed in turn with the program."""
     timings: dict[str, Timing] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     rounds: int = 0
@@ -126,13 +130,6 @@ def run_workload(workload: Workload, job: Job) -> WorkloadResult:
     return result
 
 
-def set_bound(result: WorkloadResult, roofline: Roofline) -> None:
-    """Fill in the bound; done last, when the roofline has seen the whole run."""
-    if roofline.bytes_per_s:
-        bound = roofline.bound(result.moved_bytes, result.flops)
-        result.bound_s, result.bound_kind = bound.seconds, bound.kind
-
-
 def failed(name: str, dtype: str, reason: str) -> WorkloadResult:
     """Return the result of a workload of which nothing could be measured."""
     return WorkloadResult(name, dtype, 0, 0, failures={SUPEROPT: reason})
@@ -146,7 +143,11 @@ def _time(
     result: WorkloadResult,
 ) -> None:
     calls = {contender.name: _bind(contender, inputs) for contender in exact}
-    samples, result.other_cores = _quietest(calls, job)
+    probes = job.probes.of(result.moved_bytes, result.flops)
+    samples, result.other_cores = _quietest(
+        calls | {name: probe.call for name, probe in probes.items()}, job
+    )
+    _set_bound(result, {name: _rate(probe, samples[name]) for name, probe in probes.items()})
     for contender in exact:
         spread = Spread.of(samples[contender.name])
         result.timings[contender.name] = Timing(spread, contender.build_s, errors[contender.name])
@@ -155,6 +156,19 @@ def _time(
     result.best_other = min(others, key=lambda name: others[name].spread.median, default=None)
     if SUPEROPT in samples and result.best_other is not None:
         result.ratio = paired_ratio(samples[result.best_other], samples[SUPEROPT])
+
+
+def _rate(probe: Probe, samples: list[float]) -> float:
+    return probe.amount / Spread.of(samples).median
+
+
+def _set_bound(result: WorkloadResult, rates: dict[str, float]) -> None:
+    result.read_bytes_per_s = rates["read"]
+    result.product_flops_per_s = rates.get("product")
+    traffic_s = result.moved_bytes / rates["read"]
+    arithmetic_s = result.flops / rates["product"] if result.flops else 0.0
+    result.bound_s = max(traffic_s, arithmetic_s)
+    result.bound_kind = "memory" if traffic_s >= arithmetic_s else "compute"
 
 
 def _quietest(calls: dict[str, Any], job: Job) -> tuple[dict[str, list[float]], float | None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import __main__ as cli
 from benchmarks import contenders, machine, measurement, report, runner
 from benchmarks.suites import SUITES
-from benchmarks.timing import CudaClock, Effort
+from benchmarks.timing import CpuClock, CudaClock, Effort
 from benchmarks.workloads import Workload
 
 
@@ -29,7 +29,7 @@ def quick_scale(x: Tensor) -> Tensor:
     return x * 2.0
 
 
-TINY = Workload("tiny", slow_scale, lambda d: (d.normal(3, 5),), flops=0, quick=True)
+TINY = Workload("tiny", slow_scale, lambda d: (d.normal(3, 5),), flops=15, quick=True)
 
 
 class Optimized:
@@ -50,8 +50,6 @@ class Optimized:
 
 @pytest.fixture(autouse=True)
 def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    sizes = {"cpu": 1 << 21, "cuda": 1 << 21}
-    monkeypatch.setattr(machine, "_LARGEST_READ_BYTES", sizes)
     monkeypatch.setattr(machine, "_MATMUL_SIZE", {"cpu": 64, "cuda": 64})
     # the suite for GPUs runs in a process of its own, which knows nothing of this
     tiny = {n: (device, (TINY,)) for n, (device, _) in SUITES.items() if n != "cuda"}
@@ -97,14 +95,19 @@ def test_faster_and_right_passes_the_check(
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["machine"]["torch"] == torch.__version__
     assert written["machine"]["cores"] >= 1
-    assert written["roofline"]["flops_per_s"] > 0
     (workload,) = written["workloads"]
+    assert written["roofline"] == {
+        "flops_per_s": workload["product_flops_per_s"],
+        "read_bytes_per_s_by_footprint": {"120": workload["read_bytes_per_s"]},
+    }
     assert workload["name"] == "tiny"
     assert workload["moved_bytes"] == 2 * 3 * 5 * 4
     assert workload["best_other"] == "eager"
     assert workload["ratio"]["median"] > 2.0
     assert written["geomean"] == pytest.approx(workload["ratio"]["median"])
     assert set(workload["timings"]) == {"eager", "superopt"}
+    traffic_s = 120 / workload["read_bytes_per_s"]
+    assert workload["bound_s"] == max(traffic_s, 15 / workload["product_flops_per_s"])
     assert 0 < workload["bound_s"] < workload["timings"]["eager"]["spread"]["median"]
 
 
@@ -190,6 +193,18 @@ def test_what_no_time_is_left_for_is_named(
     command = ["cpu", "--dtype", "float32", "--check", "--limit-s", "0"]
     assert cli.main([*command, "--out", str(tmp_path / "out.json")]) == 1
     assert "missed: float32: no time was left for tiny" in capsys.readouterr().out
+
+
+def test_probes_are_as_large_as_the_program() -> None:
+    probes = machine.Probes("cpu", torch.bfloat16, CpuClock())
+    assert set(probes.of(6 << 20, 0)) == {"read"}
+    found = probes.of(6 << 20, 1)
+    assert {name: probe.amount for name, probe in found.items()} == {
+        "read": 6 << 20,
+        "product": 2 * 64**3,
+    }
+    assert float(found["read"].call()) == 6 * (1 << 18)
+    assert found["product"].call().shape == (64, 64)
 
 
 def test_unknown_workload_is_named() -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.readme import newest
-from benchmarks.roofline import bandwidth, svg
+from benchmarks.roofline import share, svg
 
 
 def test_every_workload_is_drawn_and_the_same_each_time() -> None:
@@ -16,6 +16,6 @@ def test_every_workload_is_drawn_and_the_same_each_time() -> None:
     assert drawn == svg(document)
 
 
-def test_a_height_is_bytes_over_time() -> None:
-    entry = {"moved_bytes": 6e9, "timings": {"superopt": {"spread": {"median": 2.0}}}}
-    assert bandwidth(entry, "superopt") == pytest.approx(3e9)
+def test_a_height_is_a_share_of_the_bound_beside_it() -> None:
+    entry = {"bound_s": 0.5, "timings": {"superopt": {"spread": {"median": 2.0}}}}
+    assert share(entry, "superopt") == pytest.approx(0.25)
