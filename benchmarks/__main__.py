@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.suite == "cuda":
         machine.require_cuda()
     names = [workload.name for workload in _select(options)]
-    dtypes = [options.dtype] if options.dtype else _DTYPES[options.suite]
+    dtypes = _dtypes(options)
     limit_s = options.limit_s
     end = time.monotonic() + (_LIMIT_S[SUITES[options.suite][0]] if limit_s is None else limit_s)
     missed: list[str] = []
@@ -143,10 +143,16 @@ def _select(options: argparse.Namespace) -> list[Workload]:
     return [workload for workload in workloads if workload.quick or not options.quick]
 
 
+def _dtypes(options: argparse.Namespace) -> tuple[str, ...]:
+    if options.dtype:
+        return (options.dtype,)
+    return _DTYPES[options.suite][: 1 if options.quick else None]
+
+
 def _out_path(options: argparse.Namespace, dtype: str) -> Path:
     if options.out is not None:
         out: Path = options.out
-        return out if options.dtype or len(_DTYPES[options.suite]) == 1 else _suffixed(out, dtype)
+        return out if len(_dtypes(options)) == 1 else _suffixed(out, dtype)
     kind = "-quick" if options.quick else "-part" if options.only else ""
     return _RESULTS / f"{options.suite}-{dtype}{kind}-{datetime.now(UTC):%Y%m%d-%H%M}.json"
 
@@ -158,7 +164,11 @@ def _suffixed(out: Path, dtype: str) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suite", choices=tuple(SUITES))
-    parser.add_argument("--quick", action="store_true", help="a few workloads, fewer rounds")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few workloads, one dtype, shorter searches, fewer rounds",
+    )
     parser.add_argument(
         "--check", action="store_true", help="exit with 1 and a line for each missed target"
     )
@@ -175,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget-s",
         type=float,
-        help="superopt's search, per workload (default 20 on a CPU, 8 on a GPU)",
+        help="superopt's search, per kernel (default 20 on a CPU, 8 on a GPU and with --quick)",
     )
     parser.add_argument(
         "--limit-s",

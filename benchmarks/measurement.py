@@ -17,6 +17,7 @@ from benchmarks.suites import SUITES
 from benchmarks.timing import Clock, CpuClock, CudaClock, Effort
 
 _BUDGET_S = {"cpu": 20.0, "cuda": 8.0}
+_QUICK_BUDGET_S = 8.0
 # eager, max-autotune and the library's kernels on a GPU: the whole suite is to take 20 minutes there
 _CONTENDERS = {"cpu": NAMES, "cuda": tuple(name for name in NAMES if name != "compile")}
 _FULL = Effort(budget_s=6.0, min_rounds=7, max_rounds=60)
@@ -53,6 +54,7 @@ def job_of(options: argparse.Namespace, dtype: torch.dtype, cache: Path) -> Job:
     device = SUITES[options.suite][0]
     clock: Clock = CudaClock() if device == "cuda" else CpuClock()
     effort = _QUICK if options.quick else _FULL
+    budget_s = options.budget_s or (_QUICK_BUDGET_S if options.quick else _BUDGET_S[device])
     return Job(
         suite=options.suite,
         device=device,
@@ -61,7 +63,7 @@ def job_of(options: argparse.Namespace, dtype: torch.dtype, cache: Path) -> Job:
         clock=clock,
         effort=_on_gpu(effort) if device == "cuda" else effort,
         probes=Probes(device, dtype, clock),
-        search=SearchOptions(cache, options.budget_s or _BUDGET_S[device]),
+        search=SearchOptions(cache, budget_s),
     )
 
 

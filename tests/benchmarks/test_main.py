@@ -207,6 +207,14 @@ def test_probes_are_as_large_as_the_program() -> None:
     assert found["product"].call().shape == (64, 64)
 
 
+def test_quick_takes_one_type_and_short_searches(tmp_path: Path) -> None:
+    options = cli._parser().parse_args(["cpu", "--quick"])
+    assert cli._dtypes(options) == ("float32",)
+    quick = measurement.job_of(options, torch.float32, tmp_path)
+    full = measurement.job_of(cli._parser().parse_args(["cpu"]), torch.float32, tmp_path)
+    assert quick.search.budget_s < full.search.budget_s
+
+
 def test_unknown_workload_is_named() -> None:
     with pytest.raises(SystemExit, match=r"no workload nonesuch; there are: tiny"):
         cli.main(["cpu", "--only", "nonesuch"])
@@ -231,7 +239,7 @@ def test_the_cuda_suite_compares_what_a_gpu_user_would_run(tmp_path: Path) -> No
 def test_cuda_suite_on_a_gpu(tmp_path: Path) -> None:
     """In a process of its own, so at the suite's sizes."""
     out = tmp_path / "out.json"
-    command = ["cuda", "--quick", "--only", "n-trans-16", "--budget-s", "4", "--out", str(out)]
+    command = ["cuda", "--only", "n-trans-16", "--budget-s", "4", "--out", str(out)]
     assert cli.main(command) == 0
     for dtype in ("bfloat16", "float16"):
         written = json.loads(out.with_name(f"out-{dtype}.json").read_text())
