@@ -13,8 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, report
-from benchmarks.contenders import NAMES
+import torch
+
+from benchmarks import machine, overhead, report
+from benchmarks.contenders import NAMES, SUPEROPT
 from benchmarks.isolation import Isolated
 from benchmarks.measurement import Measurement
 from benchmarks.roofline import svg
@@ -46,10 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = time.monotonic() + (_LIMIT_S[SUITES[options.suite][0]] if limit_s is None else limit_s)
     missed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="superopt-bench-") as cache:
+        call_s = _call_s(options, Path(cache) / "call")
+        missed += report.missed_calls(options.suite, call_s)
         for number, dtype in enumerate(dtypes):
             share_s = (end - time.monotonic()) / (len(dtypes) - number)
             measure = Measurement(options, dtype, Path(cache) / dtype)
-            results = _run(names, measure, time.monotonic() + share_s)
+            results = _run(names, measure, time.monotonic() + share_s, call_s)
             missed += [f"{dtype}: {line}" for line in report.missed_targets(options.suite, results)]
             left = names[len(results) :]
             missed += [f"{dtype}: no time was left for {name}" for name in left]
@@ -59,7 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if missed else 0
 
 
-def _run(names: Sequence[str], measure: Measurement, end: float) -> list[WorkloadResult]:
+def _call_s(options: argparse.Namespace, cache: Path) -> float | None:
+    """Return the seconds that a call costs beside its kernel, measured where the program runs."""
+    if SUITES[options.suite][0] != "cpu" or SUPEROPT in options.skip:
+        return None
+    torch.set_num_threads(options.threads)
+    with torch.no_grad():
+        return overhead.call_s(cache)
+
+
+def _run(
+    names: Sequence[str], measure: Measurement, end: float, call_s: float | None
+) -> list[WorkloadResult]:
     """Measure one workload after the other until `end`; what has been measured is written at once."""
     options, dtype = measure.options, measure.dtype
     out = _out_path(options, dtype)
@@ -76,8 +91,8 @@ def _run(names: Sequence[str], measure: Measurement, end: float) -> list[Workloa
             results.append(result)
             taken = f"{time.monotonic() - start:.1f} s"
             print(f" {taken}; {_summary(result)}", file=sys.stderr, flush=True)
-            _write(out, options.suite, facts, results)
-    content = _write(out, options.suite, facts, results)
+            _write(out, options.suite, facts, results, call_s)
+    content = _write(out, options.suite, facts, results, call_s)
     if any(result.timings for result in results):
         out.with_suffix(".svg").write_text(svg(content))
     print(_heading(content, dtype))
@@ -112,10 +127,14 @@ def _summary(result: WorkloadResult) -> str:
 
 
 def _write(
-    out: Path, suite: str, facts: dict[str, object], results: Sequence[WorkloadResult]
+    out: Path,
+    suite: str,
+    facts: dict[str, object],
+    results: Sequence[WorkloadResult],
+    call_s: float | None,
 ) -> dict[str, Any]:
     """Write what there is so far, so that an interrupted run leaves its results."""
-    content = report.document(suite, facts, results)
+    content = report.document(suite, facts, results, call_s)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")
     return content
@@ -128,7 +147,7 @@ def _heading(content: dict[str, Any], dtype: str) -> str:
         f"\n{content['suite']} {dtype}: {device}; torch {facts['torch']}, "
         f"triton {facts['triton']}, commit {facts['commit']}, {facts['date']}\n"
         f"measured: read {memory / 1e9:.1f} GB/s from memory, "
-        f"matrix product {peak / 1e9:.0f} GFLOP/s\n"
+        f"matrix product {peak / 1e9:.0f} GFLOP/s{report.call_text(content)}\n"
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as cli
-from benchmarks import contenders, machine, measurement, report, runner
+from benchmarks import contenders, machine, measurement, overhead, report, runner
 from benchmarks.suites import SUITES
 from benchmarks.timing import CpuClock, CudaClock, Effort
 from benchmarks.workloads import Workload
@@ -56,6 +56,7 @@ def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tiny["cuda"] = SUITES["cuda"]
     monkeypatch.setattr(cli, "SUITES", tiny)
     monkeypatch.setattr(measurement, "SUITES", tiny)
+    monkeypatch.setattr(overhead, "call_s", lambda cache: 5e-6)
     monkeypatch.setattr(measurement, "_FULL", Effort(budget_s=0.05, min_rounds=3, max_rounds=5))
     threads = torch.get_num_threads()
     yield
@@ -101,6 +102,8 @@ def test_faster_and_right_passes_the_check(
         "read_bytes_per_s_by_footprint": {"120": workload["read_bytes_per_s"]},
     }
     assert workload["name"] == "tiny"
+    assert written["call_s"] == 5e-6
+    assert "5.0 us per call of three small tensors" in printed
     assert workload["moved_bytes"] == 2 * 3 * 5 * 4
     assert workload["best_other"] == "eager"
     assert workload["ratio"]["median"] > 2.0

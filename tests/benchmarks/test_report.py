@@ -5,7 +5,7 @@ import math
 import pytest
 
 from benchmarks.contenders import Search
-from benchmarks.report import geomean, missed_targets, table
+from benchmarks.report import geomean, missed_calls, missed_targets, table
 from benchmarks.runner import Errors, Timing, WorkloadResult
 from benchmarks.timing import Spread
 
@@ -76,3 +76,8 @@ def test_table_shows_the_best_the_share_and_the_counts() -> None:
     shown = " ".join(good.split())
     assert shown == "good 10.000 8.000* 4.000 2.800 mem 70% 2.00x 5.0 12/3/? 0.30"
     assert "bad: max-autotune: RuntimeError: no" in text
+
+
+def test_slow_calls_are_missed() -> None:
+    assert missed_calls("cpu", None) == missed_calls("cpu", 9.9e-6) == []
+    assert missed_calls("cpu", 10.3e-6) == ["a call takes 10.3 us, must take at most 10 us"]
