@@ -1,11 +1,11 @@
-"""Programs beside the suite: five families, written as users write them, at sizes that divide nothing.
+"""Programs beside the suite: six families, written as users write them, at sizes that divide nothing.
 
 The suite holds what everybody knows; these hold what a user brings. Nothing may be tuned to one of them.
 """
 
 from typing import Final
 
-from benchmarks.families import attention, gates, kernel_methods, losses, norms
+from benchmarks.families import attention, blocks, gates, kernel_methods, losses, norms
 
 PROGRAMS: Final = (
     *attention.WORKLOADS,
@@ -13,4 +13,5 @@ PROGRAMS: Final = (
     *gates.WORKLOADS,
     *norms.WORKLOADS,
     *kernel_methods.WORKLOADS,
+    *blocks.WORKLOADS,
 )

@@ -1,4 +1,4 @@
-"""The programs beside the suite: five families, ragged sizes in each, finite results, fresh inputs."""
+"""The programs beside the suite: six families, ragged sizes in each, finite results, fresh inputs."""
 
 from types import ModuleType
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.families import PROGRAMS, attention, gates, kernel_methods, losses, norms
+from benchmarks.families import PROGRAMS, attention, blocks, gates, kernel_methods, losses, norms
 from benchmarks.runner import _tensors, _widen, _widened
 from benchmarks.suites import SUITES
 from benchmarks.workloads import Module, Workload
 
-FAMILIES = (attention, losses, gates, norms, kernel_methods)
+FAMILIES = (attention, losses, gates, norms, kernel_methods, blocks)
 
 
 def test_names_are_unique_over_all_suites() -> None:
