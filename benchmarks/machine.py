@@ -8,7 +8,6 @@ import functools
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Clock
+from superopt.codegen.cpu import find_compiler
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SMALLEST_READ_BYTES = 1 << 20
@@ -157,11 +157,9 @@ def _vector_extension() -> str:
 
 
 def _compiler() -> str | None:
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and shutil.which(name):
-            ran = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
-            return ran.stdout.split("\n", 1)[0]
-    return None
+    """Return the command that compiles kernels, flags of $CXX included, and its version."""
+    found = find_compiler()
+    return f"{' '.join(found.command)}: {found.version}" if found else None
 
 
 def require_cuda() -> None:
