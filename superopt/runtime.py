@@ -23,8 +23,8 @@ from superopt.ir.node import Node, make, rebuild, topological
 from superopt.ir.ops import leaf, library, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType, TensorType, contiguous_strides
-from superopt.memory import LARGE_BYTES, allocator
 from superopt.plan import OutputSpec, StoredTensor
+from superopt.verify.memory import LARGE_BYTES, allocator
 from superopt.verify.opaque import restride
 from superopt.verify.reference import DTYPES, IR_DTYPES, TORCH, TorchDomain
 

@@ -10,8 +10,7 @@ In and out: float64 tensors of residues. Nothing here is approximate.
 """
 
 import random
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import final
@@ -19,14 +18,15 @@ from typing import final
 import numpy as np
 import torch
 
+from superopt.verify.memory import empty
+
 PRIME_LIMIT = 1 << 26
-# below 2^15 elements torch runs an operation on the calling thread, without a barrier to wait at
-_PIECE = 28 << 10
+_SHARE = 1 << 15
+"""Elements that torch gives to one thread, at least; three such arrays stay in a second-level cache."""
 _LIMB = 1 << 13
 _BLOCK = 1 << 22
 _GPU_BLOCK = 1 << 26
 _TERMS = 1 << 15
-_WORTH_A_THREAD = 1 << 20
 # adding this rounds to an integer; torch.round would start all threads for 2^11 elements
 _ROUNDS = torch.tensor(1.5 * 2.0**52, dtype=torch.float64)
 
@@ -41,30 +41,24 @@ def _whole() -> bool:
     return here().type != "cpu"
 
 
-def in_pieces(count: int, work: Callable[[slice, torch.Tensor], None]) -> None:
-    """Call `work` on slices that cover `count` elements and fit in cache, and a scratch of that size.
+def _piece() -> int:
+    """Return how many elements are computed at a time: as many as occupy all threads, each in its cache.
 
-    Large tensors are shared by as many threads as torch uses.
-    Pieces are too small for torch to split them further; the interpreter's lock is free inside its calls.
+    A thread gets the same part in every step. Threads of our own would each wait for the interpreter.
     """
+    return _SHARE * torch.get_num_threads()
 
-    def run(first: int, stride: int) -> None:
-        scratch = torch.empty(min(_PIECE, count), dtype=torch.float64)
-        for start in range(first * _PIECE, count, stride * _PIECE):
-            work(slice(start, start + _PIECE), scratch)
 
-    if _whole():
-        work(slice(0, count), torch.empty(count, dtype=torch.float64))
-        return
-    if count < _WORTH_A_THREAD:
-        run(0, 1)
-        return
-    # even one thread of its own is worth it: its small blocks of memory are not given back to the
-    # system after every operation, as the main thread's are
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads) as pool:
-        for finished in [pool.submit(run, i, threads) for i in range(threads)]:
-            finished.result()
+def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return empty(shape, dtype, here())
+
+
+def in_pieces(count: int, work: Callable[[slice, torch.Tensor], None]) -> None:
+    """Call `work` on slices that cover `count` elements and fit in cache, and a scratch of that size."""
+    size = count if _whole() else min(_piece(), count)
+    scratch = torch.empty(size, dtype=torch.float64)
+    for start in range(0, count, max(1, size)):
+        work(slice(start, start + size), scratch)
 
 
 def is_prime(n: int) -> bool:
@@ -161,17 +155,13 @@ class Modulus:
     ) -> torch.Tensor:
         """Apply an elementwise function and reduce, piece by piece: large tensors pass once."""
         shape = np.broadcast_shapes(a.shape, b.shape)
-        if prod(shape) <= _PIECE or _whole():
+        if prod(shape) <= _piece() or _whole():
             return self.reduce_(function(a, b))
-        result = torch.empty(shape, dtype=torch.float64)
-        pieces = _pieces(result, a.expand(shape), b.expand(shape))
-
-        def work(where: slice, scratch: torch.Tensor) -> None:
-            for out, x, y in pieces[where.start // _PIECE : where.stop // _PIECE]:
-                function(x, y, out=out)
-                self.reduce_piece(out, scratch[: out.numel()].view(out.shape))
-
-        in_pieces(len(pieces) * _PIECE, work)
+        result = _empty(shape)
+        scratch = torch.empty(_piece(), dtype=torch.float64)
+        for out, x, y in _pieces(result, a.expand(shape), b.expand(shape)):
+            function(x, y, out=out)
+            self.reduce_piece(out, scratch[: out.numel()].view(out.shape))
         return result
 
     def power(self, x: torch.Tensor, exponent: int) -> torch.Tensor:
@@ -250,13 +240,13 @@ class Modulus:
     def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Multiply in blocks of rows (or of small matrices) whose products stay in cache."""
         count, rows, columns = a.shape[0], a.shape[1], b.shape[2]
-        result = torch.empty((count, rows, columns), dtype=torch.float64)
+        result = _empty((count, rows, columns))
         split_a = a.numel() <= b.numel()
         parts = _limbs(a if split_a else b)
         elements = _GPU_BLOCK if _whole() else _BLOCK
         batch_step = max(1, elements // max(1, rows * columns))
         row_step = max(32, elements // max(1, columns)) if batch_step == 1 else rows
-        upper = result.new_empty(min(batch_step, count) * min(row_step, rows) * columns)
+        upper = _empty((min(batch_step, count) * min(row_step, rows) * columns,))
         for first in range(0, count, batch_step):
             batch = slice(first, first + batch_step)
             for top in range(0, rows, max(row_step, 1)):
@@ -278,23 +268,24 @@ def _pieces(
     out: torch.Tensor, x: torch.Tensor, y: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Cut three tensors of one shape into pieces that fit in cache, along their leading dims."""
+    size = _piece()
     done, pending = [], [(out, x, y)]
     while pending:
         o, a, b = pending.pop()
-        if o.numel() <= _PIECE:
+        if o.numel() <= size:
             done.append((o, a, b))
         elif o.shape[0] == 1:
             pending.append((o[0], a[0], b[0]))
         else:
-            step = max(1, _PIECE * o.shape[0] // o.numel())
+            step = max(1, size * o.shape[0] // o.numel())
             cuts = [slice(i, i + step) for i in range(0, o.shape[0], step)]
             pending += [(o[c], a[c], b[c]) for c in cuts]
     return done
 
 
 def _limbs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    high = torch.add(_ROUNDS, x, alpha=1.0 / _LIMB).sub_(_ROUNDS)
-    return high, x.sub(high, alpha=_LIMB)
+    high = torch.add(_ROUNDS, x, alpha=1.0 / _LIMB, out=_empty(x.shape)).sub_(_ROUNDS)
+    return high, torch.sub(x, high, alpha=_LIMB, out=_empty(x.shape))
 
 
 def _kinds(a: torch.Tensor, b: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
@@ -353,7 +344,7 @@ class Permutation:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the permutation."""
         flat = x.reshape(-1)
-        result = torch.empty_like(flat)
+        result = _empty(flat.shape)
         reduce_ = self.modulus.reduce_piece
 
         def work(where: slice, scratch: torch.Tensor) -> None:
@@ -376,7 +367,7 @@ class Permutation:
     def backward(self, y: torch.Tensor) -> torch.Tensor:
         """Apply the inverse."""
         flat = y.reshape(-1)
-        result = torch.empty_like(flat)
+        result = _empty(flat.shape)
         reduce_ = self.modulus.reduce_piece
 
         def work(where: slice, scratch: torch.Tensor) -> None:
@@ -423,7 +414,7 @@ class Exponential:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return g^x."""
         flat = x.reshape(-1)
-        result = torch.empty_like(flat)
+        result = _empty(flat.shape)
 
         def work(where: slice, scratch: torch.Tensor) -> None:
             whole = flat[where].to(torch.int32)
@@ -441,7 +432,7 @@ class Exponential:
 def mix(x: torch.Tensor, key: int) -> torch.Tensor:
     """Hash 64-bit integers under a key (the finalizer of splitmix64, key added first)."""
     flat = x.reshape(-1)
-    result = torch.empty_like(flat)
+    result = _empty(flat.shape, torch.int64)
 
     def work(where: slice, scratch: torch.Tensor) -> None:
         piece = flat[where] + _signed(key)

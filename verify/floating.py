@@ -22,6 +22,7 @@ from superopt.ir.ops import contraction, elementwise, library, structural
 from superopt.ir.ops.registry import Op, OpKind
 from superopt.ir.types import DType, TensorType
 from superopt.verify.draws import generators
+from superopt.verify.memory import empty
 from superopt.verify.opaque import duplicate, spread
 from superopt.verify.ranges import draw_integers, integer_limits
 from superopt.verify.reference import DTYPES, TorchDomain, run_reference
@@ -339,16 +340,24 @@ class _Rounding:
         value = self._exact.apply(node, args)
         if node.op.kind not in _ROUNDS or node.op in _EXACT or not value.is_floating_point():
             return value
-        return self.moved(value, node.tensor.dtype)
+        own = value.is_contiguous() and not any(_shares(value, a) for a in args)
+        return self.moved(value, node.tensor.dtype, value if own else None)
 
-    def moved(self, value: torch.Tensor, dtype: DType) -> torch.Tensor:
-        """Return float64 `value`, each number moved up or down by one unit of `dtype`."""
+    def moved(
+        self, value: torch.Tensor, dtype: DType, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return float64 `value`, each number moved up or down by one unit of `dtype`.
+
+        The result is written to `out` where one is given; that may be `value`, where nobody else has it.
+        """
         if dtype not in self._factors:
             self._factors[dtype] = 1.0 + self._signs * torch.finfo(DTYPES[dtype]).eps
         # nodes of one shape get different signs: each starts elsewhere in their cycle
         start = int(torch.randint(0, _SIGNS, (), generator=self._source))
         cycle = self._factors[dtype][start : start + _SIGNS]
-        result = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        result = out
+        if result is None:
+            result = empty(value.shape, value.dtype, value.device)
         parts = zip(
             torch.split(value.reshape(-1), _SIGNS),
             torch.split(result.view(-1), _SIGNS),
@@ -357,6 +366,14 @@ class _Rounding:
         for given, moved in parts:
             torch.mul(given, cycle[: len(given)], out=moved)
         return result
+
+
+def _shares(value: torch.Tensor, argument: Any) -> bool:
+    """Say whether a result may lie in the memory of an argument, a tensor or a tuple of them."""
+    if isinstance(argument, tuple):
+        return any(_shares(value, a) for a in argument)
+    held = value.untyped_storage().data_ptr()
+    return isinstance(argument, torch.Tensor) and argument.untyped_storage().data_ptr() == held
 
 
 def _run_rounded(graph: Graph, inputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:

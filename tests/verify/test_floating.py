@@ -11,6 +11,7 @@ from superopt.ir.node import Node, make
 from superopt.ir.ops import contraction, library
 from superopt.ir.ops.library import OpaqueAttrs
 from superopt.ir.types import DType, TensorType
+from superopt.verify import floating
 from superopt.verify.equivalence import verify_field
 from superopt.verify.floating import DISTRIBUTIONS, draw_inputs, verify_float
 from superopt.verify.reference import run_reference
@@ -168,3 +169,20 @@ def test_infinity_and_nan_are_the_largest_scores(special: float) -> None:
     assert verify_float(graph, lambda tensors: [torch.full((6,), 19)], seed=0)
     # next to nothing is missing from a score that is not a number
     assert not verify_float(graph, lambda tensors: [tensors[0].argmax(-1)], seed=0)
+
+
+def test_rounding_moves_no_number_that_is_read_again() -> None:
+    x = b.input_("x", (64, 32), DType.F32)
+    same = b.reshape(b.cast(x, DType.F32), (32, 64))
+    doubled = b.mul(same, b.constant(2.0, DType.F32))
+    graph = b.kernel_graph("g", [x], [b.add(doubled, same), b.neg(doubled), doubled])
+    given = torch.randn(64, 32)
+    kept, unit = given.clone(), torch.finfo(torch.float32).eps
+    moved_sum, negative, moved = floating._run_rounded(graph, [given], seed=0)
+    assert torch.equal(given, kept)
+    # the operand was moved once, its double once more; nobody moves it for the other readers
+    assert torch.equal(negative, -moved)
+    exact = kept.double().reshape(32, 64)
+    errors = ((moved / (2 * exact) - 1) / unit).round().unique()
+    assert errors.tolist() == [-2.0, 0.0, 2.0]
+    assert bool(((moved_sum / (3 * exact) - 1).abs() <= 3 * unit).all())

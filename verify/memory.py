@@ -1,4 +1,4 @@
-"""Memory for large results, kept for the next call.
+"""Memory for large tensors, kept for the next: results of programs, and values in tests.
 
 A large block that is freed goes back to the operating system, and the next one comes as untouched pages:
 each costs a fault at its first write, all of them more time than it takes to fill the block. Blocks
@@ -12,7 +12,7 @@ operations, so that threads need no lock. What is kept is bounded.
 import mmap
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import prod
 from typing import Final, final
@@ -77,3 +77,12 @@ def allocator(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], torch.
         return lambda: torch.empty(shape, dtype=dtype)
     size = -(-count * dtype.itemsize // _GRAIN_BYTES) * _GRAIN_BYTES
     return lambda: torch.frombuffer(BLOCKS.take(size), dtype=dtype, count=count).view(shape)
+
+
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Make an uninitialized dense tensor, on the CPU from `BLOCKS` if it is large."""
+    if torch.device(device).type != "cpu":
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    return allocator(tuple(shape), dtype)()

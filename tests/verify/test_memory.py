@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from superopt.memory import LARGE_BYTES, Blocks, allocator
+from superopt.verify.memory import LARGE_BYTES, Blocks, allocator
 
 COUNT = LARGE_BYTES // 4
 
