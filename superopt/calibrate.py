@@ -1,12 +1,17 @@
 """Measured rates of a device: what the cost model needs, by microbenchmark, cached on disk.
 
-In: a cache folder and a device. Out: a `Target`. The measurement takes about half a second and is done
-once per processor and number of threads, or GPU; a damaged or foreign file is measured anew.
+In: a cache folder and a device. Out: a `Target`. The measurement takes about half a second, per processor and
+number of threads, or GPU; a damaged or foreign file is measured anew. Whatever else the machine does makes rates
+too small, never too large: the best are kept, and every process measures once more until some have found the
+machine idle.
 """
 
 import hashlib
+import json
+import os
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +25,12 @@ from superopt.ir.target import Target
 from superopt.plan import seal, unseal
 
 CPU: Final = torch.device("cpu")
+_SETTLED: Final = 3
+"""After so many measurements of an idle machine, each by another process, there are no more."""
+_IDLE: Final = 0.5
+"""The load per processor, a minute's average, up to which a machine counts as idle."""
+_RATES: Final = ("peak_flops", "half_flops", "vector_ops", "memory_bandwidth", "cache_bandwidth")
+_measured: Final[set[Path]] = set()
 _CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -45,21 +56,38 @@ def target_name(device: torch.device = CPU) -> str:
 
 
 def machine(folder: Path | None, device: torch.device = CPU) -> Target:
-    """Return a device's rates, measured or from `folder`."""
+    """Return a device's rates, from `folder` where they are settled, else the best measured so far."""
     name = target_name(device)
     key = hashlib.sha256(name.encode()).hexdigest()[:16]
     path = None if folder is None else folder / f"machine-{device.type}-{key}.json"
+    known, idle = (None, 0) if path is None else _stored(path, name)
+    if known is not None and (idle >= _SETTLED or path in _measured):
+        return known
+    idle += _is_idle()
+    found = _measure() if device.type == "cpu" else _measure_gpu(device)
+    if known is not None:
+        found = replace(found, **{r: max(getattr(found, r), getattr(known, r)) for r in _RATES})
     if path is not None:
-        try:
-            found = Target.from_json(unseal(path.read_text(encoding="utf-8")))
-            if found.name == name:
-                return found
-        except (OSError, UnicodeError, SuperoptError):
-            pass
-    measured = _measure() if device.type == "cpu" else _measure_gpu(device)
-    if path is not None:
-        write_atomically(path, seal(measured.to_json()))
-    return measured
+        write_atomically(path, seal(json.dumps({"idle": idle, "target": found.to_json()})))
+        _measured.add(path)
+    return found
+
+
+def _stored(path: Path, name: str) -> tuple[Target | None, int]:
+    """Return the rates in a file and how often they were measured on an idle machine."""
+    try:
+        content = json.loads(unseal(path.read_text(encoding="utf-8")))
+        found, idle = Target.from_json(content["target"]), int(content["idle"])
+    except (OSError, ValueError, TypeError, KeyError, SuperoptError):
+        return None, 0
+    return (found, idle) if found.name == name else (None, 0)
+
+
+def _is_idle() -> bool:
+    """Say whether the machine had little to do in the last minute; True where no system tells."""
+    if not hasattr(os, "getloadavg"):
+        return True
+    return os.getloadavg()[0] <= _IDLE * (os.cpu_count() or 1)
 
 
 def caches(folder: Path = _CACHES) -> dict[int, int]:
@@ -79,8 +107,8 @@ def _measure() -> Target:
     cores = torch.get_num_threads()
     memory = torch.ones(48 << 20)
     matrix = torch.randn(1024, 1024)
-    read_s = _best(lambda: memory.sum(), 4)
-    matmul_s = _best(lambda: torch.mm(matrix, matrix), 4)
+    read_s = _best(lambda: memory.sum(), 8)
+    matmul_s = _best(lambda: torch.mm(matrix, matrix), 16)
     peak_flops = 2 * 1024**3 / matmul_s
     # a multiply-add is two operations on up to two units; elementwise work has a load and a store each
     vector_ops = peak_flops / cores / 5
