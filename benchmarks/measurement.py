@@ -20,7 +20,7 @@ _BUDGET_S = {"cpu": 20.0, "cuda": 8.0}
 _QUICK_BUDGET_S = 8.0
 # eager, max-autotune and the library's kernels on a GPU: the whole suite is to take 20 minutes there
 _CONTENDERS = {"cpu": NAMES, "cuda": tuple(name for name in NAMES if name != "compile")}
-_FULL = Effort(budget_s=6.0, min_rounds=7, max_rounds=60)
+_FULL = Effort(budget_s=5.0, min_rounds=7, max_rounds=60)
 _QUICK = Effort(budget_s=2.0, min_rounds=5, max_rounds=20)
 
 

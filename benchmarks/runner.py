@@ -30,6 +30,7 @@ _INPUT_SEEDS = (0, 1)
 # With more than this many cores' worth of other processes a timing is noisy, and is tried again.
 NOISY_CORES: Final = 0.2
 _TRIES = 3
+WARM_START: Final = "warm start"
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -45,7 +46,6 @@ class Job:
     effort: Effort
     probes: Probes
     search: SearchOptions
-    warm_start: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def run_workload(workload: Workload, job: Job) -> WorkloadResult:
     errors = _check(workload, job, built, inputs, result)
     exact = [contender for contender in built if contender.name in errors]
     _time(exact, inputs, errors, job, result)
-    # a new process costs seconds on a GPU: a few workloads say how long a warm start takes
-    if job.warm_start and SUPEROPT in errors and (job.device == "cpu" or workload.quick):
+    # a new process costs seconds: a few workloads, whole blocks among them, say what a warm start takes
+    if SUPEROPT in errors and (workload.quick or workload.kernels > 1):
         _warm_start(workload, job, result)
     del built, exact, inputs
     gc.collect()
@@ -290,4 +290,4 @@ def _warm_start(workload: Workload, job: Job, result: WorkloadResult) -> None:
     if ran.returncode == 0:
         result.warm_start_s = float(json.loads(ran.stdout.strip().split("\n")[-1])["seconds"])
     else:
-        result.failures["warm start"] = ran.stderr.strip().split("\n")[-1]
+        result.failures[WARM_START] = ran.stderr.strip().split("\n")[-1]

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.contenders import Search
 from benchmarks.report import geomean, missed_calls, missed_targets, table
-from benchmarks.runner import Errors, Timing, WorkloadResult
+from benchmarks.runner import WARM_START, Errors, Timing, WorkloadResult
 from benchmarks.timing import Spread
 
 
@@ -58,6 +58,9 @@ def test_each_target_is_missed_on_its_own_line() -> None:
     for line, missing in cases.items():
         (missed,) = missed_targets("cpu", [missing, result("b", 4.0)])
         assert missed.startswith(line)
+    broken = result("a", 4.0)
+    broken.failures[WARM_START] = "no module"
+    assert missed_targets("cpu", [broken]) == ["a: warm start: no module"]
     (missed,) = missed_targets("cpu", [result("a", 1.0), result("b", 2.0)])
     assert missed.startswith("geometric mean 1.414x")
     assert missed_targets("cpu", []) == ["no workload was run"]
