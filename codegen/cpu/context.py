@@ -27,7 +27,8 @@ _ALIAS_BYTES = 4096
 class View:
     """A value in memory: element i stands at pointer + sum(i * stride).
 
-    `ahead` is the distance to what is read after it, in elements; 0 where nothing is known to be.
+    `ahead` is the distance to what is read after it, or of an output to what is fetched for writing, in
+    elements; 0 where nothing is known to be.
     """
 
     pointer: str

@@ -27,6 +27,8 @@ _PANEL_DEPTH = 512
 _SHORTEST_RUN = 16
 _MOST_LANES = 16
 _STRETCH, _LINE, _CACHE_WAY = 256, 16, 1024  # floats: a quarter of the sets, a line, all sets
+_LINE_BYTES, _PAGE_BYTES = 64, 4096
+_ELEMENT_BYTES = {"so::bf16": 2, "so::f16": 2}
 _DOT_PARTS = 8  # groups of rows that gemm_dot has under way
 
 
@@ -305,23 +307,31 @@ class Product:
         config = self.context.config
         parts = -(-m.full // config.dot_rows)
         columns = min(config.dot_columns, n.full)
-        if parts > 1 and n.full >= _MANY_COLUMNS and self._slow_in_place(a, m):
-            a = self._copied_rows(a, m, k)
-        # as many lines of the next columns at each step as all steps together have to fetch
-        fetch = -(-columns // min(parts, _DOT_PARTS)) if parts > 1 and not b.in_scratch else 0
+        many = n.full >= _MANY_COLUMNS
+        # even and odd columns of bfloat16 apart: cheap to convert
+        pairs = many and m.full > 1 and b.element == "so::bf16"
+        if pairs or (many and parts > 1 and self._slow_in_place(a, m)):
+            a = self._copied_rows(a, m, k, pairs=pairs)
+        fetch = 0
+        size = _ELEMENT_BYTES.get(b.element, 4)
+        # the processor itself runs ahead in a few long rows
+        if not b.in_scratch and (parts > 1 or k.full * size <= _PAGE_BYTES):
+            # as many lines of the next columns at each step as all steps together have to fetch
+            bytes_ = columns * _MOST_LANES * size * (2 if pairs else 1)
+            fetch = -(-bytes_ // (_LINE_BYTES * min(parts, _DOT_PARTS)))
         self.context.write(
             f"gemm_dot<{-(-m.full // parts)}, {columns}, {_flag(self.accumulate)}, "
-            f"{fetch if config.prefetch else 0}, {n.static}>"
+            f"{fetch if config.prefetch else 0}, {n.static}, {_flag(pairs)}>"
             f"({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {b.text}, {b.column}L, "
             f"{c.text}, {c.row}L);"
         )
 
-    def _copied_rows(self, a: _Matrix, m: Extent, k: Extent) -> _Matrix:
+    def _copied_rows(self, a: _Matrix, m: Extent, k: Extent, *, pairs: bool = False) -> _Matrix:
         # rows start a quarter of the sets and a line apart: over a stretch of k few share sets
         length = k.full + (_STRETCH + _LINE - k.full) % _CACHE_WAY
         view = self.context.allocate((m.full, length), DType.F32, "rows")
         self.context.write(
-            f"pack_rows({a.text}, {a.row}L, {k.text}, {m.text}, {view.pointer}, {view.strides[0]}L);"
+            f"pack_rows<{_flag(pairs)}>({a.text}, {a.row}L, {k.text}, {m.text}, {view.pointer}, {view.strides[0]}L);"
         )
         return _Matrix(view.pointer, "float", view.strides[0], 1, True)
 

@@ -31,6 +31,27 @@ _CONTRACTED = (DType.F32, DType.F64)
 
 @final
 @dataclass(slots=True)
+class Touched:
+    """What the steps of a vector loop read and write along the lane dim."""
+
+    pointers: set[str] = field(default_factory=set)
+    """What vectors are read from."""
+    gain: float = 0
+    """Accesses that are cheaper in pairs of vectors less those that are dearer; -inf where one is impossible."""
+
+
+@final
+@dataclass(slots=True)
+class Pair:
+    """Two environments of one step over twice the lanes: even elements first, then the odd ones."""
+
+    odd: bool = False
+    even: list[str] = field(default_factory=list)
+    """Even elements that wait for the odd ones of their store."""
+
+
+@final
+@dataclass(slots=True)
 class Environment:
     """Expressions of one place in the text: a row (scalars) or a step of its vector loop."""
 
@@ -45,7 +66,8 @@ class Environment:
     target: Node | None = None
     lines: list[str] = field(default_factory=list)
     cache: dict[tuple[Node, tuple[Coordinate, ...]], str] = field(default_factory=dict)
-    read: set[str] = field(default_factory=set)
+    touched: Touched = field(default_factory=Touched)
+    pair: Pair | None = None
 
     # -- places --------------------------------------------------------------------------------
 
@@ -147,6 +169,7 @@ class Environment:
             if view.element in ("so::bf16", "so::f16"):
                 return f"load_scalar<float>({address})"
             return f"*({address})"
+        self._touch(view, step)
         if view.dtype.is_integer:
             if step == 1 and self.count is None:
                 return f"load_integers({address})"
@@ -157,17 +180,28 @@ class Environment:
             text = f"load_strided({address}, {step}L{count})"
         elif self.count:
             text = f"load_n<vf>({address}, {self.count})"
+        elif self.pair:
+            text = f"load_half<{str(self.pair.odd).lower()}>({address})"
+            if not self.pair.odd:
+                self._fetch(view, address)
         else:
             text = f"load<vf>({address})"
             self._fetch(view, address)
         return f"({text} != 0.0f)" if view.dtype is DType.BOOL else text
+
+    def _touch(self, view: View, step: int) -> None:
+        """Count an access: as a pair, 16 bits need no conversion, and floats are sorted into lanes."""
+        if step != 1 or not view.dtype.is_float:
+            self.touched.gain = -math.inf
+        else:
+            self.touched.gain += 1 if view.element == "so::bf16" else -1
 
     def _fetch(self, view: View, address: str) -> None:
         """Fetch what is read next while a loop reads anew what the caches hold.
 
         The first loop over a row waits for memory, the others compute: memory works through both.
         """
-        self.read.add(view.pointer)
+        self.touched.pointers.add(view.pointer)
         if view.ahead and view.pointer in self.context.read - self.context.fetched:
             self.lines.append(f"__builtin_prefetch({address} + {view.ahead}L, 0, 2);")
 
@@ -178,6 +212,7 @@ class Environment:
         if not self.vector:
             self.lines.append(f"store({address}, {value});")
             return
+        self._touch(view, step)
         if view.dtype.is_integer:
             self.lines.append(f"store_integers({address}, {value}, {step}L{count});")
             return
@@ -187,10 +222,15 @@ class Environment:
             self.lines.append(f"store_strided({address}, {step}L, {value}{count});")
         elif self.count:
             self.lines.append(f"store_n({address}, {value}{count});")
-        elif self.context.config.store_past and not view.in_scratch:
-            self.lines.append(f"store_past({address}, {value});")
+        elif self.pair and not self.pair.odd:
+            self.pair.even.append(value)
         else:
-            self.lines.append(f"store({address}, {value});")
+            past = self.context.config.store_past and not view.in_scratch
+            if view.ahead and not past:
+                self.lines.append(f"__builtin_prefetch({address} + {view.ahead}L, 1, 3);")
+            name = f"store{'_pair' if self.pair else ''}{'_past' if past else ''}"
+            values = f"{self.pair.even.pop(0)}, {value}" if self.pair else value
+            self.lines.append(f"{name}({address}, {values});")
 
     def _position(self, node: Node, coords: tuple[Coordinate, ...]) -> str:
         if node.op is leaf.IOTA:
@@ -201,6 +241,7 @@ class Environment:
         text = f"{base} + {self.index(coordinate)}"
         if not self.vector:
             return f"static_cast<{element_type(node.tensor.dtype)}>({text})"
+        self.touched.gain = -math.inf
         step = coordinate[1] if coordinate[0] == self.lane else 0
         return f"splat_integer({text}) + iota() * {step}"
 

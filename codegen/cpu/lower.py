@@ -34,6 +34,8 @@ from superopt.ir.tiles import DimSource, is_accumulator
 from superopt.ir.types import DType, contiguous_strides
 
 _SCRATCH_LIMIT_BYTES = 64 << 20
+_LARGE_OUTPUT_BYTES = 1 << 20
+_WRITE_AHEAD_BYTES = 2048
 
 
 @final
@@ -446,8 +448,16 @@ class _Kernel:
             extents.append(self.context.extent_of(DimSource(dim, extent), dim.tile))
         element = element_type(node.tensor.dtype)
         pointer = " + ".join([self.outputs[number], *offsets])
-        view = View(f"({pointer})", element, node.tensor.dtype, strides, False)
+        ahead = self._written_ahead(node) if self.context.config.prefetch else 0
+        view = View(f"({pointer})", element, node.tensor.dtype, strides, False, ahead)
         self._add(Member("store", node, node.inputs[0], view, tuple(extents)))
+
+    def _written_ahead(self, store: Node) -> int:
+        """Distance to fetch lines for writing, where the rows of a large output follow one another."""
+        dims, shape = store.attrs.dims, store.attrs.shape
+        whole = bool(shape) and dims[-1].tile >= shape[-1]
+        large = store.tensor.size_bytes >= _LARGE_OUTPUT_BYTES
+        return _WRITE_AHEAD_BYTES // store.tensor.dtype.size_bytes if whole and large else 0
 
     def _prefix(self, node: Node) -> None:
         factors = tuple(self.factors.get(node, {}).items())

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from typing import Final, final
 
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
-from superopt.codegen.cpu.environment import Coordinate, Environment, identity_coords
+from superopt.codegen.cpu.environment import (
+    Coordinate,
+    Environment,
+    Pair,
+    Touched,
+    identity_coords,
+)
 from superopt.codegen.cpu.expressions import literal, scalar_type
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.cpu.members import Member, carried, combine, combine_kind, identity
@@ -21,6 +27,7 @@ from superopt.ir.types import DType
 
 _CHAIN: Final = 32
 """Additions in turn to one partial sum of a long row."""
+_SHORTEST_PAIRS: Final = 64
 
 _Totals = dict[Node, list[str]]
 """The partial results of each reduction: one variable per unrolled step."""
@@ -36,8 +43,9 @@ class _Loop:
     row: Environment
     """Values that do not vary along the loop."""
     totals: _Totals = field(default_factory=dict)
-    read: set[str] = field(default_factory=set)
-    """Pointers that the loop reads vectors from."""
+    touched: Touched = field(default_factory=Touched)
+    pairs: bool = False
+    """Whether unrolled steps come in pairs of vectors, even and odd elements."""
 
 
 @final
@@ -149,8 +157,8 @@ class Row:
         loop = _Loop(members, members[0].extents[self.lane], row)
         if vector:
             lines = self._vector_loops(loop)
-            self.context.fetched |= loop.read & self.context.read
-            self.context.read |= loop.read
+            self.context.fetched |= loop.touched.pointers & self.context.read
+            self.context.read |= loop.touched.pointers
         else:
             lines = self._plain_loop(loop)
         self._emit(row.lines)
@@ -178,9 +186,15 @@ class Row:
         lane = f"j{self.lane}"
         for member in reduces:
             totals[member.node] = [self.context.fresh("t") for _ in range(unroll)]
+        # written first: it tells whether pairs of vectors pay
+        single = [f"for (; {lane} + VL <= {extent.text}; {lane} += VL) {{"]
+        single += [*self._step(loop, totals, 0, lane), "}"]
         # The text does not know the vector width: the compiler folds what an extent rules out.
         long_and_light = extent.full >= 64 * unroll and (reduces or len(loop.members) < 3)
         steps = unroll if long_and_light else 1
+        loop.pairs = loop.touched.gain > 0 and extent.full >= _SHORTEST_PAIRS
+        if loop.pairs:
+            steps = max(2, steps)
         lines = ["{", f"long {lane} = 0;"]
         if steps > 1:
             if any(self._sums(m) for m in reduces):
@@ -195,16 +209,13 @@ class Row:
             )
             lines += self._steps(loop, totals, steps)
             lines.append("}")
-        lines.append(f"for (; {lane} + VL <= {extent.text}; {lane} += VL) {{")
-        lines += self._step(loop, totals, 0, lane)
-        lines.append("}")
+        lines += single
         lines.append(f"if ({lane} < {extent.text}) {{")
         lines.append(f"  const long rest = {extent.text} - {lane};")
         lines += self._step(loop, totals, 0, lane, "rest")
         lines += ["}", "}"]
-        if steps == 1:
-            for member in reduces:
-                del totals[member.node][1:]
+        for member in reduces:
+            del totals[member.node][steps:]
         return lines
 
     def _sums(self, member: Member) -> bool:
@@ -237,11 +248,32 @@ class Row:
     def _steps(self, loop: _Loop, totals: _Totals, steps: int) -> list[str]:
         lane = f"j{self.lane}"
         texts = [f"{lane} + {u} * VL" if u else lane for u in range(steps)]
-        made = (self._step(loop, totals, u, text) for u, text in enumerate(texts))
+        if loop.pairs:
+            made = (self._pair(loop, totals, u, texts[u]) for u in range(0, steps, 2))
+        else:
+            made = (self._step(loop, totals, u, text) for u, text in enumerate(texts))
         return [line for lines in made for line in lines]
 
     def _step(
         self, loop: _Loop, totals: _Totals, copy: int, lane: str, count: str | None = None
+    ) -> list[str]:
+        return _block(self._computed(loop, totals, copy, lane, count))
+
+    def _pair(self, loop: _Loop, totals: _Totals, copy: int, lane: str) -> list[str]:
+        """Return a step over twice the lanes: even elements, then the odd ones and the stores."""
+        waiting: list[str] = []
+        even = self._computed(loop, totals, copy, lane, pair=Pair(odd=False, even=waiting))
+        odd = self._computed(loop, totals, copy + 1, lane, pair=Pair(odd=True, even=waiting))
+        return _block(even + odd)
+
+    def _computed(
+        self,
+        loop: _Loop,
+        totals: _Totals,
+        copy: int,
+        lane: str,
+        count: str | None = None,
+        pair: Pair | None = None,
     ) -> list[str]:
         env = Environment(
             self.context,
@@ -252,12 +284,13 @@ class Row:
             count,
             vector=True,
             row=loop.row,
-            read=loop.read,
+            touched=loop.touched,
+            pair=pair,
         )
         for member in loop.members:
             names = totals.get(member.node)
             self._statement(member, env, names[copy] if names else None)
-        return ["  {", *("    " + line for line in env.lines), "  }"]
+        return env.lines
 
     def _plain_loop(self, loop: _Loop) -> list[str]:
         lane = f"j{self.lane}"
@@ -458,3 +491,7 @@ class Row:
 def _neutral(kind: str, dtype: DType) -> str:
     text = identity(kind, dtype)
     return f"splat_mask({text})" if dtype is DType.BOOL else f"splat<vf>({text})"
+
+
+def _block(lines: list[str]) -> list[str]:
+    return ["  {", *("    " + line for line in lines), "  }"]

@@ -119,6 +119,30 @@ def test_dot_any_extent(folder, width, element):
 
 
 @pytest.mark.parametrize("width", [64, 32, 16])
+def test_dot_in_pairs_of_vectors(folder, width):
+    kernel = build(
+        "auto a = (const so::bf16*)va; auto b = (const so::bf16*)vb;\n"
+        "static float rows[37 * 1040]; pack_rows<true>(a, k, k, m, rows, 1040);\n"
+        "if (e[3]) gemm_dot<4, 3, true, 0, -1, true>(m, n, k, rows, 1040, b, k, c, e[4]);\n"
+        "else if (n == 5) gemm_dot<4, 3, false, 2, 5, true>(m, n, k, rows, 1040, b, k, c, e[4]);\n"
+        "else gemm_dot<4, 3, false, 1, -1, true>(m, n, k, rows, 1040, b, k, c, e[4]);",
+        folder,
+        width,
+    )
+    rng = np.random.default_rng(9)
+    for m, n, k in [*EXTENTS, (37, 5, 1030), (37, 7, 530)]:
+        a = rng.standard_normal((m, k)).astype(np.float32).view(np.uint32) & 0xFFFF0000
+        b = rng.standard_normal((n, k)).astype(np.float32).view(np.uint32) & 0xFFFF0000
+        c = np.full((m + 1, n + 3), CANARY)
+        for times in (1, 2):
+            stored = [(x >> 16).astype(np.uint16) for x in (a, b)]
+            call(kernel, *stored, c, [m, n, k, times - 1, n + 3])
+            close(c[:m, :n] / times, a.view(np.float32), b.view(np.float32).T)
+        assert (c[m:] == CANARY).all()
+        assert (c[:, n:] == CANARY).all()
+
+
+@pytest.mark.parametrize("width", [64, 32, 16])
 @pytest.mark.parametrize("element", TYPES)
 def test_packed_any_extent(folder, width, element):
     kernel = build(

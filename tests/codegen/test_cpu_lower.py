@@ -163,6 +163,49 @@ def test_long_sums_are_no_chain(folder, columns):
     assert (top == values[:, :1]).all()
 
 
+@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("columns", [64, 203, 2100])
+def test_pairs_of_16_bit_vectors(folder, columns, past):
+    x, gain = b.input_("x", (5, columns), DType.BF16), b.input_("gain", (columns,), DType.BF16)
+    build = BlockBuilder("scaled", grid={"m": 3})
+    row = b.cast(build.load(x, ("m", 2), columns), DType.F32)
+    total = b.reduce_sum(b.mul(row, row), -1)
+    scaled = b.mul(
+        b.div(row, b.sqrt(total)),
+        b.reshape(b.cast(build.load(gain, columns), DType.F32), (1, columns)),
+    )
+    build.store(b.cast(scaled, DType.BF16), (5, columns), ("m", 2), columns)
+    build.store(b.reduce_max(row, -1), (5, 1), ("m", 2), 1)
+    source = check(build.graph(), folder, config=CpuConfig(store_past=past))
+    assert ("store_pair_past(" if past else "store_pair(") in source.text
+
+
+def test_pairs_only_where_they_pay(folder):
+    x = b.input_("x", (4, 200), DType.BF16)
+    build = BlockBuilder("widened", grid={"m": 4})
+    row = b.cast(build.load(x, ("m", 1), 200), DType.F32)
+    build.store(b.exp(row), (4, 200), ("m", 1), 200)
+    assert "load_half" not in check(build.graph(), folder).text
+
+
+def test_lines_of_large_outputs_are_fetched_for_writing():
+    def text(rows, columns, tile_, **options):
+        x = b.input_("x", (rows, columns))
+        build = BlockBuilder("twice", grid={"m": rows, "n": -(-columns // tile_)})
+        y = b.mul(build.load(x, ("m", 1), ("n", tile_)), 2.0)
+        build.store(y, (rows, columns), ("m", 1), ("n", tile_))
+        return lower(build.graph(), CpuConfig(**options), "twice").text
+
+    assert "+ 512L, 1, 3)" in text(512, 1024, 1024)
+    for other in (
+        text(16, 1024, 1024),  # stays in the caches
+        text(512, 1024, 256),  # what follows in a row is another block's
+        text(512, 1024, 1024, store_past=True),
+        text(512, 1024, 1024, prefetch=False),
+    ):
+        assert ", 1, 3)" not in other
+
+
 def linear(rows, inner, columns, tiles, *, transposed, norm=False, strides=None):
     m_tile, k_tile, n_tile = tiles
     x = b.input_("x", (rows, inner), **({"strides": strides} if strides else {}))

@@ -22,7 +22,7 @@ import superopt.codegen.cpu
 RUNTIME = Path(superopt.codegen.cpu.__file__).parent / "runtime"
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 WIDTHS = {64: "x86-64-v4", 32: "x86-64-v3", 16: "x86-64"}
-BATCH = 16  # lengths are multiples of it, so that every width takes whole vectors
+BATCH = 32  # lengths are multiples of it, so that every width takes whole pairs of vectors
 
 # What is applied to whole vectors, and the greatest error allowed. The bound is what the header
 # promises (2 ulp) or, where exact results are expected, less.
@@ -58,6 +58,10 @@ using namespace so;
     for (int64_t i = 0; i < n; i += VL) store(y + i, load<vf>(x + i)); } \\
   extern "C" void store_##name(const float* x, type* y, int64_t n) { \\
     for (int64_t i = 0; i < n; i += VL) store(y + i, load<vf>(x + i)); } \\
+  extern "C" void loadpair_##name(const type* x, float* y, int64_t n) { \\
+    for (int64_t i = 0; i < n; i += 2 * VL) store_pair(y + i, load_half<false>(x + i), load_half<true>(x + i)); } \\
+  extern "C" void pair_##name(const float* x, type* y, int64_t n) { \\
+    for (int64_t i = 0; i < n; i += 2 * VL) store_pair(y + i, load_half<false>(x + i), load_half<true>(x + i)); } \\
   extern "C" void scalar_##name(const float* x, type* y, int64_t n) { \\
     for (int64_t i = 0; i < n; ++i) store(y + i, load<float>(x + i)); } \\
   extern "C" void part_##name(const type* x, type* y, int64_t n) { \\
@@ -316,7 +320,7 @@ def test_store_converts_as_torch(kernels: Any, name: str) -> None:
         limits = torch.iinfo(dtype)  # beyond them the result is undefined, in PyTorch too
         x = torch.nan_to_num(x).remainder(float(min(limits.max, 1 << 24))) + 0.25
         x[::3] *= -1.0 if limits.min < 0 else 1.0
-    for form in ("store_", "scalar_"):
+    for form in ("store_", "scalar_", "pair_"):
         got = torch.empty(len(x), dtype=dtype)
         _call(kernels[form + name], x, got, len(x))
         expected = x.to(dtype)
@@ -338,9 +342,10 @@ def test_load_converts_as_torch(kernels: Any, name: str) -> None:
         x = torch.from_numpy(_inputs()[: 1 << 16]).to(dtype)
     else:
         x = (raw.to(torch.int64) * 40503).to(dtype)
-    got = torch.empty(len(x), dtype=torch.float32)
-    _call(kernels["load_" + name], x, got, len(x))
-    torch.testing.assert_close(got, x.to(torch.float32), rtol=0, atol=0, equal_nan=True)
+    for form in ("load_", "loadpair_"):
+        got = torch.empty(len(x), dtype=torch.float32)
+        _call(kernels[form + name], x, got, len(x))
+        torch.testing.assert_close(got, x.to(torch.float32), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", list(ELEMENTS))

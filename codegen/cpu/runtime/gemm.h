@@ -139,15 +139,6 @@ SO_INLINE void gemm_stream(long m, long n, long k, const TA* a, long am, long ak
                                           bk, c, cm, NV * VL, NV * VL, ahead);
 }
 
-template <int... LANE>
-struct lane_list {};
-template <int N, int... LANE>
-struct count_lanes : count_lanes<N - 1, N - 1, LANE...> {};
-template <int... LANE>
-struct count_lanes<0, LANE...> {
-  typedef lane_list<LANE...> type;
-};
-
 // Exchange rows and lanes of a square of VL vectors: swap blocks of 1, 2, 4, ... lanes across the
 // diagonal, log2(VL) rounds of two-source shuffles.
 template <int BLOCK, int... LANE>
@@ -200,40 +191,45 @@ SO_INLINE void horizontal_sums(vf* v, float* out) {
 }
 
 // MR rows of A against NR rows of B over one stretch of k, both contiguous along it: adds to `sum`.
-// EDGE as in micro_nn, for both. FETCH lines that are needed soon are fetched at each step, from
-// `ahead` on, `advance` elements further per vector of k.
-template <int MR, int NR, bool EDGE, int FETCH, class TA, class TB>
+// EDGE as in micro_nn, for both. PAIRS: B is bfloat16, and A lies as pack_rows<true> leaves it. FETCH lines
+// that are needed soon are fetched at each step, from `ahead` on, `advance` elements further per vector of k.
+template <int MR, int NR, bool EDGE, bool PAIRS, int FETCH, class TA, class TB>
 SO_INLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, long rows, long cols,
                          vf (&sum)[MR * NR], const TB* ahead, long advance) {
+  constexpr int HALVES = PAIRS ? 2 : 1;
   const TA* left[MR];
   const TB* right[NR];
 #pragma GCC unroll 32
   for (int i = 0; i < MR; ++i) left[i] = a + (EDGE ? min_of(i, rows - 1) : i) * am;
 #pragma GCC unroll 32
   for (int j = 0; j < NR; ++j) right[j] = b + (EDGE ? min_of(j, cols - 1) : j) * bn;
-  const long whole = k / VL * VL;
+  const long whole = k / (HALVES * VL) * (HALVES * VL);
 #pragma GCC unroll 2
-  for (long x = 0; x < whole; x += VL) {
-    vf l[MR];
+  for (long x = 0; x < whole; x += HALVES * VL) {
+#pragma GCC unroll 2
+    for (int half = 0; half < HALVES; ++half) {
+      vf l[MR];
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) l[i] = load<vf>(left[i] + x);
+      for (int i = 0; i < MR; ++i) l[i] = load<vf>(left[i] + x + half * VL);
 #pragma GCC unroll 16
-    for (int j = 0; j < NR; ++j) {
-      const vf r = load<vf>(right[j] + x);
+      for (int j = 0; j < NR; ++j) {
+        const TB* from = right[j] + x;
+        const vf r = !PAIRS ? load<vf>(from) : half ? load_half<true>(from) : load_half<false>(from);
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) sum[i * NR + j] += l[i] * r;
+        for (int i = 0; i < MR; ++i) sum[i * NR + j] += l[i] * r;
+      }
     }
 #pragma GCC unroll 8
     for (int f = 0; f < FETCH; ++f) __builtin_prefetch(ahead + f * (64 / sizeof(TB)), 0, 2);
-    ahead += advance;
+    ahead += HALVES * advance;
   }
-  if (whole < k) {
-    const int lanes = (int)(k - whole);
+  for (long x = whole; x < k; x += VL) {
+    const int lanes = (int)min_of(VL, k - x);
 #pragma GCC unroll 32
     for (int j = 0; j < NR; ++j) {
-      const vf r = load_n<vf>(right[j] + whole, lanes, 0.0f);
+      const vf r = load_n<vf>(right[j] + x, lanes, 0.0f);
 #pragma GCC unroll 32
-      for (int i = 0; i < MR; ++i) sum[i * NR + j] += load_n<vf>(left[i] + whole, lanes, 0.0f) * r;
+      for (int i = 0; i < MR; ++i) sum[i * NR + j] += load_n<vf>(left[i] + x, lanes, 0.0f) * r;
     }
   }
 }
@@ -241,32 +237,34 @@ SO_INLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, lon
 // NR rows of B against all rows of A, MR at a time. k is walked in stretches over which the rows of both
 // stay in the first cache (16 x 4096 times 4096 x 4096 is bound by what comes from the second one
 // otherwise), provided that A's rows do not share cache sets; the vectors of partial sums wait in
-// `kept`. Meanwhile the NR rows of B that follow are fetched in the order of their addresses, as
-// many at each step as it takes. A function of its own, for the registers; one per micro_dot costs
+// `kept`. Meanwhile the NR rows of B that follow, or later ones if rows are short, are fetched in the
+// order of their addresses, as many at each step as it takes. A function of its own, for the registers; one per micro_dot costs
 // more than it saves (25 % at k = 1024 on Cascade Lake).
-template <int MR, int NR, bool EDGE, bool ACCUMULATE, int FETCH, class TA, class TB>
+template <int MR, int NR, bool EDGE, bool ACCUMULATE, bool PAIRS, int FETCH, class TA, class TB>
 SO_NOINLINE void group_dot(long m, long k, const TA* a, long am, const TB* b, long bn, float* c,
                            long cm, long cols) {
-  constexpr long STRETCH = 512, PARTS = 8;
+  constexpr long STRETCH = 512, PARTS = 8, NEAR = 8192;  // bytes: too near to come from memory in time
   vf kept[PARTS][MR * NR];
   for (long top = 0; top < m; top += PARTS * MR) {
     const long bottom = min_of(m, top + PARTS * MR), parts = (bottom - top + MR - 1) / MR;
-    const long advance = NR * VL / parts, chunk = NR * STRETCH / parts;
+    const long advance = NR * VL / parts, chunk = NR * STRETCH / parts, line = max_of(k, 1);
+    const long further = NR * line * (long)sizeof(TB) < NEAR ? 4 : 1;
+    const TB* next = b + further * NR * bn;
     for (long x = 0, ahead = 0; x == 0 || x < k; x += STRETCH) {  // a sum of nothing is written too
       const long length = min_of(STRETCH, k - x);
 #pragma GCC unroll 1
-      for (long i = top, part = 0; i < bottom; i += MR, ++part, ahead += chunk) {
-        const long row = ahead / max_of(k, 1);
-        const TB* next = b + (NR + row) * bn + (ahead - row * k);
+      for (long i = top, part = 0; i < bottom; i += MR, ++part) {
         vf sum[MR * NR];
 #pragma GCC unroll 32
         for (int e = 0; e < MR * NR; ++e) sum[e] = x == 0 ? vf{} : kept[part][e];
         if (EDGE || i + MR > m)
-          micro_dot<MR, NR, true, 0>(length, a + i * am + x, am, b + x, bn, m - i, cols, sum, next,
-                                     0);
+          micro_dot<MR, NR, true, PAIRS, 0>(length, a + i * am + x, am, b + x, bn, m - i, cols, sum,
+                                            next, 0);
         else
-          micro_dot<MR, NR, false, FETCH>(length, a + i * am + x, am, b + x, bn, MR, NR, sum, next,
-                                          advance);
+          micro_dot<MR, NR, false, PAIRS, FETCH>(length, a + i * am + x, am, b + x, bn, MR, NR, sum,
+                                                 next, advance);
+        next += chunk;
+        for (ahead += chunk; ahead >= line; ahead -= line) next += bn - line;
         if (x + STRETCH < k) {
 #pragma GCC unroll 32
           for (int e = 0; e < MR * NR; ++e) kept[part][e] = sum[e];
@@ -288,19 +286,21 @@ SO_NOINLINE void group_dot(long m, long k, const TA* a, long am, const TB* b, lo
 }
 
 // C[m,n] (+)= A[m,k] B[n,k]: NR rows of B at a time, read once from memory. N: n where it is known, else
-// -1. FETCH: lines to fetch at each step, 0 for none. A horizontal sum per output asks for k of
-// some hundreds.
-template <int MR, int NR, bool ACCUMULATE, int FETCH = 0, int N = -1, class TA, class TB>
+// -1. FETCH: lines to fetch at each step, 0 for none. PAIRS as in micro_dot. A horizontal sum per output
+// asks for k of some hundreds.
+template <int MR, int NR, bool ACCUMULATE, int FETCH = 0, int N = -1, bool PAIRS = false, class TA,
+          class TB>
 SO_INLINE void gemm_dot(long m, long n, long k, const TA* a, long am, const TB* b, long bn,
                         float* c, long cm) {
   long j = 0;
   for (; j + NR <= n; j += NR)
-    group_dot<MR, NR, false, ACCUMULATE, FETCH>(m, k, a, am, b + j * bn, bn, c + j, cm, NR);
+    group_dot<MR, NR, false, ACCUMULATE, PAIRS, FETCH>(m, k, a, am, b + j * bn, bn, c + j, cm, NR);
   if constexpr (N < 0) {
     if (j < n)
-      group_dot<MR, NR, true, ACCUMULATE, 0>(m, k, a, am, b + j * bn, bn, c + j, cm, n - j);
+      group_dot<MR, NR, true, ACCUMULATE, PAIRS, 0>(m, k, a, am, b + j * bn, bn, c + j, cm, n - j);
   } else if constexpr (N % NR > 0) {
-    group_dot<MR, N % NR, false, ACCUMULATE, FETCH>(m, k, a, am, b + j * bn, bn, c + j, cm, N % NR);
+    group_dot<MR, N % NR, false, ACCUMULATE, PAIRS, FETCH>(m, k, a, am, b + j * bn, bn, c + j, cm,
+                                                           N % NR);
   }
 }
 
@@ -332,16 +332,20 @@ SO_NOINLINE void pack_transposed(const T* from, long ld_from, long n, long k, fl
     }
 }
 
-// to[x, i] = from[x, i] for i < n, x < k, rows `ld_from` apart, converted to float.
-template <class T>
+// to[x, i] = from[x, i] for i < n, x < k, rows `ld_from` apart, converted to float. PAIRS: of every two
+// vectors the even elements come first, then the odd ones; what is left over at the end stays in order.
+template <bool PAIRS = false, class T>
 SO_NOINLINE void pack_rows(const T* from, long ld_from, long n, long k, float* to, long ld_to) {
-  const long whole = n / VL * VL;
-  for (long x = 0; x < k; ++x) {
-    for (long i = 0; i < whole; i += VL)
-      store(to + x * ld_to + i, load<vf>(from + x * ld_from + i));
-    if (whole < n)
-      store_n(to + x * ld_to + whole, load_n<vf>(from + x * ld_from + whole, n - whole, 0.0f),
-              n - whole);
+  for (long x = 0; x < k; ++x, from += ld_from, to += ld_to) {
+    long i = 0;
+    if constexpr (PAIRS) {
+      for (; i + 2 * VL <= n; i += 2 * VL) {
+        store(to + i, load_half<false>(from + i));
+        store(to + i + VL, load_half<true>(from + i));
+      }
+    }
+    for (; i + VL <= n; i += VL) store(to + i, load<vf>(from + i));
+    if (i < n) store_n(to + i, load_n<vf>(from + i, n - i, 0.0f), n - i);
   }
 }
 

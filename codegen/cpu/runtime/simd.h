@@ -100,6 +100,11 @@ template <> struct value<int64_t> {
   enum { lanes = 1 };
 };
 
+// 0, 1, ..., N - 1 as template arguments, for shuffles.
+template <int... LANE> struct lane_list {};
+template <int N, int... LANE> struct count_lanes : count_lanes<N - 1, N - 1, LANE...> {};
+template <int... LANE> struct count_lanes<0, LANE...> { typedef lane_list<LANE...> type; };
+
 template <class To, class From> SO_INLINE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
   To to;
@@ -300,13 +305,22 @@ SO_INLINE vh low_halves(vu x) { return __builtin_convertvector(x, vh); }
 #endif
 
 SO_INLINE vf widen(vh bits, bf16) { return bit_cast<vf>(extend(bits) << 16); }
-// Round to nearest even; NaN stays NaN (quiet), overflow becomes infinity.
-SO_INLINE vh narrow(vf x, bf16) {
+// A float rounded to bfloat16 in the upper half of its bits, to nearest even; NaN stays NaN (quiet),
+// overflow becomes infinity. The lower half is undefined.
+SO_INLINE vu round_bf16(vf x) {
   vu bits = bit_cast<vu>(x);
-  vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  vu quiet = (bits >> 16) | 0x40u;
-  return low_halves((x != x) ? quiet : rounded);
+#if SO_USE_512
+  vi even = bit_cast<vi>(bits + 0x7fffu);
+  auto is_odd = __builtin_ia32_ptestmd512(bit_cast<vi>(bits), broadcast_i(0x10000), every_lane);
+  vi up = __builtin_ia32_paddd512_mask(even, broadcast_i(1), even, is_odd);
+  // the table of responses: a quiet NaN for either NaN, what is there for everything else
+  return bit_cast<vu>(__builtin_ia32_fixupimmps512_mask(bit_cast<vf>(up), x, broadcast_i(0x22), 0,
+                                                        every_lane, 4));
+#else
+  return (x != x) ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+#endif
 }
+SO_INLINE vh narrow(vf x, bf16) { return low_halves(round_bf16(x) >> 16); }
 SO_INLINE float widen(uint16_t bits, bf16) {
   return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
@@ -525,6 +539,48 @@ template <class T> SO_INLINE void store_n(T* p, float v, int64_t n) { if (n > 0)
 template <class T> SO_INLINE void store_n(T* p, double v, int64_t n) { if (n > 0) store(p, v); }
 template <class T> SO_INLINE void store_n(T* p, int32_t v, int64_t n) { if (n > 0) store(p, v); }
 template <class T> SO_INLINE void store_n(T* p, int64_t v, int64_t n) { if (n > 0) store(p, v); }
+
+// ---- Pairs of vectors ---------------------------------------------------------------------------
+// 2 * SO_VL consecutive elements: the even ones in one vector, the odd ones in the other. A bfloat16 is
+// the upper half of a float, so nothing moves between lanes: half the operations of two vectors in order.
+// ODD says which of the two a load returns.
+
+constexpr uint32_t upper_half = 0xffff0000u;
+
+template <bool ODD> SO_INLINE vf load_half(const bf16* p) {
+  const vu both = load_raw<vu>(p);
+  return bit_cast<vf>(ODD ? both & upper_half : both << 16);
+}
+template <bool ODD, int... LANE>
+SO_INLINE vf every_second(vf low, vf high, lane_list<LANE...>) {
+  return __builtin_shufflevector(low, high, (2 * LANE + ODD)...);
+}
+template <bool ODD, class T> SO_INLINE vf load_half(const T* p) {
+  return every_second<ODD>(load_vf(p), load_vf(p + SO_VL), typename count_lanes<SO_VL>::type());
+}
+SO_INLINE vu pair_bf16(vf even, vf odd) {
+#if SO_USE_512
+  return bit_cast<vu>(__builtin_ia32_pternlogd512_mask(
+      broadcast_i(static_cast<int32_t>(upper_half)), bit_cast<vi>(round_bf16(odd)),
+      bit_cast<vi>(round_bf16(even) >> 16), 0xca, every_lane));
+#else
+  return (round_bf16(odd) & upper_half) | (round_bf16(even) >> 16);
+#endif
+}
+SO_INLINE void store_pair(bf16* p, vf even, vf odd) {
+  const vu both = pair_bf16(even, odd);
+  memcpy(p, &both, sizeof(both));
+}
+template <bool HIGH, int... LANE>
+SO_INLINE vf zipped(vf even, vf odd, lane_list<LANE...>) {
+  constexpr int start = HIGH ? SO_VL / 2 : 0;
+  return __builtin_shufflevector(even, odd, (start + LANE / 2 + (LANE % 2) * SO_VL)...);
+}
+template <class T> SO_INLINE void store_pair(T* p, vf even, vf odd) {
+  typedef typename count_lanes<SO_VL>::type lanes;
+  store(p, zipped<false>(even, odd, lanes()));
+  store(p + SO_VL, zipped<true>(even, odd, lanes()));
+}
 
 // ---- Horizontal reductions ----------------------------------------------------------------------
 

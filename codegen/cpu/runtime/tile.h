@@ -58,6 +58,12 @@ SO_INLINE void store_past(float* p, vf v) {
 #endif
   store(p, v);
 }
+template <class T>
+SO_INLINE void store_pair_past(T* p, vf even, vf odd) { store_pair(p, even, odd); }
+SO_INLINE void store_pair_past(bf16* p, vf even, vf odd) {
+  const vu both = pair_bf16(even, odd);
+  store_past(reinterpret_cast<float*>(p), bit_cast<vf>(both));
+}
 SO_INLINE void finish_stores() {
 #if defined(__x86_64__)
   __builtin_ia32_sfence();
@@ -119,6 +125,8 @@ SO_INLINE bool below(T a, T b) { return a < b || (a != a && b == b); }
 // Round to a 16-bit type and back: the value an operation on that type has.
 template <class H>
 SO_INLINE vf round_to(vf x) { return widen(narrow(x, H{}), H{}); }
+template <>
+SO_FORCED vf round_to<bf16>(vf x) { return bit_cast<vf>(round_bf16(x) & upper_half); }
 template <class H>
 SO_INLINE float round_to(float x) { return widen(narrow(x, H{}), H{}); }
 
