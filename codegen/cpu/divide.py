@@ -3,12 +3,14 @@
 In and out: a block graph, of the same meaning but for one rounding more (1 ulp instead of a half). A vector of
 quotients takes some ten times as long as one of products. x / y becomes x * scale * (1 / (y * scale)),
 where scale is a power of two for divisors whose inverse would overflow or lose bits, and else 1: no
-quotient overflows, vanishes or turns into NaN that did not before.
+quotient overflows, vanishes or turns into NaN that did not before. Divisors that are known to have an
+inverse (the sum of a softmax, the root of a norm) need no scale: x * (1 / y).
 """
 
 import math
 from typing import Final
 
+from superopt.codegen.cpu.ranges import UNKNOWN, Range, range_of
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, rebuild, rewrite
@@ -24,9 +26,11 @@ _SCALE: Final = 2.0**64
 
 def shared_divisions(graph: Graph) -> Graph:
     """Return the block graph with products for float32 divisions whose divisors repeat."""
+    ranges: dict[Node, Range] = {}
 
     def step(node: Node, inputs: tuple[Node, ...]) -> Node:
         fresh = rebuild(node, inputs)
+        ranges[fresh] = range_of(fresh, ranges)
         if fresh.op is not elementwise.DIV or fresh.tensor.dtype is not DType.F32:
             return fresh
         x, y = fresh.inputs
@@ -36,6 +40,9 @@ def shared_divisions(graph: Graph) -> Graph:
             value = float(y.attrs.value)
             usual = math.isfinite(value) and _LEAST <= abs(value) <= _MOST
             return b.mul(x, 1.0 / value) if usual else fresh
+        least, most = ranges.get(y, UNKNOWN)
+        if least >= _LEAST and most <= _MOST:
+            return b.mul(x, b.div(1.0, y))
         size = b.abs_(y)
         unusual = b.where(b.gt(size, _MOST), 1.0 / _SCALE, 1.0)
         scale = b.where(b.lt(size, _LEAST), _SCALE, unusual)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Final
 
+from superopt.codegen.cpu.ranges import is_below_maximum
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, elementwise, leaf, library, structural, tile
 from superopt.ir.ops.registry import OpKind, RuleTable, all_ops
@@ -154,7 +155,6 @@ for _op, _name in (
 ):
     LOWER.register(_op)(_call(_name))
 for _op, _name in (
-    (elementwise.EXP, "exp"),
     (elementwise.EXPM1, "expm1"),
     (elementwise.LOG, "log"),
     (elementwise.LOG1P, "log1p"),
@@ -163,6 +163,12 @@ for _op, _name in (
     (elementwise.ERF, "erf"),
 ):
     LOWER.register(_op)(_call_one(_name))
+
+
+@LOWER.register(elementwise.EXP)
+def _exp(args: list[str], node: Node, vector: bool) -> str:
+    bounded = vector and is_below_maximum(node.inputs[0])
+    return _call_one("exp_nonpositive" if bounded else "exp")(args, node, vector)
 
 
 @LOWER.register(elementwise.NEG)

@@ -1,0 +1,129 @@
+"""Between which bounds the values of a block graph lie, as far as a look at their operations tells.
+
+In: nodes, operands before what reads them. Out: least and greatest finite value of each; infinities and
+NaN may come on top. Bounds are those of exact arithmetic: a result may be off by its rounding.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from superopt.ir.node import Node
+from superopt.ir.ops import contraction, elementwise, leaf, structural, tile
+from superopt.ir.ops.registry import Op
+from superopt.ir.types import DType
+
+Range = tuple[float, float]
+UNKNOWN: Final[Range] = (-math.inf, math.inf)
+_LEAST: Final = 2.0**-126
+_GREATEST: Final = (2.0 - 2.0**-23) * 2.0**127
+_WIDE: Final = (DType.F32, DType.BF16)
+_KEEPING: Final = frozenset(
+    {
+        structural.BROADCAST,
+        structural.RESHAPE,
+        structural.PERMUTE,
+        structural.SLICE,
+        contraction.REDUCE_MAX,
+        contraction.REDUCE_MIN,
+    }
+)
+
+
+def range_of(node: Node, ranges: Mapping[Node, Range]) -> Range:
+    """Return the bounds of one value, given those of its operands."""
+    if node.tensor.dtype not in _WIDE:
+        return UNKNOWN
+    low, high = _range(node, [ranges.get(i, UNKNOWN) for i in node.inputs])
+    # what is smaller than a normal number may have become 0
+    low = 0.0 if 0.0 < low < _LEAST else max(low, -_GREATEST)
+    high = 0.0 if -_LEAST < high < 0.0 else min(high, _GREATEST)
+    return low, high
+
+
+def is_below_maximum(node: Node) -> bool:
+    """Recognize x - max(x): at most 0, or NaN. The maximum may be a running one, and 0 where it is -inf."""
+    if node.op is not elementwise.SUB:
+        return False
+    x, by = node.inputs
+    while by.op is not contraction.REDUCE_MAX:
+        if by.op is elementwise.WHERE:
+            test, kept, other = by.inputs
+            low = test.op is elementwise.GT and test.inputs[0] is kept
+            if not (low and _is(test.inputs[1], -math.inf) and _is(other, 0.0)):
+                return False
+            by = kept
+        elif by.op in (structural.BROADCAST, tile.PREFIX_MAX):
+            by = by.inputs[0]
+        else:
+            return False
+    return by.inputs[0] is x
+
+
+def _range(node: Node, inputs: list[Range]) -> Range:
+    if node.op is leaf.CONSTANT:
+        value = float(node.attrs.value)
+        return (value, value) if math.isfinite(value) else UNKNOWN
+    if node.op in _KEEPING or (
+        node.op is elementwise.CAST and node.inputs[0].tensor.dtype in _WIDE
+    ):
+        return inputs[0]
+    rule = _RULES.get(node.op)
+    return UNKNOWN if rule is None else rule(node, inputs)
+
+
+def _is(node: Node, value: float) -> bool:
+    return node.op is leaf.CONSTANT and float(node.attrs.value) == value
+
+
+def _sum(node: Node, inputs: list[Range]) -> Range:
+    ((low, high),) = inputs
+    if low < 0:
+        return UNKNOWN
+    (term,) = node.inputs
+    if term.op is elementwise.EXP and term.inputs[0].op is elementwise.SUB:
+        x, by = term.inputs[0].inputs
+        # exp(x - max(x)) is 1 where x is largest
+        if by.op is contraction.REDUCE_MAX and by.inputs[0] is x and by.attrs == node.attrs:
+            low = 1.0
+    return low, high * (term.tensor.elements // max(node.tensor.elements, 1))
+
+
+def _sub(node: Node, inputs: list[Range]) -> Range:
+    (a, b), (c, d) = inputs
+    return a - d, 0.0 if is_below_maximum(node) else b - c
+
+
+def _mul(node: Node, inputs: list[Range]) -> Range:
+    (a, b), (c, d) = inputs
+    corners = [0.0 if 0.0 in (x, y) else x * y for x in (a, b) for y in (c, d)]
+    low = max(0.0, min(corners)) if node.inputs[0] is node.inputs[1] else min(corners)
+    return low, max(corners)
+
+
+def _abs(_: Node, inputs: list[Range]) -> Range:
+    ((low, high),) = inputs
+    least = 0.0 if low <= 0.0 <= high else min(abs(low), abs(high))
+    return least, max(abs(low), abs(high))
+
+
+def _exp(_: Node, inputs: list[Range]) -> Range:
+    low, high = (math.exp(min(value, 700.0)) for value in inputs[0])
+    return low, high
+
+
+def _sqrt(_: Node, inputs: list[Range]) -> Range:
+    low, high = (math.sqrt(max(value, 0.0)) for value in inputs[0])
+    return low, high
+
+
+_RULES: Final[dict[Op, Callable[[Node, list[Range]], Range]]] = {
+    contraction.REDUCE_SUM: _sum,
+    elementwise.ADD: lambda _, r: (r[0][0] + r[1][0], r[0][1] + r[1][1]),
+    elementwise.SUB: _sub,
+    elementwise.MUL: _mul,
+    elementwise.MAXIMUM: lambda _, r: (max(r[0][0], r[1][0]), max(r[0][1], r[1][1])),
+    elementwise.ABS: _abs,
+    elementwise.EXP: _exp,
+    elementwise.SQRT: _sqrt,
+}
