@@ -37,7 +37,7 @@ class CpuConfig:
     `dot_columns` of those that run along the contracted dim. `contraction` decides for operands
     that are contiguous along the contracted dim: transpose them tile by tile ("pack"), run along
     them ("dot"), or go by the shape ("auto"). Weights that few rows use are read `stream_rows` rows
-    at a time, the next ones being fetched meanwhile (`prefetch`). `unroll` is the number of partial sums of a reduction along a row. `store_past` writes outputs
+    at a time (more where they are short), the next ones being fetched meanwhile (`prefetch`). `unroll` is the number of partial sums of a reduction along a row. `store_past` writes outputs
     past the caches.
     """
 

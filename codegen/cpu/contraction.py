@@ -20,6 +20,7 @@ from superopt.ir.types import DType, Run, reshape_runs
 _SHARED_SETS_BYTES = 4096
 _MANY_COLUMNS = 64
 _STREAM_ROWS = 32
+_STREAM_BYTES = 16384  # what is fetched ahead must come from memory meanwhile
 _LONG_DOT = 512
 _SHORT_DOT = 64
 _FEW_ROWS = 4
@@ -294,7 +295,9 @@ class Product:
             f"{b.row}L, {c.text}, {c.row}L);"
         )
         if self._streams(b, m, n):
-            call = f"gemm_stream<{head}, {config.stream_rows}, {_flag(config.prefetch)}>"
+            row_bytes = n.full * _ELEMENT_BYTES.get(b.element, 4)
+            depth = max(config.stream_rows, _STREAM_BYTES // row_bytes)
+            call = f"gemm_stream<{head}, {depth}, {_flag(config.prefetch)}>"
         else:
             call = f"gemm_nn<{head}>"
         self.context.write(call + tail)
