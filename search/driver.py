@@ -1,8 +1,8 @@
 """The driver: from a program to the best proven program that the budget allows.
 
 It proposes algebraic variants, partitions each into kernels, tries schedules and tile sizes of every
-kernel on the clock (cheapest prediction first, then a hill climb over tile sizes), compares each
-with its library alternative, and proves the assembled program equal to the original as a whole.
+kernel on the clock (cheapest prediction first, then a hill climb over tile sizes; the first of all
+kernels are compiled together), compares each with its library alternative, and proves the assembled program equal to the original as a whole.
 The fastest program that is proven, and accepted by whoever asked, is the result. Moves that change what a
 program computes, or cost it accuracy, are left out before kernels are made; how long that takes to see predicts
 how long the proof will take, for which search leaves time.
@@ -14,6 +14,7 @@ program (the original when nothing better was proven).
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Final, Protocol, final
@@ -52,6 +53,8 @@ _BATCH: Final = 6
 """How many kernels are compiled and timed at once."""
 _LEAST: Final = 3
 """How many are tried where time is short."""
+_KERNEL_S: Final = 0.5
+"""What one of them is thought to take, before any was: a second of a core, of two."""
 _FIRST_LOOK: Final = 2.0**-20
 """The error bound of a variant's test: one draw as a rule."""
 _PROOF: Final = 4.0
@@ -68,6 +71,10 @@ class Measurer(Protocol):
     @property
     def device(self) -> torch.device:
         """Where it runs programs; they are tested there too."""
+        ...
+
+    def prepare(self, graphs: Sequence[Graph]) -> None:
+        """Compile block graphs that `kernels` will be asked about."""
         ...
 
     def kernels(self, graphs: Sequence[Graph]) -> list[float]:
@@ -126,6 +133,20 @@ class _Choice:
     seconds: float
 
 
+_Candidate = tuple[float, Schedule, dict[Atom, int]]
+"""A kernel that may be tried: predicted seconds, schedule, tile sizes."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Ranking:
+    """What may be tried for a region, the cheapest prediction first, and what was; its kernels' name."""
+
+    name: str
+    candidates: list[_Candidate]
+    tried: set[Any] = field(default_factory=set)
+
+
 @final
 @dataclass(slots=True)
 class Driver:
@@ -140,12 +161,13 @@ class Driver:
     on_event: Callable[[Event], None] = lambda event: None
     accept: Callable[[Graph], str] = lambda graph: ""
     statistics: Statistics = field(default_factory=Statistics)
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
     proof_s: float = 0.0
-    kernel_s: float = 0.0
+    kernel_s: float = _KERNEL_S
+    original_s: float = inf
     timed: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    region_number: int = 0
+    rankings: dict[Region, _Ranking] = field(default_factory=dict)
 
     def _left(self) -> float:
         """Return the seconds left for search, without those that the proof and all after it will take."""
@@ -158,20 +180,19 @@ class Driver:
 
     def run(self) -> SearchResult:
         """Search until done or out of budget; Ctrl-C ends it with the best so far."""
-        best: tuple[Graph, Verdict] | None = None
+        best: tuple[Graph, Verdict, float] | None = None
         try:
             best = self._search()
         except KeyboardInterrupt:
             self.statistics.stopped = "interrupted"
         self.statistics.seconds = time.monotonic() - self.started
-        if best is None:
-            seconds = self.measurer.programs([self.original])[0]
-            return SearchResult(self.original, None, seconds, seconds, self.statistics, self.notes)
-        original_s, best_s = self.measurer.programs([self.original, best[0]])
-        self._tell("result", f"{original_s * 1e3:.3f} ms -> {best_s * 1e3:.3f} ms")
-        return SearchResult(best[0], best[1], original_s, best_s, self.statistics, self.notes)
+        if self.original_s == inf:
+            self.original_s = self.measurer.programs([self.original])[0]
+        graph, verdict, best_s = best or (self.original, None, self.original_s)
+        self._tell("result", f"{self.original_s * 1e3:.3f} ms -> {best_s * 1e3:.3f} ms")
+        return SearchResult(graph, verdict, self.original_s, best_s, self.statistics, self.notes)
 
-    def _search(self) -> tuple[Graph, Verdict] | None:
+    def _search(self) -> tuple[Graph, Verdict, float] | None:
         programs: list[Graph] = []
         variants = self._variants()
         for number, variant in enumerate(variants):
@@ -184,9 +205,9 @@ class Driver:
                 programs.append(program)
         return self._first_proven(programs)
 
-    def _first_proven(self, programs: Sequence[Graph]) -> tuple[Graph, Verdict] | None:
-        """Return the fastest program that is proven and accepted, with its verdict."""
-        times = self.measurer.programs(programs) if programs else []
+    def _first_proven(self, programs: Sequence[Graph]) -> tuple[Graph, Verdict, float] | None:
+        """Return the fastest program that is proven and accepted, with its verdict and seconds."""
+        self.original_s, *times = self.measurer.programs([self.original, *programs])
         for seconds, program in sorted(zip(times, programs, strict=True), key=lambda pair: pair[0]):
             if seconds == inf:
                 self._reject("it does not run")
@@ -202,7 +223,7 @@ class Driver:
             if not refusal:
                 self.statistics.proven += 1
                 self._tell("proven", "the program is proven equal to the original")
-                return program, verdict
+                return program, verdict, seconds
             self._reject(refusal)
         return None
 
@@ -284,6 +305,7 @@ class Driver:
         However late it is every group gets a kernel, if only the first that comes to mind: op by op it
         would be slower than the original.
         """
+        self._prepare([make_region(graph, group) for group in costs])
         found: list[tuple[Region, _Choice]] = []
         total = missing = sum(costs.values())
         for group, cost in costs.items():
@@ -309,7 +331,7 @@ class Driver:
         if not products:
             return [] if whole is None else [(region, whole)]
         if whole is not None and whole.seconds < _CLEAR * self._library_s(variant, products):
-            return [(region, whole)]
+            return [(region, whole if minor else self._climbed(region, whole, until))]
         subgraph = extract(region, "part")
         if len(products) > 1 and time.monotonic() < until:
             parts = self._kernels(subgraph, self._costs(subgraph, 1), until)
@@ -347,33 +369,55 @@ class Driver:
 
     # -- tuning one kernel ---------------------------------------------------------------------
 
+    def _ranking(self, region: Region) -> _Ranking:
+        """Rank what may be tried for a region, once."""
+        if region not in self.rankings:
+            ranked: list[_Candidate] = []
+            for schedule in derive(region):
+                ranked += [(c, schedule, t) for c, t in best_tiles(schedule, self.machine, 12)]
+            ranked.sort(key=lambda entry: entry[0])
+            name = f"{self.original.name}_{len(self.rankings) + 1}"
+            self.rankings[region] = _Ranking(name, ranked)
+        return self.rankings[region]
+
+    def _prepare(self, regions: Sequence[Region]) -> None:
+        """Compile the first candidate of each region, together: one by one a core would wait."""
+        found: dict[str, Graph] = {}
+        for ranking in map(self._ranking, regions):
+            for _, schedule, tiles in ranking.candidates[:1]:
+                with suppress(NotFusible, GraphError):
+                    graph = block_graph(schedule, tiles, ranking.name)
+                    found.setdefault(graph.digest(), graph)
+        fresh = [graph for digest, graph in found.items() if digest not in self.timed]
+        if len(fresh) > 1:
+            self.measurer.prepare(fresh)
+
     def tune(self, region: Region, until: float, minor: bool) -> _Choice | None:
         """Return the fastest kernel found for a region before `until`; the first for a minor one."""
-        self.region_number += 1
-        schedules = derive(region)
-        ranked: list[tuple[float, Schedule, dict[Atom, int]]] = []
-        for schedule in schedules:
-            ranked += [(c, schedule, t) for c, t in best_tiles(schedule, self.machine, 12)]
-        ranked.sort(key=lambda entry: entry[0])
+        ranking = self._ranking(region)
+        ranked, name = ranking.candidates, ranking.name
         if not ranked:
             return None
         first = [entry for entry in ranked if entry[0] <= 2.5 * ranked[0][0]]
         batch = _diverse(first, max(_LEAST, self._affordable(until)))
         if minor:
-            found = (self._measure([(s, t)], None) for _, s, t in batch)
+            found = (self._measure(name, [(s, t)], None) for _, s, t in batch)
             return next((choice for choice in found if choice is not None), None)
-        best = self._measure([(s, t) for _, s, t in batch], None)
+        best = self._measure(name, [(s, t) for _, s, t in batch], None)
+        ranking.tried.update(_key(s, t) for _, s, t in batch)
+        return None if best is None else self._climbed(region, best, until)
+
+    def _climbed(self, region: Region, best: _Choice, until: float) -> _Choice:
+        """Change the tile sizes of a kernel step by step, while that helps and there is time."""
+        ranking = self._ranking(region)
         random_ = random.Random(self.seed)
-        tried = {_key(s, t) for _, s, t in batch}
-        while best is not None and (count := self._affordable(until)) > 0:
-            near = [m for m in _neighbours(best, self.machine) if _key(*m) not in tried]
-            if not near:
-                break
+        while (count := self._affordable(until)) > 0:
+            near = [m for m in _neighbours(best, self.machine) if _key(*m) not in ranking.tried]
             random_.shuffle(near)
             near = near[:count]
-            tried |= {_key(*m) for m in near}
-            better = self._measure(near, best)
-            if better is best:
+            ranking.tried.update(_key(*m) for m in near)
+            better = self._measure(ranking.name, near, best) if near else best
+            if better is None or better is best:
                 break
             best = better
         return best
@@ -386,13 +430,16 @@ class Driver:
         return _BATCH if left >= _BATCH * self.kernel_s else int(left / self.kernel_s)
 
     def _measure(
-        self, candidates: Sequence[tuple[Schedule, dict[Atom, int]]], best: _Choice | None
+        self,
+        name: str,
+        candidates: Sequence[tuple[Schedule, dict[Atom, int]]],
+        best: _Choice | None,
     ) -> _Choice | None:
         graphs: list[tuple[Schedule, dict[Atom, int], Graph]] = []
         for schedule, tiles in candidates:
             self.statistics.proposed += 1
             try:
-                graph = block_graph(schedule, tiles, f"{self.original.name}_{self.region_number}")
+                graph = block_graph(schedule, tiles, name)
             except (NotFusible, GraphError):
                 self.statistics.rejected += 1
                 continue
@@ -495,14 +542,12 @@ def _key(schedule: Schedule, tiles: dict[Atom, int]) -> tuple[Any, ...]:
     return (schedule.loop, tuple(sorted(tiles.items())))
 
 
-def _diverse(
-    ranked: Sequence[tuple[float, Schedule, dict[Atom, int]]], count: int
-) -> list[tuple[float, Schedule, dict[Atom, int]]]:
+def _diverse(ranked: Sequence[_Candidate], count: int) -> list[_Candidate]:
     """Take the best of every schedule in turn, so that one schedule does not fill the batch."""
-    queues: dict[Atom | None, list[tuple[float, Schedule, dict[Atom, int]]]] = {}
+    queues: dict[Atom | None, list[_Candidate]] = {}
     for entry in ranked:
         queues.setdefault(entry[1].loop, []).append(entry)
-    chosen: list[tuple[float, Schedule, dict[Atom, int]]] = []
+    chosen: list[_Candidate] = []
     while len(chosen) < count and any(queues.values()):
         for queue in queues.values():
             if queue and len(chosen) < count:

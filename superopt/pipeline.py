@@ -43,6 +43,8 @@ logger = logging.getLogger("superopt")
 
 OnEvent = Callable[[Event], None]
 _CONFIGURATIONS: Final = 6
+_TUNING_S: Final = 3.0
+"""What it takes to compile and time them, before that is known."""
 _GAIN: Final = 0.99
 _STRICT_BOUND: Final = 2.0**-120
 _SMALL_BYTES: Final = 1 << 12
@@ -309,7 +311,7 @@ def _search(
 
 def _tune(graph: Graph, clock: Clock, deadline: float, on_event: OnEvent) -> None:
     """Try the register tiles and the like of every kernel of the chosen program."""
-    taken_s = 0.0
+    taken_s = _TUNING_S
     for node in topological(graph.outputs):
         started = time.monotonic()
         if node.op.kind is OpKind.GRAPH and started + taken_s < deadline:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from math import inf
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,9 @@ class Predicted:
         self.fails = fails
         self.seen = 0
 
+    def prepare(self, graphs: Sequence[Graph]) -> None:
+        pass
+
     def kernels(self, graphs: Sequence[Graph]) -> list[float]:
         self.seen += len(graphs)
         return [inf if self.fails else 1e-3 / (1 + len(g.loops)) for g in graphs]
@@ -62,7 +66,9 @@ def test_the_result_is_proven_and_custom(name: str) -> None:
 
 
 def test_the_same_seed_gives_the_same_program() -> None:
-    first, second = (run(PROGRAMS["causal_gqa"], Predicted()).graph for _ in range(2))
+    # time enough on any machine: a search that is cut short depends on how fast it was
+    graph = PROGRAMS["causal_gqa"]
+    first, second = (run(graph, Predicted(), budget_s=1000.0).graph for _ in range(2))
     assert first == second
 
 
@@ -247,3 +253,62 @@ def test_only_composites_that_hold_a_product_stay_whole() -> None:
     graph = b.kernel_graph("g", [x, w, k], [make(composite.ATTENTION, (q, k, k), attrs)])
     simple = driver._expand_simple(graph)
     assert {n.op for n in simple.nodes() if n.op.expand is not None} == {composite.ATTENTION}
+
+
+class Recording(LibraryWins):
+    """Notes what it is asked for, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[str, list[Graph]]] = []
+
+    def prepare(self, graphs: Sequence[Graph]) -> None:
+        self.asked.append(("prepare", list(graphs)))
+
+    def kernels(self, graphs: Sequence[Graph]) -> list[float]:
+        self.asked.append(("kernels", list(graphs)))
+        return super().kernels(graphs)
+
+    def programs(self, graphs: Sequence[Graph]) -> list[float]:
+        self.asked.append(("programs", list(graphs)))
+        return super().programs(graphs)
+
+
+def test_the_first_kernels_of_all_parts_are_compiled_together() -> None:
+    clock = Recording()
+    inputs = [b.input_(f"x{n}", (16, n)) for n in (24, 40, 40, 56)]
+    sums = [b.exp(b.sub(x, b.reduce_max(x, -1))) for x in inputs]
+    run(b.kernel_graph("g", inputs, sums), clock, budget_s=1e-3)
+    together = [graphs for how, graphs in clock.asked if how == "prepare"]
+    assert [len(graphs) for graphs in together] == [3]  # two of the four are the same kernel
+    prepared = [g for graphs in together for g in graphs]
+    timed = [g for how, graphs in clock.asked if how == "kernels" for g in graphs]
+    assert set(prepared) <= set(timed), "a kernel was compiled for nothing"
+
+
+def test_the_original_is_timed_once_beside_what_was_found() -> None:
+    clock, graph = Recording(), PROGRAMS["norm_linear"]
+    result = run(graph, clock)
+    (timed,) = [graphs for how, graphs in clock.asked if how == "programs" and graph in graphs]
+    assert result.graph in timed
+    assert result.original_s >= result.best_s > 0
+
+
+@pytest.mark.parametrize("budget_s", [7.0, 12.0])
+def test_search_ends_when_the_budget_does(budget_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Predicted):
+        """A kernel takes a second, on a clock of its own; each is a little faster than the last."""
+
+        now_s = 0.0
+
+        def kernels(self, graphs: Sequence[Graph]) -> list[float]:
+            self.now_s += len(graphs)
+            self.seen += len(graphs)
+            return [1e-3 / (self.seen + i) for i in range(len(graphs))]
+
+    clock = Slow()
+    monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    x, w = b.input_("x", (64, 128)), b.input_("w", (128, 96))
+    graph = b.kernel_graph("g", [x, w], [b.exp(b.matmul(b.exp(x), w))])
+    run(graph, clock, budget_s=budget_s)
+    assert 3.0 <= clock.now_s <= budget_s - driver.LAST_S

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 
 from superopt.backends import wall
+from superopt.codegen.errors import CodegenError
 from superopt.ir import build as b
+from superopt.ir.graph import Graph
 from superopt.ir.target import Target
 from superopt.measure import Clock
+from superopt.plan import KernelSource
 
 
 class NoCompiler:
@@ -52,3 +55,30 @@ def test_large_operands_are_not_found_in_a_cache() -> None:
     # a program that fits the caches keeps its operands there
     clock.inputs = {}
     assert len(clock._in_turn([x.tensor, w.tensor])) == 1
+
+
+def test_kernels_are_prepared_together_without_what_is_malformed() -> None:
+    class Compiles(NoCompiler):
+        """Notes what is compiled at once."""
+
+        def __init__(self) -> None:
+            self.batches: list[list[str]] = []
+
+        def variants(self, graph: Graph, count: int) -> list[Any]:
+            assert count == 1
+            return [KernelSource("cpu", graph.name, "", "", "f", 2, {})]
+
+        def load(self, sources: list[KernelSource], limit_s: float = inf) -> list[Any]:
+            self.batches.append([s.name for s in sources])
+            return [CodegenError("no matter") for _ in sources]
+
+    def kernel(name: str, varies: bool) -> Graph:
+        g = b.BlockBuilder(name, grid={"m": 2})
+        tile = g.load(b.input_("x", (8,)), ("m", 4))
+        g.store(tile, (8,), ("m", 4)) if varies else g.store(tile, (4,), 4)
+        return g.graph()
+
+    clock = Clock(backend := Compiles(), {})  # type: ignore[arg-type]
+    clock.prepare([kernel("first", True), kernel("malformed", False), kernel("second", True)])
+    assert backend.batches == [["first", "second"]]
+    assert clock.compiled == {}
