@@ -14,9 +14,15 @@ class CodegenError(SuperoptError):
 
 @final
 class CompileError(CodegenError):
-    """The system compiler refused generated source: a defect of the generator, or of its flags."""
+    """The system compiler refused generated source: a defect of the generator, or of its flags.
 
-    def __init__(self, command: str, stderr: str, source_path: str | None = None) -> None:
+    Not `in_time`: nothing is wrong with it, the caller's budget was over before it answered.
+    """
+
+    def __init__(
+        self, command: str, stderr: str, source_path: str | None = None, *, in_time: bool = True
+    ) -> None:
+        self.in_time = in_time
         self.command = command
         self.stderr = stderr
         self.source_path = source_path

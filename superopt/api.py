@@ -30,6 +30,7 @@ from superopt.pipeline import (
     OnEvent,
     Options,
     Planned,
+    Request,
     device_of,
     environment,
     lasting,
@@ -38,13 +39,13 @@ from superopt.pipeline import (
     restore,
     silent,
 )
-from superopt.plan import Plan
+from superopt.plan import Plan, StoredTensor, binding_digest
 from superopt.report import Report, plan_report
-from superopt.signature import altered, signature, tensor_check
+from superopt.runtime import store_tensor
+from superopt.signature import altered, refusal, signature, tensor_check
 from superopt.subject import (
     Binding,
     bind_plan,
-    builder,
     flatten,
     make_request,
     preserved,
@@ -59,6 +60,7 @@ F = TypeVar("F", bound=Function)
 _Run = Callable[[Sequence[Any], Mapping[str, Any]], Any]
 _REPLANS: Final = 8
 _DIRECT: Final = 4
+_REFUSALS: Final = 16
 
 
 @overload
@@ -127,6 +129,8 @@ class _Dispatcher:
     direct: tuple[_Direct, ...] = ()
     guards: Guards | None = None
     replans: int = 0
+    refused: int = 0
+    refusals: dict[str, None] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -139,6 +143,7 @@ class _Dispatcher:
                     break
         key = signature(args, kwargs)
         if key is None:
+            self.refuse(args, kwargs)
             return self.original(*args, **kwargs)
         entry = self.entries.get(key)
         if entry is None:
@@ -146,6 +151,12 @@ class _Dispatcher:
         if entry is None or entry.run is None or not self.current():
             return self.original(*args, **kwargs)
         return entry.run(args, kwargs)
+
+    def refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note for the report why a call cannot have a plan; the first calls tell."""
+        if self.refused < _REFUSALS:
+            self.refused += 1
+            self.refusals.setdefault(refusal(args, kwargs))
 
     def current(self) -> bool:
         """Say whether the guards hold; where they do not, plans are forgotten."""
@@ -219,8 +230,8 @@ class _Dispatcher:
         alias = self._alias(key, device)
         store = Cache(self.options.folder())
         target = None if alias is None else store.load_alias(alias)
-        plan = None if target is None else store.load_plan(target)
-        if plan is not None:
+        plan = None if target is None else store.load_plan(target[0])
+        if plan is not None and target is not None and target[1] == _bound(plan, plan.constants):
             try:
                 binding = bind_plan(plan, modules, device)
                 tensors = _gather(binding, flatten(args, kwargs))
@@ -244,7 +255,8 @@ class _Dispatcher:
         finally:
             self.guards.put_back()
         if alias is not None and not lifted.folded_sources and lasting(planned.plan):
-            store.save_alias(alias, planned.key)
+            constants = {name: store_tensor(t) for name, t in request.constants.items()}
+            store.save_alias(alias, planned.key, _bound(request, constants))
         return planned, binding
 
     def _alias(self, key: Any, device: torch.device) -> str | None:
@@ -253,6 +265,10 @@ class _Dispatcher:
             return None
         surroundings = environment(self.options, device)
         return key_of("alias", self.guards.fingerprint, repr(key), surroundings)
+
+
+def _bound(source: Plan | Request, constants: Mapping[str, StoredTensor]) -> str:
+    return binding_digest(source.user_inputs, source.parameters, constants, source.structure)
 
 
 def _gather(binding: Binding, leaves: Sequence[Any]) -> list[torch.Tensor]:
@@ -266,12 +282,11 @@ def _runner(original: Function, planned: Planned, binding: Binding, *, flat: boo
     """Return what runs a plan on a call's arguments; it is on the path of every call."""
     assert planned.program is not None
     program = planned.program.run
-    single = '"spec": null' in binding.structure
-    build = builder(binding.structure)
+    build = binding.build
     positions = binding.leaves
     count = len(positions)
     leading = flat and positions == tuple(range(count))
-    if leading and single and not binding.rest and not binding.writes:
+    if leading and build is None and not binding.rest and not binding.writes:
 
         def run_plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             return program(*args[:count])[0]
@@ -289,7 +304,7 @@ def _runner(original: Function, planned: Planned, binding: Binding, *, flat: boo
         if writes and shares_written([*inputs, *parameters], writes):
             return original(*args, **kwargs)
         results = program(*inputs, *parameters)
-        return results[0] if single else build(results)
+        return results[0] if build is None else build(results)
 
     return run
 
@@ -322,7 +337,9 @@ class _Planning:
         dispatcher = self._superopt
         with torch.no_grad():
             key = signature(args, kwargs)
-            if key is not None:
+            if key is None:
+                dispatcher.refuse(args, kwargs)
+            else:
                 dispatcher.prepare(key, args, kwargs, wait=True)
         return self
 
@@ -334,7 +351,8 @@ class _Planning:
     def report(self) -> Report:
         """Return what was found, proven and measured for each input signature."""
         reasons = [e.why for e in list(self._superopt.entries.values()) if e.why]
-        return Report(tuple(plan_report(p) for p in self.plans), tuple(reasons))
+        unplanned = dict.fromkeys((*reasons, *self._superopt.refusals))
+        return Report(tuple(plan_report(p) for p in self.plans), tuple(unplanned))
 
 
 @final

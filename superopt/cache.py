@@ -89,9 +89,10 @@ class Cache:
         """Return the plan under `key`; None when there is none or it is damaged."""
         return self._load(self._path("plans", key), Plan.from_json)
 
-    def load_alias(self, alias: str) -> str | None:
-        """Return the key of the plan that `alias` leads to; None as for plans."""
-        return self._load(self._path("aliases", alias), unseal)
+    def load_alias(self, alias: str) -> tuple[str, str] | None:
+        """Return the key of the plan that `alias` leads to, and how it is bound; None as for plans."""
+        text = self._load(self._path("aliases", alias), unseal)
+        return None if text is None else (text.partition(" ")[0], text.partition(" ")[2])
 
     def _load(self, path: Path, read: Callable[[str], T]) -> T | None:
         try:
@@ -108,9 +109,9 @@ class Cache:
         """Store a plan; a full or read-only disk costs the entry, not the program."""
         self._save(self._path("plans", key), plan.to_json())
 
-    def save_alias(self, alias: str, key: str) -> None:
-        """Let `alias` lead to the plan under `key`."""
-        self._save(self._path("aliases", alias), seal(key))
+    def save_alias(self, alias: str, key: str, bound: str) -> None:
+        """Let `alias` lead to the plan under `key`, if that is `bound` so (`binding_digest`)."""
+        self._save(self._path("aliases", alias), seal(f"{key} {bound}"))
 
     def _save(self, path: Path, text: str) -> None:
         try:

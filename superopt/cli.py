@@ -6,7 +6,9 @@ PyTorch is imported by the verbs that need it, so that `--help` answers at once.
 """
 
 import argparse
+import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -22,6 +24,13 @@ UNSUPPORTED: Final = 3
 NOT_VERIFIED: Final = 4
 INTERRUPTED: Final = 130
 
+_PARTS: Final = {
+    "original": "the program as lifted, a graph of operators",
+    "program": "the program that was found, its kernels as block graphs",
+    "schedule": "how each kernel came about",
+    "source": "the generated source of the kernels",
+    "python": "the generated Python that calls them",
+}
 _EPILOG: Final = """\
 examples:
   superopt optimize model.pt2 -o fast                 a torch.export file to an artifact folder
@@ -30,7 +39,7 @@ examples:
   superopt verify fast                                check its certificate again, from the folder alone
   superopt inspect fast --source                      the generated kernels
 
-exit codes:
+exit codes (with --json an error is a JSON line on stdout too):
   0 done   1 not equivalent, or an internal error   2 usage   3 unsupported
   4 verification failed   130 interrupted (what was found until then is kept)
 
@@ -55,16 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("superopt: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except UsageError as error:
-        print(f"superopt {options.verb}: {error}", file=sys.stderr)
-        return USAGE
-    except Unsupported as error:
-        print(f"superopt {options.verb}: {error}", file=sys.stderr)
-        return UNSUPPORTED
     except SuperoptError as error:
-        print(f"superopt {options.verb}: {type(error).__name__}: {error}", file=sys.stderr)
-        return commands.exit_code(error, options.verb)
+        plain = isinstance(error, UsageError | Unsupported)
+        text = str(error) if plain else f"{type(error).__name__}: {error}"
+        code = commands.exit_code(error, options.verb)
+        _tell(options, type(error).__name__, str(error), text, code)
+    except Exception as error:  # a defect of ours: whoever reports it needs the traceback
+        traceback.print_exc()
+        code, text = INTERNAL, f"{type(error).__name__}: {error}"
+        _tell(options, "internal error", text, f"internal error, please report it: {text}", code)
     return code
+
+
+def _tell(options: argparse.Namespace, kind: str, message: str, text: str, code: int) -> None:
+    """Print what went wrong: on stderr for people, on stdout as well for machines."""
+    print(f"superopt {options.verb}: {text}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({"event": "error", "error": kind, "message": message, "exit_code": code}))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -80,17 +96,17 @@ def make_parser() -> argparse.ArgumentParser:
     _optimize_parser(verbs)
     _run_parser(verbs)
     bench = _verb(verbs, "bench", "time an artifact against the program as it was")
-    bench.add_argument("artifact", type=Path)
+    bench.add_argument("artifact", type=Path, help="artifact folder")
     bench.add_argument("--seconds", type=float, default=3.0, help="time to spend (default 3)")
     verify = _verb(verbs, "verify", "check an artifact's certificate again, from the folder alone")
-    verify.add_argument("artifact", type=Path)
+    verify.add_argument("artifact", type=Path, help="artifact folder")
     verify.add_argument(
         "--bound", type=float, help="probability of a wrong verdict to reach, such as 1e-30"
     )
     inspect = _verb(verbs, "inspect", "print an artifact's graphs, schedules and sources")
-    inspect.add_argument("artifact", type=Path)
-    for part in ("original", "program", "schedule", "source", "python"):
-        inspect.add_argument(f"--{part}", action="store_true", help=f"print the {part} only")
+    inspect.add_argument("artifact", type=Path, help="artifact folder")
+    for part, meaning in _PARTS.items():
+        inspect.add_argument(f"--{part}", action="store_true", help=f"only {meaning}")
     targets = _verb(verbs, "targets", "what this machine can do, measured")
     _cache_option(targets)
     cache = _verb(verbs, "cache", "list, measure or clear the cache folder")
@@ -123,12 +139,17 @@ def _optimize_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]
         action="append",
         default=[],
         metavar="SPEC",
-        help="an argument of a function, such as f32[16,4096], i64[8]:1000 (values below 1000), "
-        "or a number; once per argument",
+        help="an argument of a function, such as f32[16,4096], i64[8]:1000 (values below 1000; "
+        "2 where none is given), or a number; once per argument",
     )
     optimize.add_argument("--budget", type=float, default=120.0, help="seconds (default 120)")
     optimize.add_argument("--seed", type=int, default=0, help="same seed, same plan (default 0)")
-    optimize.add_argument("--backend", choices=("auto", "cpu", "triton"), default="auto")
+    optimize.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "triton"),
+        default="auto",
+        help="default: what the tensors' device has",
+    )
     optimize.add_argument("--strict", action="store_true", help="prove it twice, to 2^-120")
     optimize.add_argument("--force", action="store_true", help="replace an existing artifact")
     optimize.add_argument("--no-cache", action="store_true", help="search anew, store nothing")
@@ -137,7 +158,7 @@ def _optimize_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _run_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     run = _verb(verbs, "run", "run an artifact on stored or random inputs")
-    run.add_argument("artifact", type=Path)
+    run.add_argument("artifact", type=Path, help="artifact folder")
     run.add_argument(
         "--inputs", type=Path, metavar="NPZ", help="arrays by argument name, or in order"
     )

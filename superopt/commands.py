@@ -65,9 +65,9 @@ def exit_code(error: SuperoptError, verb: str) -> int:
         verb == "verify" and isinstance(error, ArtifactError)
     ):
         return NOT_VERIFIED
-    if isinstance(error, LiftError | NoCompiler):
+    if isinstance(error, LiftError | NoCompiler | Unsupported):
         return UNSUPPORTED
-    if isinstance(error, ArtifactError):
+    if isinstance(error, ArtifactError | UsageError):
         return USAGE
     return INTERNAL
 
@@ -142,9 +142,11 @@ def _program(
         found: Any = importlib.import_module(module_name)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"cannot load {text}: {error}") from error
+    except Exception as error:  # whatever a user's module raises
+        raise UsageError(f"cannot load {text}: {type(error).__name__}: {error}") from error
     found = getattr(found, "original", found)
+    if isinstance(found, type):
+        raise UsageError(f"{text} is a class: name a function, or an instance of a module")
     if not callable(found):
         raise UsageError(f"{text} is a {type(found).__name__}, not a function or module")
     if not specs:

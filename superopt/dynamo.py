@@ -18,7 +18,7 @@ from superopt.frontend import lift_fx
 from superopt.ir.errors import SuperoptError
 from superopt.pipeline import make_options, make_plan
 from superopt.signature import signature
-from superopt.subject import Binding, builder, make_request, preserved, shares_written
+from superopt.subject import Binding, make_request, preserved, shares_written
 
 logger = logging.getLogger("superopt")
 
@@ -93,7 +93,7 @@ def _serve(
 ) -> Compiled:
     positions = binding.leaves
     original = graph_module.forward
-    build = builder(binding.structure)
+    build = binding.build
     fetch = binding.fetcher()
 
     def call(*args: Any) -> Any:
@@ -105,6 +105,7 @@ def _serve(
         inputs = [*(args[i] for i in positions), *rest]
         if shares_written(inputs, binding.writes):
             return original(*args)
-        return build(program(*inputs))
+        results = program(*inputs)
+        return results[0] if build is None else build(results)
 
     return call

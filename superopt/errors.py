@@ -35,5 +35,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """Say that `name` is no `kind`, what is near it, and what there is."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=2)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return f"no {kind} is called {name!r}{hint} There are: {', '.join(names)}."

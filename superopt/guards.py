@@ -8,26 +8,38 @@ Invariant: what is not understood makes the fingerprint None; it never makes a g
 """
 
 import builtins
+import collections
+import functools
 import hashlib
-import sys
+import logging
 import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import call, eq, is_
 from typing import Any, Final, final
 
+import numpy as np
 import torch
+
+from superopt.provenance import (
+    is_installed,
+    is_trusted,
+    lasting_text,
+    name_of,
+    package_of,
+    version_of,
+)
 
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
 _TORCH_PLAIN: Final = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-# Packages whose code is told by its version; everything else is told by its own code.
-_TRUSTED: Final = ("torch", "numpy", "math", "typing", "collections", "functools", "operator")
 _PRIVATE: Final = frozenset(torch.nn.Module().__dict__)
 BOUND: Final = "_superopt_methods"
 """Where an instance keeps its optimized methods; nothing that a program reads."""
 WRAPS: Final = "_superopt_wraps"
 """What classes have whose instances compute the same as their `original`."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS: Final = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _DEPTH: Final = 12
 # What a class always has, and what only making an instance needs.
 _CLASS_NAMES: Final = frozenset(
@@ -67,7 +79,13 @@ class Guards:
     unknown: list[str] = field(default_factory=list)
     modules: list[torch.nn.Module] = field(default_factory=list)
     contents: list[tuple[str, Any, Any]] = field(default_factory=list)
+    slots: list[tuple[Any, str, Any]] = field(default_factory=list)
+    arrays: list[tuple[np.ndarray[Any, Any], bytes]] = field(default_factory=list)
     digest: str = ""
+    sealed: tuple[tuple[Any, ...], ...] = ((), (), ())
+    copies: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    now: list[Any] = field(default_factory=list)
+    then: list[Any] = field(default_factory=list)
 
     def hold(self) -> bool:
         """Say whether nothing has changed since the guards were taken."""
@@ -76,30 +94,50 @@ class Guards:
         except (RuntimeError, TypeError, ValueError):  # tensors that are not the same ones
             return False
 
+    def seal(self) -> None:
+        """Prepare the check of places that hold the very objects that they did."""
+        values = [v for v in self.values if type(v[2]) not in _CONTAINERS]
+        looked_up = (
+            *((place.get, name, value) for place, name, value in (*self.identities, *values)),
+            *((kind.__dict__.get, name, value) for kind, name, value in self.attributes),
+        )
+        self.sealed = tuple(zip(*looked_up, strict=True)) or ((), (), ())
+        self.copies = [v for v in self.values if type(v[2]) in _CONTAINERS]
+        self.now, self.then = [n for n, _ in self.snapshots], [t for _, t in self.snapshots]
+
     def _unchanged(self) -> bool:
-        for place, name, value in self.identities:
-            if place.get(name, _MISSING) is not value:
-                return False
-        for place, name, value in self.values:
-            now = place.get(name, _MISSING)
-            if now is not value and (type(now) is not type(value) or now != value):
-                return False
-        for kind, name, value in self.attributes:
-            now = kind.__dict__.get(name, _MISSING)
-            if now is not value and (type(now) is not type(value) or now != value):
+        # all at once: a large module has thousands of places, and this is on the path of every call
+        identical = all(map(is_, map(call, *self.sealed[:2]), self.sealed[2]))
+        if not identical and not self._equal():
+            return False
+        for place, name, value in self.copies:
+            if not _same(place.get(name, _MISSING), value):
                 return False
         for cell, value in self.cells:
-            now = _cell(cell)
-            if now is not value and (type(now) is not type(value) or now != value):
+            if not _same(_cell(cell), value):
                 return False
         for tensor, version in self.tensors:
             if tensor._version != version:
                 return False
+        for holder, name, value in self.slots:
+            if not _same(getattr(holder, name, _MISSING), value):
+                return False
+        for array, content in self.arrays:
+            if array.tobytes() != content:
+                return False
         # an attribute that is new may hide one of the class
         for inside, size in self.sizes:
-            if _size(inside) != size:
+            if len(inside) != size and _size(inside) != size:
                 return False
-        return all(now == then for now, then in self.snapshots)
+        return all(map(eq, self.now, self.then))
+
+    def _equal(self) -> bool:
+        """Say whether places hold the objects that they did, or numbers and texts equal to them."""
+        return (
+            all(place.get(name, _MISSING) is value for place, name, value in self.identities)
+            and all(_same(place.get(name, _MISSING), value) for place, name, value in self.values)
+            and all(_same(kind.__dict__.get(n, _MISSING), v) for kind, n, v in self.attributes)
+        )
 
     def put_back(self) -> str:
         """Undo what running the program did to what was met; return the name of one such thing or "".
@@ -115,6 +153,11 @@ class Guards:
             if place.get(name, _MISSING) is not value and type(value) not in _CONTAINERS:
                 changed = changed if place.get(name, _MISSING) == value else name
                 place[name] = value
+        for holder, name, value in self.slots:
+            now = getattr(holder, name, _MISSING)
+            if now is not value:
+                changed = name
+                _put(holder, name, value)
         for cell, value in self.cells:
             if _cell(cell) is not value:
                 changed, cell.cell_contents = "a variable of an enclosing function", value
@@ -128,6 +171,11 @@ class Guards:
 
 _MISSING: Final = object()
 _CONTAINERS: Final = (list, dict, set)
+_WALKED: Final = (list, tuple, dict, set, frozenset, collections.deque)
+
+
+def _same(now: Any, then: Any) -> bool:
+    return now is then or (type(now) is type(then) and bool(now == then))
 
 
 def _same_items(now: Any, then: Any) -> bool:
@@ -141,9 +189,17 @@ def _same_items(now: Any, then: Any) -> bool:
     )
 
 
+def _put(holder: Any, name: str, value: Any) -> None:
+    if value is _MISSING:
+        delattr(holder, name)
+    else:
+        object.__setattr__(holder, name, value)  # classes may be frozen
+
+
 def _refill(now: Any, then: Any) -> None:
-    if isinstance(now, list):
-        now[:] = then
+    if isinstance(now, list | collections.deque):
+        now.clear()
+        now.extend(then)
         return
     ours = {BOUND: now[BOUND]} if isinstance(now, dict) and BOUND in now else {}
     now.clear()
@@ -159,8 +215,7 @@ def take_guards(subject: Callable[..., Any]) -> Guards:
         walk.module(subject, 0)
     else:
         walk.value("subject", subject, 0)
-    walk.guards.digest = walk.digest.hexdigest()
-    return walk.guards
+    return walk.finish()
 
 
 @final
@@ -172,6 +227,17 @@ class _Walk:
         self.kept: list[Any] = []
         self.held: dict[int, tuple[int, str]] = {}
         self.tables: dict[int, tuple[dict[str, Any], str]] = {}
+        self.placed: set[tuple[int, str]] = set()
+        self.named: set[str] = set()
+        self.installed: dict[type, set[tuple[type, str]]] = {}
+
+    def finish(self) -> Guards:
+        """Follow installed classes as far as their members are named; return the guards."""
+        while any(self.named_members(kind, done) for kind, done in list(self.installed.items())):
+            pass
+        self.guards.digest = self.digest.hexdigest()
+        self.guards.seal()
+        return self.guards
 
     def note(self, *parts: Any) -> None:
         self.digest.update(repr(parts).encode())
@@ -180,6 +246,9 @@ class _Walk:
 
     def place(self, where: dict[str, Any], name: str, depth: int) -> None:
         """Guard one entry of a namespace."""
+        if (id(where), name) in self.placed:
+            return
+        self.placed.add((id(where), name))
         value = where[name]
         if _is_plain(value):
             self.guards.values.append((where, name, value))
@@ -204,7 +273,7 @@ class _Walk:
         elif isinstance(value, weakref.ref):
             self.value(name, value(), depth + 1)
         elif isinstance(value, types.ModuleType):
-            self.note(name, value.__name__, _version_of(value.__name__))
+            self.note(name, value.__name__, version_of(value.__name__))
         elif id(value) in self.held:
             self.note(name, self.held[id(value)])
         elif isinstance(value, torch.Tensor):
@@ -218,12 +287,21 @@ class _Walk:
         elif isinstance(value, types.MethodType):
             self.value(name, value.__func__, depth + 1)
             self.value(f"{name}.__self__", value.__self__, depth + 1)
-        elif isinstance(value, list | tuple | dict | set | frozenset):
+        elif isinstance(value, logging.Logger):
+            self.note(name, "a logger")  # nothing that is computed depends on it
+        elif isinstance(value, _WALKED) and not is_installed(type(value)):
             self.container(name, value, depth + 1)
-        elif isinstance(value, type) and not _trusted(value):
+        elif isinstance(value, type) and not is_trusted(value):
             self.class_(value, depth + 1)
-        elif _trusted(value):
-            self.note(name, _name_of(value), _version_of(_package(value)))
+        elif is_trusted(value):
+            self.note(name, name_of(value), version_of(package_of(value)))
+        elif isinstance(value, functools.partial):
+            self.container(name, [value.func, value.args, value.keywords], depth + 1)
+        elif isinstance(value, np.ndarray):
+            self.guards.unknown.append(f"{name} is an array")
+            self.guards.arrays.append((value, value.tobytes()))
+        elif lasting_text(value):
+            self.note(name, lasting_text(value), version_of(package_of(value)))
         else:
             self.other(name, value, depth)
 
@@ -245,10 +323,17 @@ class _Walk:
     def other(self, name: str, value: Any, depth: int) -> None:
         """Guard the attributes of an object of a user's class, whose code is not known."""
         self.guards.unknown.append(f"{name} is a {type(value).__name__}")
-        if not isinstance(value, type) and not _trusted(type(value)):
+        if not isinstance(value, type) and not is_trusted(type(value)):
             self.class_(type(value), depth + 1)
+        if isinstance(value, type):
+            return
+        for slot in sorted({s for base in type(value).__mro__ for s in _slots(base)}):
+            held = getattr(value, slot, _MISSING)
+            self.guards.slots.append((value, slot, held))
+            if held is not _MISSING:
+                self.value(f"{name}.{slot}", held, depth + 1)
         inside = getattr(value, "__dict__", None)
-        if isinstance(inside, dict) and not isinstance(value, type):
+        if isinstance(inside, dict):
             self.guards.sizes.append((inside, _size(inside)))
             self.guards.contents.append((f"attributes of {name}", inside, inside.copy()))
             for key in list(inside):
@@ -258,8 +343,8 @@ class _Walk:
     # -- code ----------------------------------------------------------------------------------
 
     def function(self, name: str, function: types.FunctionType, depth: int) -> None:
-        if _trusted(function):
-            self.note(name, _name_of(function), _version_of(_package(function)))
+        if is_trusted(function):
+            self.note(name, name_of(function), version_of(package_of(function)))
             return
         self.code(function.__code__)
         self.value(f"{name}.__defaults__", function.__defaults__, depth)
@@ -286,11 +371,12 @@ class _Walk:
     def names(self, code: types.CodeType, namespace: dict[str, Any], depth: int) -> None:
         """Guard the globals that code may read, and what it may read through user modules."""
         names = set(code.co_names)
+        self.named |= names
         for name in sorted(names):
             if name in namespace:
                 self.place(namespace, name, depth)
                 value = namespace[name]
-                if isinstance(value, types.ModuleType) and not _trusted(value):
+                if isinstance(value, types.ModuleType) and not is_trusted(value):
                     self.module_names(value, names, depth)
             elif not hasattr(builtins, name):
                 self.note("attribute", name)
@@ -308,12 +394,31 @@ class _Walk:
         for base in kind.__mro__:
             if base in (torch.nn.Module, object):
                 break
-            if _trusted(base):
-                self.note(base.__qualname__, _version_of(_package(base)))
+            if is_trusted(base):
+                self.note(base.__qualname__, version_of(package_of(base)))
+                continue
+            if is_installed(base):
+                self.note(base.__qualname__, version_of(package_of(base)))
+                self.installed.setdefault(kind, set())
                 continue
             for name, member in sorted(vars(base).items(), key=lambda pair: pair[0]):
                 if name not in _CLASS_NAMES:
                     self.member(base, name, member, depth)
+
+    def named_members(self, kind: type, done: set[tuple[type, str]]) -> bool:
+        """Take in those members of the installed bases of a class that code names, and `forward`."""
+        found = [
+            (base, name)
+            for base in kind.__mro__
+            if base not in (torch.nn.Module, object) and is_installed(base)
+            for name in sorted(vars(base))
+            if (name == "forward" or name in self.named) and name not in _CLASS_NAMES
+        ]
+        new = [place for place in found if place not in done]
+        done.update(new)
+        for base, name in new:
+            self.member(base, name, vars(base)[name], 0)
+        return bool(new)
 
     def member(self, base: type, name: str, member: Any, depth: int) -> None:
         self.guards.attributes.append((base, name, member))
@@ -346,6 +451,9 @@ class _Walk:
         if any(module is m for m in self.guards.modules):
             self.note("a module again")
             return
+        if not self.guards.modules:
+            for hooks in _GLOBAL_HOOKS:
+                self.hooks(getattr(torch.nn.modules.module, hooks, None), depth)
         self.guards.modules.append(module)
         # parameters and buffers are found by their place at every call, wherever else they are kept
         for members in (module._parameters, module._buffers):
@@ -363,11 +471,8 @@ class _Walk:
         for name in sorted(inside):
             if (name not in _PRIVATE and name != BOUND) or name == "training":
                 self.place(inside, name, depth)
-        if any(inside.get(hooks) for hooks in _HOOKS):
-            self.guards.unknown.append("a module has hooks")
         for hooks in _HOOKS:
-            if isinstance(inside.get(hooks), dict):
-                self.guards.snapshots.append((inside[hooks], inside[hooks].copy()))
+            self.hooks(inside.get(hooks), depth)
         for table in ("_parameters", "_buffers"):
             for name, tensor in inside[table].items():
                 self.note(table, name, None if tensor is None else (tensor.shape, tensor.dtype))
@@ -377,9 +482,23 @@ class _Walk:
             if child is not None:
                 self.module(child, depth + 1)
 
+    def hooks(self, table: Any, depth: int) -> None:
+        """Take in hooks: their code is a part of the program."""
+        if isinstance(table, dict):
+            self.guards.snapshots.append((table, table.copy()))
+            for hook in table.values():
+                self.guards.unknown.append("a module has hooks")
+                self.value("hook", hook, depth + 1)
+
 
 def _size(inside: dict[str, Any]) -> int:
     return len(inside) - (BOUND in inside)
+
+
+def _slots(kind: type) -> list[str]:
+    """Return the slots of a class that Python code defined, by the names that they are read by."""
+    found = vars(kind).items()
+    return [n for n, member in found if isinstance(member, types.MemberDescriptorType)]
 
 
 def _cell(cell: Any) -> Any:
@@ -398,32 +517,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(_is_plain(v) for v in value)
     return type(value) in _PLAIN or isinstance(value, _TORCH_PLAIN)
-
-
-def _package(value: Any) -> str:
-    name = getattr(value, "__module__", None) or getattr(value, "__name__", "")
-    if isinstance(value, types.ModuleType):
-        name = value.__name__
-    if isinstance(value, types.BuiltinFunctionType) and not isinstance(name, str):
-        name = "builtins"
-    return name if isinstance(name, str) else ""
-
-
-def _trusted(value: Any) -> bool:
-    if isinstance(value, types.BuiltinFunctionType | types.BuiltinMethodType):
-        return True
-    if isinstance(value, type) and value.__module__ == "builtins":
-        return True
-    root = _package(value).partition(".")[0].lstrip("_")
-    return (root in _TRUSTED and not hasattr(value, "__dict__")) or (
-        root in _TRUSTED and isinstance(value, types.ModuleType | types.FunctionType | type)
-    )
-
-
-def _name_of(value: Any) -> str:
-    return str(getattr(value, "__qualname__", None) or getattr(value, "__name__", type(value)))
-
-
-def _version_of(package: str) -> str:
-    root = sys.modules.get(package.partition(".")[0])
-    return str(getattr(root, "__version__", sys.version_info[:3]))

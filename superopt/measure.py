@@ -90,7 +90,8 @@ class Clock:
     get random ones, for which every kernel's result is compared with the reference executor.
     A graph that the graph checker refuses is not compiled; its violations are among the failures.
     `refused` is the last kernel that the compiler did not take. A compiler is not waited for past
-    `deadline` (of `time.monotonic`), but for a while at least, so that a short budget finds something.
+    `deadline` (of `time.monotonic`), but for a while at least, so that a short budget finds something;
+    `late` says that some kernel was not ready by then.
 
     A program that reads more than the `target`'s caches hold finds its weights in memory at every
     call. Timed over and over, a part of it would find its own in a cache: large operands are
@@ -105,6 +106,7 @@ class Clock:
     compiled: dict[str, Compiled] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     refused: CompileError | None = None
+    late: bool = False
     _random: dict[tuple[int, TensorType], torch.Tensor] = field(default_factory=dict)
     _copies: dict[tuple[int, TensorType], list[torch.Tensor]] = field(default_factory=dict)
 
@@ -164,8 +166,10 @@ class Clock:
 
     def _failed(self, graph: Graph, error: SuperoptError) -> None:
         self.failures.append(f"{graph.name} {graph.digest()[:12]}: {error}")
-        if isinstance(error, CompileError):
+        if isinstance(error, CompileError) and error.in_time:
             self.refused = error
+        elif isinstance(error, CompileError):
+            self.late = True
         logger.debug("kernel %s dropped: %s\n%s", graph.name, error, graph)
 
     def tune(self, graph: Graph, count: int) -> Compiled | None:

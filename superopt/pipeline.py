@@ -49,6 +49,7 @@ _GAIN: Final = 0.99
 _STRICT_BOUND: Final = 2.0**-120
 _SMALL_BYTES: Final = 1 << 12
 _NO_COMPILER: Final = "no compiler"
+_LATE: Final = "late"
 
 
 @final
@@ -85,9 +86,17 @@ def make_options(given: Mapping[str, Any]) -> Options:
         raise ValueError(
             f'verify is True or "strict", got {options.verify!r}: what is not proven never runs'
         )
-    if not options.budget_s > 0:
+    if not _is_number(options.budget_s) or not options.budget_s > 0:
         raise ValueError(f"budget_s is a number of seconds above 0, got {options.budget_s!r}")
+    if not isinstance(options.seed, int):
+        raise ValueError(f"seed is a whole number, got {options.seed!r}")
+    if not isinstance(options.cache, bool | str | Path):
+        raise ValueError(f"cache is True, False or a folder, got {options.cache!r}")
     return options
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @final
@@ -159,8 +168,8 @@ def make_plan(
 
 
 def lasting(plan: Plan) -> bool:
-    """Say whether another run would find the same: it was not ended early, the tools were there."""
-    return plan.report.get("stopped") not in ("interrupted", _NO_COMPILER)
+    """Say whether another run would find the same: it was not cut short, the tools were there."""
+    return plan.report.get("stopped") not in ("interrupted", _NO_COMPILER, _LATE)
 
 
 def plan_key(request: Request, options: Options) -> str:
@@ -299,6 +308,9 @@ def _search(
             )
             report["stopped"] = _NO_COMPILER
             return _unchanged(request, report, "the C++ compiler fails on every kernel")
+        if clock.late and not clock.compiled:
+            report["stopped"] = _LATE
+            return _unchanged(request, report, "no kernel was compiled before the budget was over")
         if found.verdict is None:
             why = [v.reason for v in floating.values()]
             failed = f"; in floating point, {why[-1]}" if why else ""

@@ -10,6 +10,7 @@ Invariant: the text ends in its own sha256, and every kernel is found by the dig
 import base64
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, final
 
@@ -126,6 +127,18 @@ class Plan:
             raise
         except SuperoptError as error:
             raise PlanError(f"a graph in the plan is damaged: {error}") from error
+
+
+def binding_digest(
+    user_inputs: Sequence[str],
+    parameters: Sequence[str],
+    constants: Mapping[str, StoredTensor],
+    structure: str,
+) -> str:
+    """Return a digest of all that programs of one graph may differ in: their plan is under one key."""
+    values = {name: hashlib.sha256(t.data).hexdigest() for name, t in constants.items()}
+    text = json.dumps([list(user_inputs), list(parameters), values, structure])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def seal(text: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
+from torch.utils import _pytree as pytree
 
 _PLAIN: Final = (bool, int, float, complex, str, type(None), torch.dtype)
 
@@ -93,11 +94,61 @@ def signature(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> A
 def _other(value: Any, gradients: bool) -> Any:
     """Return the key of an argument that is no tensor; None where it cannot be one."""
     if isinstance(value, _PLAIN):
-        return (type(value), value, str(value))
+        # NaN is equal to nothing, and one NaN is as good as another
+        return (type(value), value if value == value else None, str(value))
     if type(value) in (list, tuple):
         inner = signature(value)
         return None if inner is None else (type(value), len(value), inner)
     if type(value) is dict:
         inner = signature(tuple(value.values()))
         return None if inner is None else (dict, tuple(value), inner)
-    return None
+    return _registered(value)
+
+
+def _registered(value: Any) -> Any:
+    """Return the key of a named tuple, or of an object of a class that pytree knows."""
+    kind = type(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        inner = signature(value)
+        return None if inner is None else (kind, inner)
+    node = pytree.SUPPORTED_NODES.get(kind)
+    if node is None:
+        return None
+    children, context = node.flatten_fn(value)
+    if not all(isinstance(c, (*_PLAIN, type)) for c in pytree.tree_leaves(context)):
+        return None
+    inner = signature(tuple(children))
+    return None if inner is None else (kind, repr(context), inner)
+
+
+def refusal(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Say why a call has no signature, and what would give it one."""
+    if _autocast():
+        return "autocast is on"
+    if _dispatch_modes() or _function_modes():
+        return "a mode that changes what functions of PyTorch do is on"
+    if _tracing() or _peek() is not None:
+        return "the call is part of a trace or a transform, such as vmap or jit.trace"
+    places = [*((str(i), v) for i, v in enumerate(args)), *kwargs.items()]
+    for place, value in places:
+        if signature((value,)) is None:
+            for leaf in pytree.tree_leaves(value):
+                why = _refused(leaf)
+                if why:
+                    return f"argument {place} {why}"
+            return f"argument {place} is a {type(value).__name__}, whose content is not known"
+    return "its arguments have no signature"
+
+
+def _refused(leaf: Any) -> str:
+    kind = type(leaf)
+    if not isinstance(leaf, torch.Tensor):
+        known = isinstance(leaf, _PLAIN)
+        return "" if known else f"has a {kind.__name__}, which pytree does not know as a container"
+    if kind is not _Tensor and kind is not _Parameter:
+        return f"is a {kind.__name__}, not a plain tensor"
+    if _grad_enabled() and leaf.requires_grad:
+        return "requires gradients: plans are for inference, under torch.no_grad()"
+    if leaf.is_sparse:
+        return "is sparse"
+    return "is a negative view" if leaf.is_neg() else ""

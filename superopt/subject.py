@@ -6,6 +6,7 @@ that weights changed in place, or replaced by others of the same type, are seen.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +27,11 @@ from superopt.verify.opaque import duplicate
 Function = Callable[..., Any]
 Modules = Sequence[torch.nn.Module]
 
-_NAMED: Final = "torch.return_types"
-"""The module of what `torch.max` returns, and the key under which such results are described."""
+_NAMED: Final = "named tuple"
+"""The key under which a named tuple (what `torch.max` returns is one) is described in a stored plan."""
+
+Build = Callable[[Sequence[torch.Tensor]], Any]
+"""Makes the caller's result of a program's tensors."""
 
 
 @final
@@ -61,12 +65,13 @@ class Fetch:
 class Binding:
     """Where the inputs of a program come from, and what its results make up.
 
-    `leaves` are positions among the flattened arguments; `writes` are the inputs that are changed.
+    `leaves` are positions among the flattened arguments; `build` is None where the result is one
+    tensor; `writes` are the inputs that are changed.
     """
 
     leaves: tuple[int, ...]
     rest: tuple[Fetch | torch.Tensor, ...]
-    structure: str
+    build: Build | None
     writes: tuple[int, ...] = ()
 
     def parameters(self) -> list[torch.Tensor] | None:
@@ -131,11 +136,24 @@ def separated(
 
 
 def _is_named(value: Any) -> bool:
-    return type(value).__module__ == _NAMED
+    return isinstance(value, tuple) and (hasattr(value, "_fields") or _is_pytorchs(type(value)))
 
 
-def _fields(value: Any) -> Any:
-    return {_NAMED: type(value).__name__, "fields": tuple(value)} if _is_named(value) else value
+def _is_pytorchs(kind: type) -> bool:
+    return kind.__module__ == "torch.return_types"
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _fields(value: Any, kinds: list[type]) -> Any:
+    """Replace named tuples by dicts: pytree keeps them under no name that another process knows."""
+    if not _is_named(value):
+        return value
+    kinds.append(type(value))
+    fields = [pytree.tree_map(lambda v: _fields(v, kinds), f, is_leaf=_is_named) for f in value]
+    return {_NAMED: _name(type(value)), "fields": fields}
 
 
 def _is_fields(value: Any) -> bool:
@@ -145,28 +163,65 @@ def _is_fields(value: Any) -> bool:
 def _named(value: Any) -> Any:
     if not _is_fields(value):
         return value
-    return getattr(torch.return_types, value[_NAMED])(value["fields"])
+    kind = _type_named(value[_NAMED])
+    fields = [pytree.tree_map(_named, field, is_leaf=_is_fields) for field in value["fields"]]
+    return kind(fields) if _is_pytorchs(kind) else kind(*fields)
 
 
-def builder(structure: str) -> Callable[[Sequence[torch.Tensor]], Any]:
-    """Return what makes the caller's result of the program's tensors."""
+def _type_named(name: str) -> Any:
+    """Return the class `module:qualified.name` of a module that is loaded, or None."""
+    module, _, path = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _described(result: Any) -> str:
+    """Return the structure of a result as text, "" where no other process could read it."""
+    kinds: list[type] = []
+    plain = pytree.tree_map(lambda v: _fields(v, kinds), result, is_leaf=_is_named)
+    leaves, spec = pytree.tree_flatten(plain)
+    known = [None if isinstance(v, torch.Tensor) else {"value": v} for v in leaves]
+    if any(_type_named(_name(kind)) is not kind for kind in kinds):
+        return ""
+    try:
+        text = pytree.treespec_dumps(spec)
+    except (NotImplementedError, TypeError):
+        return ""
+    return json.dumps({"spec": text, "leaves": known, "named": [_name(k) for k in kinds]})
+
+
+def builder(structure: str) -> Build | None:
+    """Return what makes the caller's result of the program's tensors, None for a single one.
+
+    Raises:
+        PlanError: the result is of a class that is not known here.
+    """
+    if not structure:
+        raise PlanError("the plan returns objects of a class that has no lasting name")
     described = json.loads(structure)
     if described["spec"] is None:
-        return lambda tensors: tensors[0]
-    if "named" in described:
-        kind = getattr(torch.return_types, described["named"])
-        return lambda tensors: kind(tensors)
-    spec = pytree.treespec_loads(described["spec"])
+        return None
+    missing = [name for name in described["named"] if _type_named(name) is None]
+    if missing:
+        raise PlanError(f"the plan returns a {missing[0]}, which is not there")
+    try:
+        spec = pytree.treespec_loads(described["spec"])
+    except (KeyError, ValueError, NotImplementedError) as error:
+        raise PlanError(f"the plan returns what is not known here: {error}") from error
     constants = described["leaves"]
-    named = _NAMED in described["spec"]
 
     def build(tensors: Sequence[torch.Tensor]) -> Any:
-        rest = iter(tensors)
-        leaves = [next(rest) if c is None else c["value"] for c in constants]
-        plain = pytree.tree_unflatten(leaves, spec)
-        return pytree.tree_map(_named, plain, is_leaf=_is_fields) if named else plain
+        plain = pytree.tree_unflatten(_filled(constants, tensors), spec)
+        return pytree.tree_map(_named, plain, is_leaf=_is_fields) if described["named"] else plain
 
     return build
+
+
+def _filled(constants: Sequence[Any], tensors: Sequence[torch.Tensor]) -> list[Any]:
+    rest = iter(tensors)
+    return [next(rest) if c is None else c["value"] for c in constants]
 
 
 def make_request(
@@ -194,7 +249,7 @@ def make_request(
     if shares_written(tensors, tuple(writes.values())):
         raise Unsupported("the program changes memory that it also reads by another name")
     with preserved(lifted):
-        outputs, structure = _observe(function, args, kwargs, tensors, writes)
+        outputs, structure, build = _observe(function, args, kwargs, tensors, writes)
     returned = len(lifted.graph.outputs) - len(writes) - lifted.draws
     if len(outputs) != returned:
         raise Unsupported(f"the program returns {len(outputs)} tensors, its graph {returned}")
@@ -209,7 +264,7 @@ def make_request(
         writes=writes,
         original=_original(function, args, kwargs, [tensors[t] for t in writes.values()]),
     )
-    return request, Binding(tuple(positions), rest, structure, tuple(writes.values()))
+    return request, Binding(tuple(positions), rest, build, tuple(writes.values()))
 
 
 @contextmanager
@@ -235,7 +290,7 @@ def bind_plan(plan: Plan, modules: Modules, device: torch.device) -> Binding:
     """Return the binding of a stored plan to modules like those that it was made for, on `device`.
 
     Raises:
-        PlanError: a parameter is not there.
+        PlanError: a parameter is not there, or the class of a result.
     """
     rest: list[Fetch | torch.Tensor] = []
     inputs = plan.original.inputs[len(plan.user_inputs) :]
@@ -250,7 +305,7 @@ def bind_plan(plan: Plan, modules: Modules, device: torch.device) -> Binding:
             raise PlanError(f"the plan needs the parameter {path}, which is not there")
         rest.append(fetch)
     leaves = tuple(int(u.partition(":")[2]) for u in plan.user_inputs)
-    return Binding(leaves, tuple(rest), plan.structure, tuple(plan.writes.values()))
+    return Binding(leaves, tuple(rest), builder(plan.structure), tuple(plan.writes.values()))
 
 
 def _fetch(module: torch.nn.Module, name: str) -> Fetch | None:
@@ -349,8 +404,8 @@ def _observe(
     kwargs: Mapping[str, Any],
     tensors: Sequence[torch.Tensor],
     writes: Mapping[int, int],
-) -> tuple[tuple[OutputSpec, ...], str]:
-    """Run the original once (on copies where it mutates): what its results are and how they lie."""
+) -> tuple[tuple[OutputSpec, ...], str, Build | None]:
+    """Run the original once (on copies where it mutates): its results, how they lie, what makes them up."""
     if writes:
         copies: dict[int, torch.Tensor] = {}
 
@@ -367,20 +422,16 @@ def _observe(
     if left_form != form or any(a is not b for a, b in zip(given, left, strict=True)):
         raise Unsupported("the program changes a list or a dict among its arguments")
     leaves, spec = pytree.tree_flatten(result)
-
-    # PyTorch gives its own named tuples no name to be stored under
-    plain = pytree.tree_map(_fields, result, is_leaf=_is_named)
-    leaves, spec = pytree.tree_flatten(plain)
     outputs: list[torch.Tensor] = []
     specs: list[OutputSpec] = []
-    described: list[Any] = []
+    constants: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             specs.append(_spec(leaf, tensors, outputs))
             outputs.append(leaf)
-            described.append(None)
+            constants.append(None)
         elif isinstance(leaf, bool | int | float | str | None):
-            described.append({"value": leaf})
+            constants.append({"value": leaf})
         else:
             raise Unsupported(f"the program returns a {type(leaf).__name__}")
     if not outputs:
@@ -389,15 +440,9 @@ def _observe(
     if any(isinstance(v, torch.Size) for v in whole):
         raise Unsupported("the program returns a torch.Size")
     if isinstance(result, torch.Tensor):
-        return tuple(specs), json.dumps({"spec": None, "leaves": [None]})
-    name = type(result).__name__
-    if getattr(torch.return_types, name, None) is type(result):
-        return tuple(specs), json.dumps({"spec": "", "named": name})
-    try:
-        text = pytree.treespec_dumps(spec)
-    except (NotImplementedError, TypeError) as error:
-        raise Unsupported(f"the result's structure cannot be kept: {error}") from error
-    return tuple(specs), json.dumps({"spec": text, "leaves": described})
+        return tuple(specs), json.dumps({"spec": None}), None
+    build: Build = lambda tensors: pytree.tree_unflatten(_filled(constants, tensors), spec)  # noqa: E731
+    return tuple(specs), _described(result), build
 
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor:

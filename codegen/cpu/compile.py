@@ -263,7 +263,8 @@ def _build(
             words = done.stderr if done else f"no answer within {limit_s:.0f} s"
             refused = done is not None and done.returncode > 0
             kept = _keep(source_path, path) if refused else None
-            raise CompileError(shlex.join(arguments), words, kept)
+            in_time = done is not None or limit_s >= _COMPILE_LIMIT_S
+            raise CompileError(shlex.join(arguments), words, kept, in_time=in_time)
         content = object_path.read_bytes()
         # A loader ignores what follows the last section, so the seal can live in the file itself
         # and needs no second file that could disagree with it.

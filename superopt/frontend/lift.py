@@ -93,7 +93,9 @@ class Lifted:
         types = {n.attrs.name: n.tensor for n in self.graph.inputs}
         for value, leaf_ in zip(given, self.leaves, strict=True):
             if isinstance(leaf_, Constant):
-                if type(value) is not type(leaf_.value) or value != leaf_.value:
+                # by their text too: NaN is not equal to itself
+                same = value == leaf_.value or repr(value) == repr(leaf_.value)
+                if type(value) is not type(leaf_.value) or not same:
                     raise LiftError(f"the program was lifted for {leaf_.value!r}, got {value!r}")
                 continue
             _check_argument(leaf_, value, types[leaf_])
@@ -166,8 +168,13 @@ def lift(
         with torch.no_grad(), _quiet_export():
             exported = torch.export.export(module, tuple(args), dict(kwargs or {}), strict=False)
     except Exception as error:
-        raise LiftError(f"PyTorch cannot export {name}: {_first_lines(error)}") from error
+        raise LiftError(
+            f"PyTorch cannot export {name}: {_first_lines(error)}{_advice(error)}"
+        ) from error
     return lift_exported(exported, name=name)
+
+
+_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
 @contextmanager
@@ -177,14 +184,25 @@ def _quiet_export() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         # modules such as LSTM set attributes of their own as they run
         warnings.filterwarnings("ignore", message=".*assigned during export", category=UserWarning)
-        # a program that branches on data is reported by us
-        logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-        level = logger.level
-        logger.setLevel(logging.CRITICAL)
+        # programs that branch on data, or raise, are reported by us
+        levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def _advice(error: BaseException) -> str:
+    """Say what to do about an error of export that a user can do something about."""
+    if "not a known type" not in str(error) and "pytree" not in str(error):
+        return ""
+    return (
+        "; make the class known with torch.export.register_dataclass, or "
+        "torch.utils._pytree.register_pytree_node where it is no dataclass"
+    )
 
 
 def _first_lines(error: BaseException) -> str:

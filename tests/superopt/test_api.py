@@ -56,21 +56,6 @@ def planned(optimized) -> list[bool]:
     return [p.program is not None for p in optimized.plans]
 
 
-def test_results_are_the_named_tuples_that_pytorch_returns(folder):
-    def best(x):
-        return {"top": (x.exp() * 2).max(-1), "both": [x.sigmoid().min(0), 3]}
-
-    fast = superopt.optimize(best, budget_s=2, cache=folder)
-    x = torch.randn(40, 70)
-    found, expected = fast(x), best(x)
-    assert planned(fast) == [True]
-    assert type(found["top"]) is torch.return_types.max
-    assert type(found["both"][0]) is torch.return_types.min
-    torch.testing.assert_close(found["top"].values, expected["top"].values)
-    assert torch.equal(found["both"][0].indices, expected["both"][0].indices)
-    assert found["both"][1] == 3
-
-
 def test_a_function_comes_back_faster_proven_and_reported(folder, tmp_path):
     fast = superopt.optimize(scaled_norm, budget_s=3, cache=tmp_path)
     x, w = torch.randn(16, 256), torch.randn(256)
@@ -317,6 +302,31 @@ def test_what_a_program_does_beside_its_result_happens_once(folder, name):
     assert "the program changes" in fast.report().unplanned[0]
 
 
+def test_hooks_are_a_part_of_the_program(folder):
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()).requires_grad_(False)
+    fast = superopt.optimize(module, budget_s=1, cache=folder)
+    x = torch.randn(4, 8)
+    fast(x)
+    hooks = (
+        lambda hook: module.register_forward_hook(hook),
+        lambda hook: module[1].register_forward_hook(hook),
+        lambda hook: torch.nn.modules.module.register_module_forward_hook(hook),
+    )
+    for register in hooks:
+        handle = register(lambda m, given, result: result * 2)
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), module(x))
+        handle.remove()
+        torch.testing.assert_close(fast(x), module(x))
+        seen = []
+        handle = register(lambda m, given, result, seen=seen: seen.append(type(result)))
+        for _ in range(3):
+            fast(x)
+        several = 1 + 2 * (register is hooks[2])  # a global hook is one of every module
+        assert seen == [torch.Tensor] * 3 * several
+        handle.remove()
+
+
 def test_buffers_may_be_bound_anew(folder):
     class Rebinding(torch.nn.Module):
         def __init__(self):
@@ -522,7 +532,8 @@ def test_options_are_checked_when_given():
         superopt.optimize(scaled_norm, budget=3)
     with pytest.raises(TypeError, match="function or a module"):
         superopt.optimize(3)
-    for wrong in ({"budget_s": 0}, {"verify": False}, {"backend": "gpu"}):
+    wrongs = [{"budget_s": 0}, {"budget_s": "3"}, {"verify": False}, {"backend": "gpu"}]
+    for wrong in (*wrongs, {"seed": 0.5}, {"cache": 3}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             superopt.optimize(scaled_norm, **wrong)
 

@@ -23,6 +23,9 @@ def workplace(tmp_path_factory):
                 return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w
 
             number = 3
+
+            class Norm(torch.nn.Module):
+                pass
             """
         )
     )
@@ -280,3 +283,36 @@ def test_input_specs():
     assert torch.equal(commands.parse_input("f32[3]", 1), commands.parse_input("f32[3]", 1))
     with pytest.raises(UsageError):
         commands.parse_input("f32(2)", 0)
+
+
+def test_errors_are_lines_for_machines_too(capsys, workplace):
+    (workplace / "superopt_cli_broken.py").write_text("1 / 0\n")
+    cases = [
+        (("bench", "nowhere"), 2, "ArtifactError", "nowhere"),
+        (("optimize", "superopt_cli_broken:f", "-o", "x"), 2, "UsageError", "ZeroDivisionError"),
+        (("optimize", "superopt_cli_program:Norm", "-o", "x"), 2, "UsageError", "an instance"),
+        (
+            ("optimize", "superopt_cli_program:norm", "-i", "f32[8,4]", "-i", "f32[3]", "-o", "x"),
+            3,
+            "LiftError",
+            "norm",
+        ),
+    ]
+    for arguments, wanted, kind, says in cases:
+        code, out, err = run(capsys, *arguments, "--json")
+        record = json.loads(out)
+        assert (code, record["exit_code"], record["error"]) == (wanted, wanted, kind)
+        assert says in record["message"]
+        assert record["message"] in err
+
+
+def test_a_defect_of_ours_is_told_with_its_traceback(capsys, monkeypatch):
+    def run_targets(options):
+        raise AssertionError("never")
+
+    monkeypatch.setattr(commands, "run_targets", run_targets)
+    code, out, err = run(capsys, "targets", "--json")
+    assert code == 1
+    assert json.loads(out)["error"] == "internal error"
+    assert "Traceback" in err
+    assert "please report it: AssertionError: never" in err

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import superopt
-from superopt import cli, commands, pipeline
+from superopt import cli, commands, measure, pipeline
 from superopt.artifact import save_artifact
 from superopt.backends import CpuBackend
 from superopt.codegen.cpu import compile as driver
@@ -99,6 +99,19 @@ def test_a_compiler_that_fails_on_kernels_costs_the_kernels(
     monkeypatch.setattr(driver, "_COMPILE_LIMIT_S", 0.3)
     assert "fails on every kernel" in runs_as_it_was(caplog, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("building-*"))
+
+
+@pytest.mark.skipif(REAL is None, reason="no C++ compiler")
+def test_a_compiler_without_time_to_answer_is_not_blamed(tools, tmp_path, caplog, monkeypatch):
+    probes = f'case "$*" in *--version*|*" - "*) PATH={os.defpath} exec {REAL} "$@";; esac'
+    compiler(tools, f"{probes}\n/bin/sleep 1000")
+    monkeypatch.setattr(driver, "_PROBE_LIMIT_S", 60.0)
+    monkeypatch.setattr(measure, "_PATIENCE_S", 0.2)
+    fast = superopt.optimize(program, budget_s=0.2, cache=tmp_path / "cache")
+    fast(torch.randn(4, 8))
+    assert "before the budget was over" in str(fast.report())
+    assert "fails on every kernel" not in caplog.text
+    assert not list((tmp_path / "cache").rglob("plans/*/*"))
 
 
 @pytest.mark.skipif(REAL is None, reason="no C++ compiler")

@@ -1,9 +1,19 @@
+import collections
+import fractions
+import functools
+import importlib
+import sys
+import textwrap
 import types
 
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
+from superopt import provenance
 from superopt.guards import take_guards
+from superopt.provenance import is_installed, is_trusted, version_of
 
 SCALE = 2.0
 TABLE = {"power": 2}
@@ -203,3 +213,114 @@ def test_inference_tensors_have_no_version_to_watch():
     guards = take_guards(closing_over(tensor))
     assert guards.hold()
     assert guards.fingerprint is None
+
+
+PACKAGE = """
+import logging, types
+import torch
+log = logging.getLogger("bulky")
+LIMIT = 2.0
+UNREAD = 1.0
+
+class Bulky(torch.nn.Module):
+    def forward(self, x):
+        log.debug("at work")
+        return self.scaled(x)
+
+    def scaled(self, x):
+        return x * LIMIT
+
+    def save(self):
+        return UNREAD
+"""
+
+
+@pytest.fixture
+def bulky(tmp_path, monkeypatch):
+    """A package as pip installs it."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "bulky.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(str(folder))
+    yield importlib.import_module("bulky")
+    sys.modules.pop("bulky")
+    provenance._folder_kind.cache_clear()
+
+
+def test_installed_classes_are_followed_as_far_as_code_names_their_members(bulky, monkeypatch):
+    ignored = (
+        lambda: monkeypatch.setattr(bulky, "UNREAD", 3.0),
+        lambda: monkeypatch.setattr(bulky.Bulky, "save", None),
+        lambda: monkeypatch.setattr(bulky.log, "level", 10),
+    )
+    watched = (
+        lambda: monkeypatch.setattr(bulky, "LIMIT", 3.0),
+        lambda: monkeypatch.setattr(bulky.Bulky, "scaled", lambda self, x: x),
+        lambda: monkeypatch.setattr(bulky.Bulky, "forward", lambda self, x: x),
+    )
+    for change in (*ignored, *watched):
+        guards = take_guards(bulky.Bulky())
+        before = guards.fingerprint
+        assert guards.hold()
+        assert before is not None
+        change()
+        assert guards.hold() is (change in ignored)
+        assert (take_guards(bulky.Bulky()).fingerprint == before) is (change in ignored)
+        monkeypatch.undo()
+
+
+def test_whose_code_is_whose(bulky):
+    assert is_installed(bulky.Bulky)
+    assert not is_trusted(bulky.Bulky)
+    assert is_trusted(torch.nn.Linear)
+    assert is_trusted(textwrap.dedent)
+    assert not is_installed(Block)
+    assert not is_trusted(Block)
+    assert version_of("bulky") != version_of("tests.superopt")
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale):
+        self.scale = scale
+
+
+def scaled_by(x, scale):
+    return x * scale * SCALE
+
+
+def test_objects_without_a_dict_are_watched_or_told_by_their_text(monkeypatch):
+    changed = (
+        (Slotted(2.0), lambda v: setattr(v, "scale", 3.0)),
+        (np.array([2.0]), lambda v: v.fill(3.0)),
+        (collections.deque([2.0]), lambda v: v.append(3.0)),
+        (functools.partial(scaled_by, scale=2.0), lambda v: globals().update(SCALE=7.0)),
+    )
+    for value, change in changed:
+        guards = take_guards(closing_over(value))
+        assert guards.hold()
+        with monkeypatch.context() as patch:
+            patch.setitem(globals(), "SCALE", SCALE)
+            change(value)
+            assert not guards.hold()
+    pairs = [
+        (np.float32(2.0), np.float32(3.0)),
+        (np.array([2.0]), np.array([3.0])),
+        (fractions.Fraction(1, 2), fractions.Fraction(1, 3)),
+        (torch.finfo(torch.float32), torch.finfo(torch.float16)),
+        (functools.partial(scaled_by, scale=2.0), functools.partial(scaled_by, scale=3.0)),
+        (Slotted(2.0), Slotted(3.0)),
+    ]
+    for one, other in pairs:
+        left, right = (take_guards(closing_over(v)).fingerprint for v in (one, other))
+        assert left is None or left != right
+
+
+def test_what_running_a_program_changes_in_slots_is_put_back():
+    value = Slotted(2.0)
+    guards = take_guards(closing_over(value))
+    value.scale = 3.0
+    assert guards.put_back() == "scale"
+    assert value.scale == 2.0
+    assert guards.hold()

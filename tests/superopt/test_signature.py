@@ -23,6 +23,8 @@ class Special(torch.Tensor):
 def test_calls_of_one_kind_have_one_key():
     assert signature((torch.randn(3, 4), 2)) == signature((torch.randn(3, 4), 2))
     assert hash(signature((torch.randn(3),), {"p": 1.0})) is not None
+    # each call has a NaN of its own
+    assert signature((float("nan"),)) == signature((float("nan"),)) != signature((0.0,))
 
 
 def test_every_difference_that_matters_is_in_the_key():
