@@ -20,7 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import superopt
-from superopt.backends import Backend, backend_named, current
+from superopt.backends import NAMES, Backend, backend_named, current
 from superopt.cache import Cache, default_folder, key_of
 from superopt.calibrate import machine, target_name
 from superopt.codegen.cpu.compile import runtime_digest
@@ -58,7 +58,7 @@ class Options:
     """How to optimize; see `superopt.optimize`."""
 
     budget_s: float = 120.0
-    backend: Literal["auto", "cpu", "triton"] = "auto"
+    backend: str = "auto"
     verify: bool | Literal["strict"] = True
     seed: int = 0
     cache: bool | str | Path = True
@@ -80,8 +80,8 @@ def make_options(given: Mapping[str, Any]) -> Options:
         if name not in known:
             raise TypeError(f"superopt.optimize: {unknown('option', name, known)}")
     options = Options(**given)
-    if options.backend not in ("auto", "cpu", "triton"):
-        raise ValueError(unknown("backend", str(options.backend), ("auto", "cpu", "triton")))
+    if options.backend not in NAMES:
+        raise ValueError(unknown("backend", str(options.backend), NAMES))
     if options.verify not in (True, "strict"):
         raise ValueError(
             f'verify is True or "strict", got {options.verify!r}: what is not proven never runs'
