@@ -1,6 +1,8 @@
 """The floating-point test: accurate candidates pass, unstable ones do not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -186,3 +188,30 @@ def test_rounding_moves_no_number_that_is_read_again() -> None:
     errors = ((moved / (2 * exact) - 1) / unit).round().unique()
     assert errors.tolist() == [-2.0, 0.0, 2.0]
     assert bool(((moved_sum / (3 * exact) - 1).abs() <= 3 * unit).all())
+
+
+def test_what_a_check_will_take_leaves_out_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+
+    def slow(seconds: float) -> Callable[..., list[torch.Tensor]]:
+        def run_slowly(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+            nonlocal now_s
+            now_s += seconds
+            return run_reference(*args, **kwargs)
+
+        return run_slowly
+
+    monkeypatch.setattr(floating, "time", SimpleNamespace(perf_counter=lambda: now_s))
+    monkeypatch.setattr(floating, "run_reference", slow(1.0))
+    original = graph(b.exp(X))
+    test = floating.FloatTest(original, seed=1)
+    assert test.predicted_s() == 0.0
+    candidate = slow(0.25)
+    for _ in range(2):  # the second time nothing of the original is computed any more
+        assert test.check(lambda tensors: candidate(original, tensors), floating.HARDEST)
+        rest = len(DISTRIBUTIONS) - len(floating.HARDEST)
+        # in float64 and at its own precision, where that is not known yet
+        assert test.predicted_s() == 2.0 * rest + 0.25 * len(DISTRIBUTIONS)
+    before_s, predicted_s = now_s, test.predicted_s()
+    assert test.check(lambda tensors: candidate(original, tensors))
+    assert now_s - before_s == predicted_s
