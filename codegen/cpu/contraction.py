@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from superopt.codegen.cpu.context import Context, Extent, View
-from superopt.codegen.cpu.inline import Plan, is_move, widens
+from superopt.codegen.cpu.inline import CONVERTED, Plan, is_move, widens
 from superopt.codegen.errors import CodegenError
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, structural
@@ -288,6 +288,8 @@ class Product:
     ) -> None:
         config = self.context.config
         a = self._prepared(a, m, n, k)
+        if b.element != "float" and m.full > _STREAM_ROWS and k.full * n.full <= CONVERTED:
+            b = self._pack(b, k, n)  # once, and not for every few rows
         rows, vectors = self._register_tile(m, n)
         head = f"{rows}, {vectors}, {_flag(self.accumulate)}, {m.static}, {n.static}"
         tail = (

@@ -4,15 +4,26 @@ In: a list of `Member`s whose leading dims agree. Out: C++ loops over those dims
 loop along the last dim for all members that can share it (`Row`).
 """
 
-from dataclasses import dataclass, field
-from typing import final
+from dataclasses import dataclass, field, replace
+from typing import Final, final
 
-from superopt.codegen.cpu.context import Context
+from superopt.codegen.cpu.context import Context, Extent
 from superopt.codegen.cpu.environment import Environment, identity_coords
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.cpu.members import Member, carried, combine_kind, identity
-from superopt.codegen.cpu.row import Row
+from superopt.codegen.cpu.row import Row, RowGroup, read_by
 from superopt.ir.node import Node
+
+_GROUP: Final = 16
+"""Rows from which it pays to take as many together as a vector has lanes."""
+_GROUP_COLUMNS: Final = 512
+"""Elements of a row up to which those of a group stay in the first caches from pass to pass."""
+_FOLD: Final = {
+    "sum": "combine_sum",
+    "prod": "combine_product",
+    "max": "combine_max",
+    "min": "combine_min",
+}
 
 
 @final
@@ -75,7 +86,7 @@ class FusedLoop:
             lane = wide[-1] if wide else lane
         for member in members:
             self._before(member, lane)
-        self._open(members, 0, lane)
+        self._nest(members[0].extents, 0, lane, self._grouped(members, lane), members)
 
     def _before(self, member: Member, lane: int) -> None:
         """Start reductions that collect over rows at their neutral element."""
@@ -97,22 +108,105 @@ class FusedLoop:
                 size = max(view.strides[0] * rows, 1)
                 self.context.write(f"fill<{view.element}>({view.pointer}, {size}L, {value});")
 
-    def _open(self, members: list[Member], dim: int, lane: int) -> None:
-        extents = members[0].extents
+    def _nest(
+        self,
+        extents: tuple[Extent, ...],
+        dim: int,
+        lane: int,
+        rows: int | None,
+        members: list[Member],
+    ) -> None:
+        """Write the loops around a row; those over the dim `rows` go by groups."""
         if dim == len(extents):
             self._row(members, lane)
         elif dim == lane or extents[dim].full == 1 == extents[dim].known:
-            self._open(members, dim + 1, lane)
+            self._nest(extents, dim + 1, lane, rows, members)
         elif extents[dim].full == 1:
             with self.context.block(f"if ({extents[dim].text} > 0)"):
-                self._open(members, dim + 1, lane)
+                self._nest(extents, dim + 1, lane, rows, members)
+        elif dim == rows:
+            self._groups(extents[dim], dim, lane, members)
         else:
             head = f"for (long r{dim} = 0; r{dim} < {extents[dim].text}; ++r{dim})"
             with self.context.block(head):
-                self._open(members, dim + 1, lane)
+                self._nest(extents, dim + 1, lane, rows, members)
 
     def _row(self, members: list[Member], lane: int) -> None:
         row = Row(self.context, self.plan, members[0].rank, lane)
         for member in members:
             row.add(member)
+        row.flush()
+
+    # -- groups of rows ------------------------------------------------------------------------
+
+    def _grouped(self, members: list[Member], lane: int) -> int | None:
+        """Return the dim whose rows are best taken in groups, if any.
+
+        What has one value per row is then computed for all rows of a group as a vector, and the
+        horizontal part of their reductions is shared.
+        """
+        extents = members[0].extents
+        rows = [d for d in range(lane) if extents[d].full != 1]
+        if lane != len(extents) - 1 or members[0].dense is not None or not rows:
+            return None
+        columns = max(m.extents[lane].full for m in members)
+        if extents[rows[-1]].full < _GROUP or not 1 < columns <= _GROUP_COLUMNS:
+            return None
+        if any(self._crosses_rows(m) for m in members):
+            return None
+        narrow = any(m.extents[lane].full == 1 for m in members)
+        return rows[-1] if narrow or any(m.kind == "reduce" for m in members) else None
+
+    def _groups(self, extent: Extent, dim: int, lane: int, members: list[Member]) -> None:
+        first, stop = f"g{dim}", f"s{dim}"
+        head = f"for (long {first} = 0; {first} < {extent.text}; {first} += VL)"
+        with self.context.block(head):
+            self.context.write(f"const long {stop} = min_of({first} + VL, {extent.text});")
+            for phase in self._phases(members, lane):
+                if phase[0].extents[lane].full == 1:
+                    self._column(phase, dim, first)
+                else:
+                    self._rows(phase, dim, lane, first)
+
+    def _phases(self, members: list[Member], lane: int) -> list[list[Member]]:
+        """Part members where totals of all rows are needed, and those of a row from those of a column."""
+        phases: list[list[Member]] = []
+        for member in members:
+            wide = member.extents[lane].full != 1
+            reads = read_by(self.context, member)
+            at = len(phases) - 1
+            if not wide and at >= 0 and not reads & {m.node for m in phases[at]}:
+                at -= 1  # what it needs was there before the last pass over rows
+            fits = at >= 0 and wide == (phases[at][0].extents[lane].full != 1)
+            totals = (
+                {m.node for m in phases[at] if m.kind in ("reduce", "place")} if fits else set()
+            )
+            if fits and not (wide and totals & reads):
+                phases[at].append(member)
+            else:
+                phases.insert(at + 1, [member])
+        return phases
+
+    def _rows(self, members: list[Member], dim: int, lane: int, first: str) -> None:
+        group = RowGroup(dim, first)
+        with self.context.block(f"for (long r{dim} = {first}; r{dim} < s{dim}; ++r{dim})"):
+            row = Row(self.context, self.plan, members[0].rank, lane, group=group)
+            for member in members:
+                row.add(member)
+            row.flush()
+        for member, partial in group.partials:
+            shape = tuple(1 if i == lane else e.full for i, e in enumerate(member.extents))
+            env = Environment(self.context, self.plan, member.extents, dim, first)
+            address, _ = env.address(member.view, identity_coords(shape))
+            self.context.write(
+                f"fold_rows<{_FOLD[combine_kind(member.node)]}>({partial.pointer}, {address}, s{dim} - {first});"
+            )
+
+    def _column(self, members: list[Member], dim: int, first: str) -> None:
+        """Compute what has one value per row, for a group of rows as a vector."""
+        row = Row(self.context, self.plan, members[0].rank, dim, first)
+        for member in members:
+            extents = list(member.extents)
+            extents[dim] = Extent(_GROUP, f"s{dim}", "-1")
+            row.add(replace(member, extents=tuple(extents)))
         row.flush()

@@ -18,6 +18,8 @@ from superopt.ir.types import DType
 _CHEAP = 4
 """Operations that are computed again rather than kept."""
 _DEAR = 10
+CONVERTED = 1 << 16
+"""Elements of an operand that fit the second cache as floats."""
 _DEAR_OPS = frozenset(
     {
         elementwise.EXP,
@@ -113,6 +115,7 @@ class Plan:
     def _operands(self, node: Node) -> None:
         if node.op is contraction.MATMUL:
             for operand in node.inputs:
+                self._convert_before(operand, node)
                 base = self.operand_base(operand)
                 if base.op is not tile.LOAD:
                     self.memory.add(base)
@@ -125,6 +128,14 @@ class Plan:
             base = self.operand_base(node.inputs[0])
             if base.op is not tile.LOAD:
                 self.memory.add(base)
+
+    def _convert_before(self, operand: Node, product: Node) -> None:
+        """Keep halves as floats where a loop around the product would convert them anew."""
+        while is_move(operand):
+            operand = operand.inputs[0]
+        stays = self.program.loops_of[operand] < self.program.loops_of[product]
+        if widens(operand) and stays and operand.tensor.elements <= CONVERTED:
+            self.memory.add(operand)
 
     def _decide(self, node: Node) -> None:
         kind = node.op.kind

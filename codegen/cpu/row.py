@@ -28,9 +28,28 @@ from superopt.ir.types import DType
 _CHAIN: Final = 32
 """Additions in turn to one partial sum of a long row."""
 _SHORTEST_PAIRS: Final = 64
+_MOST_LANES: Final = 16
 
 _Totals = dict[Node, list[str]]
 """The partial results of each reduction: one variable per unrolled step."""
+
+
+def read_by(context: Context, member: Member) -> set[Node]:
+    """Return what the value of a member is made of, down to what is in memory."""
+    if member.source is None:
+        return set(member.node.inputs)
+    found: set[Node] = set()
+    stack = [member.source]
+    if member.kind == "accumulate":
+        stack += list(member.node.inputs)
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if node not in context.views or node is member.node:
+            stack += node.inputs
+    return found
 
 
 @final
@@ -50,13 +69,29 @@ class _Loop:
 
 @final
 @dataclass(slots=True)
+class RowGroup:
+    """As many rows of dim `dim` as a vector has lanes, from `first` on: their totals are folded together."""
+
+    dim: int
+    first: str
+    partials: list[tuple[Member, View]] = field(default_factory=list)
+    """Reductions along the rows, and where a vector of partial results of each row is."""
+
+
+@final
+@dataclass(slots=True)
 class Row:
-    """One row: vector loops along the lane dim, scalars between them."""
+    """One row: vector loops along the lane dim, scalars between them.
+
+    The lane dim begins at `start`. Rows of a `group` leave it the horizontal part of reductions.
+    """
 
     context: Context
     plan: Plan
     rank: int
     lane: int
+    start: str = "0"
+    group: RowGroup | None = None
     pending: list[Member] = field(default_factory=list)
     scalars: dict[tuple[Node, tuple[Coordinate, ...]], str] = field(default_factory=dict)
 
@@ -101,29 +136,13 @@ class Row:
             for node, coords in env.reads(member.source, start, member.node)
         )
 
-    def _leaves(self, member: Member) -> set[Node]:
-        if member.source is None:
-            return set(member.node.inputs)
-        found: set[Node] = set()
-        stack = [member.source]
-        if member.kind == "accumulate":
-            stack += list(member.node.inputs)
-        while stack:
-            node = stack.pop()
-            if node in found:
-                continue
-            found.add(node)
-            if node not in self.context.views or node is member.node:
-                stack += node.inputs
-        return found
-
     def _depends(self, member: Member) -> bool:
-        leaves = self._leaves(member)
+        leaves = read_by(self.context, member)
         return any(p.node in leaves or p.node is member.node for p in self.pending)
 
     def _depends_on_total(self, member: Member) -> bool:
         """Say whether the member reads what the current vector loop has only at its end."""
-        leaves = self._leaves(member)
+        leaves = read_by(self.context, member)
         return any(
             (p.kind in ("reduce", "place") and p.node in leaves)
             or (p.node is member.node)
@@ -195,7 +214,7 @@ class Row:
         loop.pairs = loop.touched.gain > 0 and extent.full >= _SHORTEST_PAIRS
         if loop.pairs:
             steps = max(2, steps)
-        lines = ["{", f"long {lane} = 0;"]
+        lines = ["{", f"long {lane} = {self.start};"]
         if steps > 1:
             if any(self._sums(m) for m in reduces):
                 for level in (2, 1):
@@ -302,7 +321,7 @@ class Row:
             if total is not None:
                 loop.totals[member.node] = [total]
             self._statement(member, env, total)
-        head = f"for (long {lane} = 0; {lane} < {loop.extent.text}; ++{lane}) {{"
+        head = f"for (long {lane} = {self.start}; {lane} < {loop.extent.text}; ++{lane}) {{"
         return [head, *("  " + line for line in env.lines), "}"]
 
     def _statement(self, member: Member, env: Environment, total: str | None) -> None:
@@ -381,6 +400,9 @@ class Row:
         text = names[0]
         for name in names[1:]:
             text = f"({combine(kind, text, name, dtype, vector=vector)})"
+        if vector and self._joins(member):
+            self._leave(member, text)
+            return
         if vector:
             if dtype is DType.BOOL:
                 text = f"any({text})" if kind in ("max", "sum") else f"all({text})"
@@ -391,6 +413,18 @@ class Row:
         name = env.define(text, member.node.tensor.dtype)
         self._collect(member, env, name)
         self._emit(env.lines)
+
+    def _joins(self, member: Member) -> bool:
+        """Say whether the totals of a group's rows lie side by side, to be written as one vector."""
+        floats = member.node.tensor.dtype.is_float and member.view.element == "float"
+        return self.group is not None and floats and member.view.strides[self.group.dim] == 1
+
+    def _leave(self, member: Member, text: str) -> None:
+        assert self.group is not None
+        partial = self.context.allocate((_MOST_LANES, _MOST_LANES), DType.F32, "partial")
+        row = f"(r{self.group.dim} - {self.group.first})"
+        self._emit([f"store({partial.pointer} + {row} * VL, {text});"])
+        self.group.partials.append((member, partial))
 
     def _carried_at(self, member: Member) -> tuple[Coordinate, ...]:
         return identity_coords(

@@ -134,3 +134,33 @@ def test_a_result_is_rounded_once(tmp_path: Path, dtype: DType) -> None:
     kernel(x.data_ptr(), stored.data_ptr(), seen.data_ptr())
     torch.testing.assert_close(stored, first, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(seen, second, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("rows", "once"), [(40, True), (32, False)])
+def test_halves_are_converted_once_where_many_rows_read_them(
+    tmp_path: Path, rows: int, once: bool
+) -> None:
+    g = BlockBuilder("halves", grid={}, loops={"n": 2})
+    x = g.load(b.input_("x", (rows, 40)), rows, ("n", 20))
+    y = g.load(b.input_("y", (40, 70), DType.BF16), ("n", 20), 70)
+    g.store(b.accum_sum(b.matmul(x, b.cast(y, DType.F32)), "n"), (rows, 70), rows, 70)
+    graph = g.graph()
+    assert ("pack(" in lower(graph, CpuConfig(), "halves").text) is once
+    left, right = torch.randn(rows, 40), torch.randn(40, 70).to(torch.bfloat16)
+    got = run(graph, tmp_path, left, right)
+    torch.testing.assert_close(got, left @ right.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_halves_that_a_loop_reads_again_are_converted_before_it(tmp_path: Path) -> None:
+    g = BlockBuilder("halves", grid={}, loops={"n": 2})
+    x = g.load(b.input_("x", (20, 40), DType.BF16), 20, 40)
+    y = g.load(b.input_("y", (70, 40)), ("n", 35), 40)
+    scores = b.matmul(b.cast(x, DType.F32), b.transpose(y))
+    g.store(b.accum_sum(b.reduce_sum(b.exp(scores), -1), "n"), (20, 1), 20, 1)
+    graph = g.graph()
+    before, loop = lower(graph, CpuConfig(contraction="pack"), "halves").text.split("for (long i_n")
+    assert "load<vf>(x" in before
+    assert "pack_rows" not in loop
+    left, right = torch.randn(20, 40).to(torch.bfloat16), torch.randn(70, 40)
+    want = (left.float() @ right.T).exp().sum(-1, keepdim=True)
+    torch.testing.assert_close(run(graph, tmp_path, left, right), want, rtol=1e-4, atol=1e-4)

@@ -159,20 +159,19 @@ SO_INLINE void transpose_square(vf (&row)[VL]) {
   }
 }
 
-// Horizontal sums of COUNT vectors: out[i] = sum of all lanes of v[i]. Neighbours are folded into each
-// other, lanes interleaved, so that a power of two of vectors ends in one vector of sums: three
-// operations per sum instead of some eight.
-template <int COUNT, int BLOCK>
-SO_INLINE void fold_sums(vf* v) {
+// Combine the lanes of each of COUNT vectors: lane i of v[0] becomes the result of v[i]. Neighbours are
+// folded into each other, lanes interleaved: three operations per vector instead of some eight.
+template <int COUNT, int BLOCK, class Combine>
+SO_INLINE void fold_vectors(vf* v, Combine combine) {
   if constexpr (BLOCK < VL) {
     constexpr int pairs = COUNT > 1 ? COUNT / 2 : 1;
 #pragma GCC unroll 16
     for (int i = 0; i < pairs; ++i) {
       vf low = v[COUNT > 1 ? 2 * i : 0], high = v[COUNT > 1 ? 2 * i + 1 : 0];
       swap_blocks<BLOCK>(low, high, typename count_lanes<VL>::type());
-      v[i] = low + high;
+      v[i] = combine(low, high);
     }
-    fold_sums<pairs, BLOCK * 2>(v);
+    fold_vectors<pairs, BLOCK * 2>(v, combine);
   }
 }
 constexpr int power_below(int count) {
@@ -180,11 +179,12 @@ constexpr int power_below(int count) {
   while (power * 2 <= count && power * 2 <= VL) power *= 2;
   return power;
 }
+// Horizontal sums of COUNT vectors: out[i] = sum of all lanes of v[i].
 template <int COUNT>
 SO_INLINE void horizontal_sums(vf* v, float* out) {
   if constexpr (COUNT > 0) {
     constexpr int part = power_below(COUNT);
-    fold_sums<part, 1>(v);
+    fold_vectors<part, 1>(v, combine_sum{});
     store_n(out, v[0], part);
     horizontal_sums<COUNT - part>(v + part, out + part);
   }

@@ -340,8 +340,7 @@ alignas(64) static const float erf_pieces[8][16] = {
 };
 #endif
 
-// Measured: 1.22 / 1.40 / 1.47 ulp; 1.1 / 3.4 cycles.
-SO_INLINE vf tanh(vf x) {
+SO_INLINE vf tanh_any(vf x) {
 #if SO_USE_512
   return odd_by_pieces(x, tanh_pieces, 9.02f);
 #else
@@ -358,6 +357,18 @@ SO_INLINE vf tanh(vf x) {
   vf high = 1.0f - (z + z) / (z + 1.0f);
   return with_sign(select(size < 0.55f, low, high), x);
 #endif
+}
+// Where all lanes are below 0.7 in size one odd polynomial is enough, at a third of the cost: capped
+// scores mostly are. Arguments that mix both sizes pay for branches that are mispredicted.
+// Measured: 1.31 / 1.40 / 1.47 ulp; 1.2 / 3.6 cycles, below 0.7 in size 0.5.
+SO_INLINE vf tanh(vf x) {
+  const vf s = x * x;
+  if (!all_less(s, 0.49f)) return tanh_any(x);
+  vf p = fma(splat<vf>(-0x1.50e2aap-8f), s, splat<vf>(0x1.4939c0p-6f));
+  p = fma(p, s, splat<vf>(-0x1.b6c362p-5f));
+  p = fma(p, s, splat<vf>(0x1.10fb0ap-3f));
+  p = fma(p, s, splat<vf>(-0x1.5554f6p-2f));
+  return x * fma(p, s, splat<vf>(1.0f));
 }
 
 // With z = exp(-|x|) <= 1: 1 / (1 + z) above zero, z / (1 + z) below, so neither end cancels.

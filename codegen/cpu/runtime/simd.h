@@ -186,6 +186,14 @@ SO_INLINE bool any(vi mask) {
 #endif
 }
 template <class M> SO_INLINE bool all(M mask) { return !any(mask_not(mask)); }
+// Whether all lanes are below `bound`; NaN is not.
+SO_INLINE bool all_less(vf x, float bound) {
+#if SO_USE_512
+  return __builtin_ia32_cmpps512_mask(x, splat<vf>(bound), 21, every_lane, 4) == 0;
+#else
+  return all(x < splat<vf>(bound));
+#endif
+}
 
 // ---- Arithmetic ---------------------------------------------------------------------------------
 
@@ -246,9 +254,20 @@ SO_INLINE vf min_fast(vf a, vf b) {
 template <class V> SO_INLINE V max_fast(V a, V b) { return a > b ? a : b; }
 template <class V> SO_INLINE V min_fast(V a, V b) { return a < b ? a : b; }
 
-// torch.maximum and torch.minimum: NaN if either operand is.
-template <class V> SO_INLINE V max(V a, V b) { return a != a ? a : max_fast(a, b); }
-template <class V> SO_INLINE V min(V a, V b) { return a != a ? a : min_fast(a, b); }
+// torch.maximum and torch.minimum: NaN if either operand is. A running extreme is the first one: it does
+// not wait for the comparison.
+template <class V> SO_INLINE V max(V a, V b) { return b != b ? b : max_fast(b, a); }
+template <class V> SO_INLINE V min(V a, V b) { return b != b ? b : min_fast(b, a); }
+#if SO_USE_512
+SO_INLINE vf max(vf a, vf b) {
+  const auto ordered = __builtin_ia32_cmpps512_mask(b, b, 7, every_lane, 4);
+  return __builtin_ia32_maxps512_mask(b, a, b, ordered, 4);
+}
+SO_INLINE vf min(vf a, vf b) {
+  const auto ordered = __builtin_ia32_cmpps512_mask(b, b, 7, every_lane, 4);
+  return __builtin_ia32_minps512_mask(b, a, b, ordered, 4);
+}
+#endif
 
 SO_INLINE vf abs(vf x) { return bit_cast<vf>(bit_cast<vi>(x) & 0x7fffffff); }
 SO_INLINE vd abs(vd x) { return bit_cast<vd>(bit_cast<vl>(x) & 0x7fffffffffffffff); }

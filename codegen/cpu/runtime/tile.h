@@ -173,6 +173,17 @@ SO_ONE_LANE(exp) SO_ONE_LANE(log) SO_ONE_LANE(tanh) SO_ONE_LANE(sigmoid) SO_ONE_
 SO_ONE_LANE(expm1) SO_ONE_LANE(log1p)
 #undef SO_ONE_LANE
 
+// What a group of rows has left of a reduction, a vector each, to one value each: the first `rows` of
+// `to`. What the vectors of missing rows hold does not matter.
+template <class Combine>
+SO_INLINE void fold_rows(const float* partial, float* to, long rows) {
+  vf v[VL];
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) v[i] = load<vf>(partial + i * VL);
+  fold_vectors<VL, 1>(v, Combine{});
+  store_n(to, v[0], rows);
+}
+
 // C[m,n] (+)= A[m,k] B[k,n] for element types without a vector form, any strides.
 template <bool ACCUMULATE, class V, class TA, class TB>
 SO_NOINLINE void gemm_plain(long m, long n, long k, const TA* a, long am, long ak, const TB* b,

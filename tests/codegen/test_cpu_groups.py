@@ -1,0 +1,83 @@
+"""Fused loops over rows that go by groups, as many rows as a vector has lanes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from superopt.codegen.cpu.compile import compile_source as compiled
+from superopt.codegen.cpu.compile import find_compiler, load_kernel
+from superopt.codegen.cpu.config import CpuConfig
+from superopt.codegen.cpu.kernel import Kernel, compile_many
+from superopt.codegen.cpu.lower import lower
+from superopt.ir import build as b
+from superopt.ir.build import BlockBuilder
+from superopt.ir.graph import Graph
+from superopt.ir.ops import contraction
+from superopt.ir.types import DType
+from tests.codegen.meaning import check, launched, tensor
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+
+
+def reductions(rows: int, columns: int, size: int, dtype: DType = DType.F32) -> Graph:
+    """Softmax of rows, with values per row that depend on one another and on the row's totals."""
+    batch = 2
+    g = BlockBuilder("rows", grid={"h": batch, "m": -(-rows // size)})
+    x = b.input_("x", (batch, rows, columns), dtype)
+    x = b.cast(g.load(x, ("h", 1), ("m", size), columns), DType.F32)
+    top = b.reduce_max(x, -1)
+    e = b.exp(b.sub(x, top))
+    total = b.reduce_sum(e, -1)
+    low = b.reduce(contraction.REDUCE_MIN, b.mul(e, x), -1)
+    grown = b.log(b.add(b.exp(b.mul(low, 0.1)), b.mul(total, total)))
+    product = b.reduce(contraction.REDUCE_PROD, b.add(b.mul(e, 0.01), 1.0), -1)
+    g.store(b.mul(b.div(e, total), grown), (batch, rows, columns), ("h", 1), ("m", size), columns)
+    for value in (b.add(top, b.log(total)), product):
+        g.store(value, (batch, rows, 1), ("h", 1), ("m", size), 1)
+    return g.graph()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tile", "dtype"),
+    [(64, 48, 32, DType.F32), (37, 50, 24, DType.F32), (37, 7, 37, DType.BF16)],
+)
+def test_values_of_rows(tmp_path: Path, rows: int, columns: int, tile: int, dtype: DType) -> None:
+    graph = reductions(rows, columns, tile, dtype)
+    source = lower(graph, CpuConfig(), graph.name)
+    for kind in ("sum", "max", "min", "product"):
+        assert f"fold_rows<combine_{kind}>" in source.text
+    (kernel,) = compile_many([source], tmp_path)
+    assert isinstance(kernel, Kernel), kernel
+    inputs = [tensor(i, torch.Generator().manual_seed(1)) for i in graph.inputs]
+    inputs[0][0, 1, 3] = torch.nan
+    inputs[0][1, rows - 1, columns - 1] = torch.inf
+    check(graph, inputs, launched(kernel, graph, inputs))
+
+
+def test_long_rows_go_one_by_one() -> None:
+    graph = reductions(64, 4096, 32)
+    assert "fold_rows" not in lower(graph, CpuConfig(), graph.name).text
+
+
+@pytest.mark.parametrize("width", [64, 32, 16])
+def test_fold_rows(tmp_path: Path, width: int) -> None:
+    path = compiled(
+        f'#define SO_VECTOR_BYTES {width}\n#include "tile.h"\nusing namespace so;\n'
+        "SO_KERNEL superopt_kernel(const float* partial, float* to, const long* rows) {\n"
+        "fold_rows<combine_sum>(partial, to, *rows);\n"
+        "fold_rows<combine_max>(partial, to + VL + 1, *rows); }",
+        tmp_path,
+    )
+    lanes = width // 4
+    partial = np.random.default_rng(2).standard_normal((lanes, lanes)).astype(np.float32)
+    for rows in (1, lanes - 1, lanes):
+        partial[rows:] = np.nan
+        to = np.full(2 * lanes + 2, 77, np.float32)
+        load_kernel(path, 3)(partial.ctypes.data, to.ctypes.data, np.array([rows]).ctypes.data)
+        np.testing.assert_allclose(to[:rows], partial[:rows].sum(1), rtol=1e-5, atol=1e-6)
+        assert (to[lanes + 1 : lanes + 1 + rows] == partial[:rows].max(1)).all()
+        assert (to[rows : lanes + 1] == 77).all()
+        assert (to[lanes + 1 + rows :] == 77).all()
+        partial = np.random.default_rng(rows).standard_normal((lanes, lanes)).astype(np.float32)
