@@ -8,6 +8,7 @@ machine idle.
 
 import hashlib
 import json
+import logging
 import os
 import platform
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from superopt.cache import write_atomically
 from superopt.ir.errors import SuperoptError
 from superopt.ir.target import Target
 from superopt.plan import seal, unseal
+
+logger = logging.getLogger("superopt")
 
 CPU: Final = torch.device("cpu")
 _SETTLED: Final = 3
@@ -68,7 +71,10 @@ def machine(folder: Path | None, device: torch.device = CPU) -> Target:
     if known is not None:
         found = replace(found, **{r: max(getattr(found, r), getattr(known, r)) for r in _RATES})
     if path is not None:
-        write_atomically(path, seal(json.dumps({"idle": idle, "target": found.to_json()})))
+        try:
+            write_atomically(path, seal(json.dumps({"idle": idle, "target": found.to_json()})))
+        except OSError as error:  # a full or read-only disk costs the file, not the program
+            logger.warning("the machine's rates are not kept: %s", error)
         _measured.add(path)
     return found
 

@@ -62,6 +62,15 @@ def test_a_foreign_or_damaged_file_is_replaced(measured: Target, tmp_path: Path,
     assert path.read_text() == kept
 
 
+def test_a_folder_that_cannot_be_written_costs_the_file(
+    measured: Target, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert in_another_process(file / "cache") == measured
+    assert "not kept" in caplog.text
+
+
 def test_caches_are_those_that_linux_tells(tmp_path: Path) -> None:
     told = [
         ("Data", 1, "32K"),
