@@ -2,10 +2,11 @@
 
 It proposes algebraic variants, partitions each into kernels, tries schedules and tile sizes of every
 kernel on the clock (cheapest prediction first, then a hill climb over tile sizes; the first of all
-kernels are compiled together), compares each with its library alternative, and proves the assembled program equal to the original as a whole.
-The fastest program that is proven, and accepted by whoever asked, is the result. Moves that change what a
-program computes, or cost it accuracy, are left out before kernels are made; how long that takes to see predicts
-how long the proof will take, for which search leaves time.
+kernels are compiled together), compares each with its library alternative, and proves the assembled
+program equal to the original as a whole. The fastest program that is proven, and accepted by whoever
+asked, is the result. Moves that change what a program computes, or cost it accuracy, are left out before
+kernels are made; how long that takes to see predicts how long the proof will take, for which search
+leaves time.
 
 In: the lifted kernel graph, machine rates, a `Measurer`. Out: a `SearchResult`; it always holds a
 program (the original when nothing better was proven).

@@ -143,7 +143,12 @@ def _optimize_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]
         "2 where none is given), or a number; once per argument",
     )
     optimize.add_argument("--budget", type=float, default=120.0, help="seconds (default 120)")
-    optimize.add_argument("--seed", type=int, default=0, help="same seed, same plan (default 0)")
+    optimize.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="the same seed proposes the same kernels, as far as the budget reaches (default 0)",
+    )
     optimize.add_argument(
         "--backend",
         choices=("auto", "cpu", "triton"),
