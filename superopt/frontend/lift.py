@@ -10,7 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -125,16 +125,26 @@ def _check_argument(name: str, value: Any, type_: TensorType) -> None:
 
 
 class _FunctionModule(torch.nn.Module):
-    """A function as a module; modules that it closes over are its submodules."""
+    """A function as a module; modules that it closes over are its submodules.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    Where the arguments fit its signature, they keep their names in the graph.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         for index, module in enumerate(_captured_modules(function)):
             self.add_module(f"captured_{index}", module)
-        self._function = function
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        with suppress(TypeError, ValueError):  # built-in functions tell none
+            signature = inspect.signature(function)
+            signature.bind(*args, **kwargs)
+            vars(forward)["__signature__"] = signature
+        vars(self)["forward"] = forward
 
 
 def _captured_modules(function: Callable[..., Any]) -> list[torch.nn.Module]:
@@ -161,12 +171,16 @@ def lift(
         LiftError: PyTorch cannot export it (control flow on data, say), or no graph can hold it.
     """
     is_module = isinstance(program, torch.nn.Module)
-    module = program if isinstance(program, torch.nn.Module) else _FunctionModule(program)
+    kwargs = dict(kwargs or {})
+    if isinstance(program, torch.nn.Module):
+        module = program
+    else:
+        module = _FunctionModule(program, args, kwargs)
     name = type(program).__name__ if is_module else getattr(program, "__name__", "program")
     try:
         # under no_grad a program's own no_grad blocks leave no trace in the graph
         with torch.no_grad(), _quiet_export():
-            exported = torch.export.export(module, tuple(args), dict(kwargs or {}), strict=False)
+            exported = torch.export.export(module, tuple(args), kwargs, strict=False)
     except Exception as error:
         raise LiftError(
             f"PyTorch cannot export {name}: {_first_lines(error)}{_advice(error)}"

@@ -1,5 +1,6 @@
 """Whole programs: modules, buffers, opaque operators, arguments, folding, and what is refused."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,21 @@ def test_structures_of_arguments_and_results(runner: Any) -> None:
         lifted.flatten(({"both": (randn(2, 3), randn(4))}, 0.5), {"flag": True})
     with pytest.raises(LiftError, match="arguments"):
         lifted.flatten(args)
+
+
+def test_arguments_keep_their_names() -> None:
+    def named(q: Any, k: Any, *rest: Any, scale: float = 2.0, mask: Any = None) -> Any:
+        return (q @ k + sum(rest)) * scale + mask
+
+    @functools.wraps(named)
+    def supplied(*args: Any, **kwargs: Any) -> Any:
+        return named(args[0], *args, **kwargs)
+
+    x = torch.randn(3, 3)
+    assert lift(named, (x, x, x), {"mask": x}).user_inputs == ["q", "k", "rest_0", "mask"]
+    assert lift(torch.add, (x, x)).user_inputs == ["args_0", "args_1"]
+    lifted = lift(supplied, (x,), {"mask": x})  # a wrapper that takes fewer arguments than it says
+    assert lifted.user_inputs == ["args_0", "mask"]
 
 
 def test_strides_of_inputs_are_recorded(runner: Any) -> None:
