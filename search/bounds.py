@@ -2,8 +2,8 @@
 
 Where a comparison of element indices is false for a whole tile, `where(cond, x, -inf)` is -inf,
 its exp is 0 and the sums and maxima of that iteration receive nothing. The comparison's affine
-form then bounds the loop. (Finite operands are assumed behind the mask, as in every fused causal
-attention: a NaN behind the mask would otherwise surface as 0 * NaN.)
+form then bounds the loop. (Finite operands are assumed behind the mask: a NaN there would otherwise
+surface as 0 * NaN.)
 """
 
 from superopt.ir.graph import Axis, Bound, Graph

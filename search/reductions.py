@@ -7,8 +7,7 @@
   is joined in memory only to be reduced is never joined.
 - `slice-of-concat`: a slice of f(concat(a, b)) within a => a slice of f(a).
 - `maximum-out-of-shift`: exp(x - max(m, c)) with m the maximum of x => exp(x - m) * exp(m - max(m, c)), so
-  that the shift in the loop is a maximum over it and nothing else (attention sinks, one more in the
-  denominator, a term from outside).
+  that the shift in the loop is a maximum over it and nothing else (not one of a term from outside).
 
 Each is a function from a node to its replacement, None where it does not fit; `superopt.search.algebra`
 names them as rules.

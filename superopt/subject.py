@@ -441,7 +441,10 @@ def _observe(
         raise Unsupported("the program returns a torch.Size")
     if isinstance(result, torch.Tensor):
         return tuple(specs), json.dumps({"spec": None}), None
-    build: Build = lambda tensors: pytree.tree_unflatten(_filled(constants, tensors), spec)  # noqa: E731
+
+    def build(tensors: Sequence[torch.Tensor]) -> Any:
+        return pytree.tree_unflatten(_filled(constants, tensors), spec)
+
     return tuple(specs), _described(result), build
 
 

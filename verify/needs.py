@@ -1,7 +1,7 @@
 """Which residues of each value the field test has to compute.
 
-Outputs need their residue mod p. Only what flows into an exponential needs one mod q, and the scores
-of an attention, which are used in exponentials alone, need none mod p. Computing exactly what is
+Outputs need their residue mod p. Only what flows into an exponential needs one mod q, and what is used
+in exponentials alone needs none mod p. Computing exactly what is
 needed halves the work of the field test or better.
 
 In: a kernel graph of primitives. Out: per node a set of residues ("p", "q") to compute.
