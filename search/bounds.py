@@ -11,6 +11,7 @@ from superopt.ir.node import Node
 from superopt.ir.ops import contraction, elementwise, leaf, structural, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.tiles import varying_axes
+from superopt.ir.types import DType
 
 _COMPARES = (elementwise.GE, elementwise.GT, elementwise.LE, elementwise.LT)
 _NEGATION = {
@@ -70,6 +71,8 @@ def _vanishing(graph: Graph) -> tuple[Outcomes, Outcomes]:
 def _conditions(node: Node, zero: Outcomes, lowest: Outcomes) -> tuple[set[Outcome], set[Outcome]]:
     op = node.op
     inputs = node.inputs
+    if node.tensor.dtype is DType.BOOL:
+        return _forced(node, False), set()
     if op is elementwise.WHERE:
         return _select(node, zero, 0.0), _select(node, lowest, float("-inf"))
     if op is elementwise.EXP:

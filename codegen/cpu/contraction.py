@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import final
 
+from superopt.codegen.cpu.bands import Band, unseen_outside, zero_outside
 from superopt.codegen.cpu.context import Context, Extent, View
 from superopt.codegen.cpu.inline import CONVERTED, Plan, is_move, widens
 from superopt.codegen.errors import CodegenError
@@ -126,6 +127,8 @@ class Product:
     node: Node
     target: View
     accumulate: bool
+    bands: tuple[Band | None, Band | None] = (None, None)
+    """Where the left operand and the result count."""
 
     def emit(self) -> None:
         """Write the product: target (+)= operands."""
@@ -146,7 +149,12 @@ class Product:
                 if len(parts) > 1:
                     length = parts[-1][0]
                     extents[free] = Extent(length, str(length), str(length))
-            self._batch(left, right, extents, 0, self._row_dim(right, extents), offsets)
+            row_dim = self._row_dim(right, extents)
+            if row_dim == len(extents) - 2 and len(rows) < 2 > len(columns):
+                result = self.plan.merged.get(self.node, self.node)
+                unseen = unseen_outside(self.context, self.plan, result)
+                self.bands = (zero_outside(self.context, self.node.inputs[0]), unseen)
+            self._batch(left, right, extents, 0, row_dim, offsets)
 
     def _operand(self, node: Node, free: int) -> tuple[View, list[Run]]:
         """Return an operand's memory, and the runs of its rows or columns where they are several."""
@@ -214,6 +222,7 @@ class Product:
         if n.full == 1 and m.full > 1:
             # a column: its transpose is a row, contiguous along what was m
             a, b, m, n = _swapped(b), _swapped(a), n, m
+            self.bands = (None, None)
             c = replace(c, row=c.column, column=c.row)
         if c.column != 1 and n.full > 1:
             raise CodegenError("the result of a product must be contiguous along its columns")
@@ -274,7 +283,7 @@ class Product:
         self.context.write(
             f"gemm_packed<{rows}, {vectors}, {_flag(self.accumulate)}, {m.static}, {n.static}, {depth}>"
             f"({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {a.column}L, {b.text}, "
-            f"{b.column}L, {b.row}L, {panel.pointer}, {c.text}, {c.row}L);"
+            f"{b.column}L, {b.row}L, {panel.pointer}, {c.text}, {c.row}L{self._bands()});"
         )
 
     def _register_tile(self, m: Extent, n: Extent) -> tuple[int, str]:
@@ -294,7 +303,7 @@ class Product:
         head = f"{rows}, {vectors}, {_flag(self.accumulate)}, {m.static}, {n.static}"
         tail = (
             f"({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {a.column}L, {b.text}, "
-            f"{b.row}L, {c.text}, {c.row}L);"
+            f"{b.row}L, {c.text}, {c.row}L"
         )
         if self._streams(b, m, n):
             row_bytes = n.full * _ELEMENT_BYTES.get(b.element, 4)
@@ -302,7 +311,15 @@ class Product:
             call = f"gemm_stream<{head}, {depth}, {_flag(config.prefetch)}>"
         else:
             call = f"gemm_nn<{head}>"
-        self.context.write(call + tail)
+            tail += f", 0{self._bands()}" if any(self.bands) else ""
+        self.context.write(f"{call}{tail});")
+
+    def _bands(self) -> str:
+        """Return the arguments that say where operand and result count, if not everywhere."""
+        if not any(self.bands):
+            return ""
+        inner, outer = (band.text if band else "Whole{}" for band in self.bands)
+        return f", {inner}, {outer}"
 
     def _streams(self, b: _Matrix, m: Extent, n: Extent) -> bool:
         few = m.full <= _STREAM_ROWS

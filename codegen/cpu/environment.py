@@ -137,7 +137,7 @@ class Environment:
         if node.op in (tile.TILE_INDEX, leaf.IOTA):
             return self.define(self._position(node, coords), dtype)
         if is_move(node):
-            return self.value(node.inputs[0], self.moved(node, coords))
+            return self.value(node.inputs[0], moved_coords(node, coords))
         if node.op is structural.GATHER:
             place, inside = self._place(node, coords)
             found = self.value(node.inputs[0], gathered(node, coords, place))
@@ -271,7 +271,7 @@ class Environment:
             if (node in self.context.views and node is not own) or not node.inputs:
                 continue
             if is_move(node):
-                stack.append((node.inputs[0], self.moved(node, coords)))
+                stack.append((node.inputs[0], moved_coords(node, coords)))
             elif node.op is structural.GATHER:
                 stack.append((node.inputs[0], gathered(node, coords, (None, 0, "place"))))
                 stack.append((node.inputs[1], coords))
@@ -286,32 +286,33 @@ class Environment:
             for found, at in self.reads(node, coords, None)
         )
 
-    def moved(self, node: Node, coords: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]:
-        """Return where a move reads the element at `coords`."""
-        source = node.inputs[0]
-        if node.op is structural.PERMUTE:
-            at: list[Coordinate] = [(None, 0, 0)] * len(coords)
-            for i, p in enumerate(node.attrs.perm):
-                at[p] = coords[i]
-            return tuple(at)
-        if node.op is structural.BROADCAST:
-            return tuple(
-                (None, 0, 0) if d == 1 else c for d, c in zip(source.shape, coords, strict=True)
-            )
-        if node.op is structural.RESHAPE:
-            kept = iter([c for d, c in zip(node.shape, coords, strict=True) if d != 1])
-            return tuple((None, 0, 0) if d == 1 else next(kept) for d in source.shape)
-        moved = list(coords)
-        if node.op is structural.SLICE:
-            axis = node.attrs.axis + len(coords)
+
+def moved_coords(node: Node, coords: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]:
+    """Return where a move reads the element at `coords`."""
+    source = node.inputs[0]
+    if node.op is structural.PERMUTE:
+        at: list[Coordinate] = [(None, 0, 0)] * len(coords)
+        for i, p in enumerate(node.attrs.perm):
+            at[p] = coords[i]
+        return tuple(at)
+    if node.op is structural.BROADCAST:
+        return tuple(
+            (None, 0, 0) if d == 1 else c for d, c in zip(source.shape, coords, strict=True)
+        )
+    if node.op is structural.RESHAPE:
+        kept = iter([c for d, c in zip(node.shape, coords, strict=True) if d != 1])
+        return tuple((None, 0, 0) if d == 1 else next(kept) for d in source.shape)
+    moved = list(coords)
+    if node.op is structural.SLICE:
+        axis = node.attrs.axis + len(coords)
+        dim, scale, offset = moved[axis]
+        step = node.attrs.step
+        moved[axis] = (dim, scale * step, _affine(offset, step, node.attrs.start))
+    else:
+        for axis in (a + len(coords) for a in node.attrs.axes):
             dim, scale, offset = moved[axis]
-            step = node.attrs.step
-            moved[axis] = (dim, scale * step, _affine(offset, step, node.attrs.start))
-        else:
-            for axis in (a + len(coords) for a in node.attrs.axes):
-                dim, scale, offset = moved[axis]
-                moved[axis] = (dim, -scale, _affine(offset, -1, source.shape[axis] - 1))
-        return tuple(moved)
+            moved[axis] = (dim, -scale, _affine(offset, -1, source.shape[axis] - 1))
+    return tuple(moved)
 
 
 def _affine(offset: int | str, scale: int, start: int) -> int | str:

@@ -74,7 +74,7 @@ def test_nn_any_extent_and_strides(folder, width, tile, element):
 def test_nn_static_extents_and_prefetch(folder, m, n, k):
     kernel = build(
         f"gemm_nn<6, 4, false, {m}, {n}, true>({m}, {n}, {k}, (const float*)va, {k}, 1, "
-        f"(const float*)vb, {n}, c, {n}, 4 * VL, 4 * VL, 0);",
+        f"(const float*)vb, {n}, c, {n}, 0);",
         folder,
         64,
     )

@@ -23,6 +23,25 @@ namespace so {
 constexpr long min_of(long a, long b) { return a < b ? a : b; }
 constexpr long max_of(long a, long b) { return a > b ? a : b; }
 
+// The elements of a matrix that count: those with first <= row - column <= last. What lies outside is 0
+// in an operand, and not looked at in a result.
+struct Band {
+  long first, last;
+  long top(long column) const { return column + first; }        // first row of a column
+  long bottom(long columns) const { return columns + last; }    // end of the rows before a column
+  long left(long row) const { return row - last; }              // first column of a row
+  long right(long rows) const { return rows - first; }          // end of the columns before a row
+  Band from_column(long column) const { return {first + column, last + column}; }
+};
+struct Whole {
+  enum : long { FAR = 1L << 40 };
+  static constexpr long top(long) { return 0; }
+  static constexpr long bottom(long) { return FAR; }
+  static constexpr long left(long) { return 0; }
+  static constexpr long right(long) { return FAR; }
+  static constexpr Whole from_column(long) { return {}; }
+};
+
 // One register tile, MR rows by NV vectors. EDGE: only `rows` rows and `cols` columns exist; the
 // rows beyond repeat the last one, so that loads stay inside A, and are not stored. Not inlined, so
 // that registers are allocated for this loop alone (inlined into a large kernel, GCC 12 spilled: up
@@ -72,26 +91,35 @@ SO_NOINLINE void micro_nn(long k, const TA* a, long am, long ak, const TB* b, lo
     }
 }
 
-// One panel of NV vectors of B against all rows of A. REST: m % MR where it is known, else -1. Only
-// the first rows prefetch: the others find the panel in the first cache.
-template <int MR, int NV, int REST, bool EDGE, bool ACCUMULATE, bool PREFETCH, class TA, class TB>
+// A register tile for rows whose elements of A lie in a band: over the k at which one of them is not 0.
+template <int MR, int NV, bool EDGE, bool ACCUMULATE, class IN, class TA, class TB>
+SO_INLINE void banded_nn(long row, const IN& band, long k, const TA* a, long am, long ak, const TB* b,
+                         long bk, float* c, long cm, long rows, long cols) {
+  const long from = max_of(0, band.left(row)), to = max_of(from, min_of(k, band.right(row + rows)));
+  if (ACCUMULATE && from == to) return;
+  micro_nn<MR, NV, EDGE, ACCUMULATE, false>(to - from, a + row * am + from * ak, am, ak, b + from * bk,
+                                            bk, c + row * cm, cm, rows, cols, 0);
+}
+
+// One panel of NV vectors of B against the rows of A from `top` to `bottom`. REST: m % MR where it is known,
+// else -1. Only the first rows prefetch: the others find the panel in the first cache. `band`: where A counts.
+template <int MR, int NV, int REST, bool EDGE, bool ACCUMULATE, bool PREFETCH, class IN, class TA,
+          class TB>
 SO_INLINE void panel_nn(long m, long cols, long k, const TA* a, long am, long ak, const TB* b,
-                        long bk, float* c, long cm, long ahead) {
-  long i = 0;
+                        long bk, float* c, long cm, long ahead, long top, long bottom,
+                        const IN& band) {
+  long i = top / MR * MR;
   if (PREFETCH && m >= MR) {
     micro_nn<MR, NV, EDGE, ACCUMULATE, true>(k, a, am, ak, b, bk, c, cm, MR, cols, ahead);
     i = MR;
   }
-  for (; i + MR <= m; i += MR)
-    micro_nn<MR, NV, EDGE, ACCUMULATE, false>(k, a + i * am, am, ak, b, bk, c + i * cm, cm, MR,
-                                              cols, 0);
+  for (; i + MR <= m && i < bottom; i += MR)
+    banded_nn<MR, NV, EDGE, ACCUMULATE>(i, band, k, a, am, ak, b, bk, c, cm, MR, cols);
+  if (i >= bottom) return;
   if constexpr (REST > 0) {
-    micro_nn<REST, NV, EDGE, ACCUMULATE, false>(k, a + i * am, am, ak, b, bk, c + i * cm, cm, REST,
-                                                cols, 0);
+    banded_nn<REST, NV, EDGE, ACCUMULATE>(i, band, k, a, am, ak, b, bk, c, cm, REST, cols);
   } else if constexpr (REST < 0) {
-    if (i < m)
-      micro_nn<MR, NV, true, ACCUMULATE, false>(k, a + i * am, am, ak, b, bk, c + i * cm, cm,
-                                                m - i, cols, 0);
+    if (i < m) banded_nn<MR, NV, true, ACCUMULATE>(i, band, k, a, am, ak, b, bk, c, cm, m - i, cols);
   }
 }
 
@@ -99,28 +127,29 @@ SO_INLINE void panel_nn(long m, long cols, long k, const TA* a, long am, long ak
 // per MR rows of A: a panel of B (k * NV * VL elements) should fit the first or second cache.
 //
 // M, N: the extents where they are known at compile time, else -1.
-// bp, cp: distance between panels of B and C: NV * VL for rows that run through, or whole panels
-// apart where the operand was packed panel by panel (its walk is then one stream).
 // ahead: elements from B to what will be read after it, to be prefetched; PREFETCH says whether.
+// in, out: where A and C count (a Band): elsewhere A is taken for 0, and C is not computed.
 template <int MR, int NV, bool ACCUMULATE, int M = -1, int N = -1, bool PREFETCH = false, class TA,
-          class TB>
+          class TB, class IN = Whole, class OUT = Whole>
 SO_INLINE void gemm_nn(long m, long n, long k, const TA* a, long am, long ak, const TB* b, long bk,
-                       float* c, long cm, long bp = NV * VL, long cp = NV * VL, long ahead = 0) {
+                       float* c, long cm, long ahead = 0, IN in = {}, OUT out = {}) {
   constexpr int rest = M < 0 ? -1 : M % MR;
   constexpr int columns = N < 0 ? -1 : N % (NV * VL);
   const long panels = n / (NV * VL), left = n - panels * (NV * VL);
-  for (long p = 0; p < panels; ++p)
-    panel_nn<MR, NV, rest, false, ACCUMULATE, PREFETCH>(m, NV * VL, k, a, am, ak, b + p * bp, bk,
-                                                        c + p * cp, cm, ahead);
-  b += panels * bp;
-  c += panels * cp;
+  long j = 0;
+  for (long p = 0; p < panels; ++p, j += NV * VL, b += NV * VL, c += NV * VL)
+    panel_nn<MR, NV, rest, false, ACCUMULATE, PREFETCH>(m, NV * VL, k, a, am, ak, b, bk, c, cm, ahead,
+                                                        max_of(0, out.top(j)),
+                                                        out.bottom(j + NV * VL), in);
+  const long top = max_of(0, out.top(j)), bottom = out.bottom(n);
   if constexpr (columns > 0) {
     constexpr int vectors = (columns + VL - 1) / VL;
     panel_nn<MR, vectors, rest, columns % VL != 0, ACCUMULATE, false>(m, columns, k, a, am, ak, b,
-                                                                     bk, c, cm, 0);
+                                                                     bk, c, cm, 0, top, bottom, in);
   } else if constexpr (columns < 0) {
     if (left > 0)
-      panel_nn<MR, NV, rest, true, ACCUMULATE, false>(m, left, k, a, am, ak, b, bk, c, cm, 0);
+      panel_nn<MR, NV, rest, true, ACCUMULATE, false>(m, left, k, a, am, ak, b, bk, c, cm, 0, top,
+                                                      bottom, in);
   }
 }
 
@@ -132,11 +161,10 @@ template <int MR, int NV, bool ACCUMULATE, int M, int N, int KB, bool PREFETCH, 
 SO_INLINE void gemm_stream(long m, long n, long k, const TA* a, long am, long ak, const TB* b,
                            long bk, float* c, long cm) {
   const long first = min_of(KB, k), ahead = KB * bk;
-  gemm_nn<MR, NV, ACCUMULATE, M, N, PREFETCH>(m, n, first, a, am, ak, b, bk, c, cm, NV * VL,
-                                              NV * VL, ahead);
+  gemm_nn<MR, NV, ACCUMULATE, M, N, PREFETCH>(m, n, first, a, am, ak, b, bk, c, cm, ahead);
   for (long x = first; x < k; x += KB)
     gemm_nn<MR, NV, true, M, N, PREFETCH>(m, n, min_of(KB, k - x), a + x * ak, am, ak, b + x * bk,
-                                          bk, c, cm, NV * VL, NV * VL, ahead);
+                                          bk, c, cm, ahead);
 }
 
 // Exchange rows and lanes of a square of VL vectors: swap blocks of 1, 2, 4, ... lanes across the
@@ -366,20 +394,22 @@ SO_INLINE void pack(const T* from, long stride_n, long stride_k, long n, long k,
 
 // One panel of gemm_packed: `columns` <= NV * VL rows of B against all rows of A. REST: columns where
 // they are known and fewer, 0 where the panel is whole, else -1.
-template <int MR, int NV, bool ACCUMULATE, int M, int REST, int KC, class TA, class TB>
+template <int MR, int NV, bool ACCUMULATE, int M, int REST, int KC, class IN, class TA, class TB>
 SO_INLINE void panel_packed(long m, long columns, long k, const TA* a, long am, long ak, const TB* b,
-                            long bn, long bk, float* panel, float* c, long cm) {
+                            long bn, long bk, float* panel, float* c, long cm, long top, long bottom,
+                            const IN& in) {
   constexpr int W = NV * VL, rest = M < 0 ? -1 : M % MR, V = REST > 0 ? (REST + VL - 1) / VL : NV;
   constexpr bool edge = REST < 0 || REST % VL != 0;
+  if (top >= min_of(m, bottom)) return;
   for (long x = 0; x == 0 || x < k; x += KC) {  // a sum of nothing is written too
     const long length = min_of(KC, k - x);
     pack(b + x * bk, bn, bk, columns, length, panel, W);
     if (x == 0)
-      panel_nn<MR, V, rest, edge, ACCUMULATE, false>(m, columns, length, a, am, ak, panel, W, c, cm,
-                                                     0);
+      panel_nn<MR, V, rest, edge, ACCUMULATE, false>(m, columns, length, a, am, ak, panel, W, c, cm, 0,
+                                                     top, bottom, in);
     else
-      panel_nn<MR, V, rest, edge, true, false>(m, columns, length, a + x * ak, am, ak, panel, W, c,
-                                               cm, 0);
+      panel_nn<MR, V, rest, edge, true, false>(m, columns, length, a + x * ak, am, ak, panel, W, c, cm,
+                                               0, top, bottom, in.from_column(x));
   }
 }
 
@@ -387,19 +417,21 @@ SO_INLINE void panel_packed(long m, long columns, long k, const TA* a, long am, 
 // used for all rows of A while it is in the second cache. `panel` has room for KC * NV * VL floats. Pays
 // from some tens of rows of A, and the more the better: 0.22 ns per element of B on Cascade Lake, 1.7
 // with 96 rows of A. A whole panel of long rows instead (KC = k) lost 40 % at k = 4096 there.
-// M, N: the extents where they are known, else -1.
-template <int MR, int NV, bool ACCUMULATE, int M, int N, int KC, class TA, class TB>
+// M, N: the extents where they are known, else -1. in, out as in gemm_nn.
+template <int MR, int NV, bool ACCUMULATE, int M, int N, int KC, class TA, class TB, class IN = Whole,
+          class OUT = Whole>
 SO_INLINE void gemm_packed(long m, long n, long k, const TA* a, long am, long ak, const TB* b,
-                           long bn, long bk, float* panel, float* c, long cm) {
+                           long bn, long bk, float* panel, float* c, long cm, IN in = {},
+                           OUT out = {}) {
   constexpr long W = NV * VL;
   constexpr int REST = N < 0 ? -1 : N % W;
   long j = 0;
   for (; j + W <= n; j += W)
     panel_packed<MR, NV, ACCUMULATE, M, 0, KC>(m, W, k, a, am, ak, b + j * bn, bn, bk, panel, c + j,
-                                               cm);
+                                               cm, max_of(0, out.top(j)), out.bottom(j + W), in);
   if (REST != 0 && j < n)
     panel_packed<MR, NV, ACCUMULATE, M, REST, KC>(m, n - j, k, a, am, ak, b + j * bn, bn, bk, panel,
-                                                  c + j, cm);
+                                                  c + j, cm, max_of(0, out.top(j)), out.bottom(n), in);
 }
 
 }  // namespace so
