@@ -24,7 +24,7 @@ import torch
 from superopt.cache import Cache, key_of
 from superopt.errors import PlanError, Unsupported
 from superopt.frontend import lift
-from superopt.guards import BOUND, Guards, take_guards
+from superopt.guards import Guards, take_guards
 from superopt.ir.errors import SuperoptError
 from superopt.pipeline import (
     OnEvent,
@@ -52,6 +52,7 @@ from superopt.subject import (
     separated,
     shares_written,
 )
+from superopt.watch import BOUND
 
 logger = logging.getLogger("superopt")
 
@@ -217,6 +218,7 @@ class _Dispatcher:
         if planned.program is None:
             return _Entry(None, planned.plan)
         flat = not kwargs and all(isinstance(a, torch.Tensor) or _is_scalar(a) for a in args)
+        self.guards.compile(Cache(self.options.folder()).kernels)
         run = _runner(self.original, planned, binding, flat=flat)
         return _Entry(run, planned.plan)
 
@@ -244,7 +246,7 @@ class _Dispatcher:
             lifted = lift(self.original, args, kwargs)
         finally:
             self.guards.put_back()
-        self.guards.tensors += [(t, t._version) for t in lifted.folded_sources]
+        self.guards.fold(lifted.folded_sources)
         try:
             with preserved(lifted):
                 request, binding = make_request(self.original, modules, lifted, args, kwargs)
@@ -298,7 +300,7 @@ def _runner(original: Function, planned: Planned, binding: Binding, *, flat: boo
     def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         leaves = args if flat else flatten(args, kwargs)
         parameters = fetch()
-        if parameters is None or (torch.is_grad_enabled() and binding.needs_grad()):
+        if parameters is None:
             return original(*args, **kwargs)
         inputs = leaves[:count] if leading else [leaves[i] for i in positions]
         if writes and shares_written([*inputs, *parameters], writes):

@@ -100,7 +100,7 @@ def _serve(
         if signature(args) != key:
             return original(*args)
         rest = fetch()
-        if rest is None or (torch.is_grad_enabled() and binding.needs_grad()):
+        if rest is None:
             return original(*args)
         inputs = [*(args[i] for i in positions), *rest]
         if shares_written(inputs, binding.writes):

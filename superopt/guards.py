@@ -14,9 +14,10 @@ import hashlib
 import logging
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import call, eq, is_
+from operator import call
+from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
@@ -30,16 +31,30 @@ from superopt.provenance import (
     package_of,
     version_of,
 )
+from superopt.watch import (
+    BOUND,
+    CONTAINERS,
+    MISSING,
+    Check,
+    Places,
+    Space,
+    cells_check,
+    containers_check,
+    contents,
+    dict_of,
+    is_plain,
+    same,
+    slots_check,
+    tensors_check,
+)
 
-_PLAIN: Final = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
-_TORCH_PLAIN: Final = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _PRIVATE: Final = frozenset(torch.nn.Module().__dict__)
-BOUND: Final = "_superopt_methods"
-"""Where an instance keeps its optimized methods; nothing that a program reads."""
 WRAPS: Final = "_superopt_wraps"
 """What classes have whose instances compute the same as their `original`."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
+_TABLES: Final = ("_parameters", "_buffers", "_modules")
 _GLOBAL_HOOKS: Final = ("_global_forward_hooks", "_global_forward_pre_hooks")
+_TABLE_TYPES: Final = (dict, collections.OrderedDict)
 _DEPTH: Final = 12
 # What a class always has, and what only making an instance needs.
 _CLASS_NAMES: Final = frozenset(
@@ -61,83 +76,100 @@ _CLASS_NAMES: Final = frozenset(
 )
 
 
+_WALKED: Final = (list, tuple, dict, set, frozenset, collections.deque)
+
+
 @final
 @dataclass(slots=True)
 class Guards:
     """Conditions under which plans stay right; `hold` checks them all.
 
-    `contents` are the attributes, lists, dicts and sets that were met, with copies of what they held.
+    `spaces` are the namespaces, attributes, tables and dicts that were met, `classes` those of classes, by
+    their ids; `empty` the tables with nothing in them; `contents` what was met that programs may
+    write to, with copies of what it held.
     """
 
-    identities: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
-    values: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
-    attributes: list[tuple[type, str, Any]] = field(default_factory=list)
+    spaces: dict[int, Space] = field(default_factory=dict)
+    classes: dict[int, Space] = field(default_factory=dict)
+    empty: list[dict[str, Any]] = field(default_factory=list)
     cells: list[tuple[Any, Any]] = field(default_factory=list)
     tensors: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     snapshots: list[tuple[Any, Any]] = field(default_factory=list)
-    sizes: list[tuple[dict[str, Any], int]] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    modules: list[torch.nn.Module] = field(default_factory=list)
-    contents: list[tuple[str, Any, Any]] = field(default_factory=list)
     slots: list[tuple[Any, str, Any]] = field(default_factory=list)
     arrays: list[tuple[np.ndarray[Any, Any], bytes]] = field(default_factory=list)
+    contents: list[tuple[str, Any, Any]] = field(default_factory=list)
+    modules: list[torch.nn.Module] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
     digest: str = ""
-    sealed: tuple[tuple[Any, ...], ...] = ((), (), ())
-    copies: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
-    now: list[Any] = field(default_factory=list)
-    then: list[Any] = field(default_factory=list)
+    checks: tuple[Check, ...] = ()
+    places: Places | None = None
+    folder: Path | None = None
 
     def hold(self) -> bool:
         """Say whether nothing has changed since the guards were taken."""
         try:
-            return self._unchanged()
-        except (RuntimeError, TypeError, ValueError):  # tensors that are not the same ones
+            return all(map(call, self.checks))
+        except ValueError:  # a variable of an enclosing function was deleted
             return False
 
     def seal(self) -> None:
-        """Prepare the check of places that hold the very objects that they did."""
-        values = [v for v in self.values if type(v[2]) not in _CONTAINERS]
-        looked_up = (
-            *((place.get, name, value) for place, name, value in (*self.identities, *values)),
-            *((kind.__dict__.get, name, value) for kind, name, value in self.attributes),
-        )
-        self.sealed = tuple(zip(*looked_up, strict=True)) or ((), (), ())
-        self.copies = [v for v in self.values if type(v[2]) in _CONTAINERS]
-        self.now, self.then = [n for n, _ in self.snapshots], [t for _, t in self.snapshots]
+        """Prepare the checks: this is on the path of every call, and a model has thousands of places."""
+        spaces = [*self.spaces.values(), *self.classes.values()]
+        checks: list[Check] = []
+        if spaces or self.empty:
+            self.places = Places(spaces, self.empty, self._also)
+            checks.append(self.places.unchanged)
+        if self.cells:
+            checks.append(cells_check(self.cells))
+        if self.tensors:
+            checks.append(tensors_check(self.tensors))
+        if self.slots:
+            checks.append(slots_check(self.slots))
+        if self.snapshots:
+            checks.append(containers_check(self.snapshots))
+        if self.arrays:
+            arrays = tuple(self.arrays)
+            checks.append(lambda: all(array.tobytes() == then for array, then in arrays))
+        self.checks = tuple(checks)
+        if self.folder is not None:
+            self.compile(self.folder)
 
-    def _unchanged(self) -> bool:
-        # all at once: a large module has thousands of places, and this is on the path of every call
-        identical = all(map(is_, map(call, *self.sealed[:2]), self.sealed[2]))
-        if not identical and not self._equal():
-            return False
-        for place, name, value in self.copies:
-            if not _same(place.get(name, _MISSING), value):
-                return False
-        for cell, value in self.cells:
-            if not _same(_cell(cell), value):
-                return False
-        for tensor, version in self.tensors:
-            if tensor._version != version:
-                return False
-        for holder, name, value in self.slots:
-            if not _same(getattr(holder, name, _MISSING), value):
-                return False
-        for array, content in self.arrays:
-            if array.tobytes() != content:
-                return False
-        # an attribute that is new may hide one of the class
-        for inside, size in self.sizes:
-            if len(inside) != size and _size(inside) != size:
-                return False
-        return all(map(eq, self.now, self.then))
+    def compile(self, folder: Path) -> None:
+        """Let compiled code, kept in `folder`, do the checking."""
+        self.folder = folder
+        if self.places is not None:
+            self.places.compile(folder)
 
-    def _equal(self) -> bool:
-        """Say whether places hold the objects that they did, or numbers and texts equal to them."""
-        return (
-            all(place.get(name, _MISSING) is value for place, name, value in self.identities)
-            and all(_same(place.get(name, _MISSING), value) for place, name, value in self.values)
-            and all(_same(kind.__dict__.get(n, _MISSING), v) for kind, n, v in self.attributes)
-        )
+    def _also(self, value: Any) -> None:
+        """Watch a container that took the place of an equal one."""
+        self.watch(value)
+        self.seal()
+
+    def watch(self, value: Any) -> None:
+        """Watch what a list, dict or set holds."""
+        if type(value) in _TABLE_TYPES and not value:
+            self.empty.append(value)
+        elif type(value) is dict:
+            space = self.space(value)
+            for name in value:
+                space.add(name)
+            space.close()
+        elif all(value is not known for known, _ in self.snapshots):
+            self.snapshots.append((value, value.copy()))
+
+    def space(self, inside: dict[Any, Any]) -> Space:
+        """Return what is watched of a dict."""
+        return self.spaces.setdefault(id(inside), Space(inside))
+
+    def fold(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Watch tensors whose values became a part of plans, and the places where modules keep them."""
+        self.tensors += [(t, t._version) for t in tensors]
+        folded = {id(t) for t in tensors}
+        for module in self.modules:
+            for name, tensor in module._buffers.items():
+                if id(tensor) in folded:
+                    self.space(module._buffers).add(name)
+        self.seal()
 
     def put_back(self) -> str:
         """Undo what running the program did to what was met; return the name of one such thing or "".
@@ -149,17 +181,19 @@ class Guards:
             if not _same_items(now, then):
                 changed = changed if name == "_buffers" else name
                 _refill(now, then)
-        for place, name, value in (*self.identities, *self.values):
-            if place.get(name, _MISSING) is not value and type(value) not in _CONTAINERS:
-                changed = changed if place.get(name, _MISSING) == value else name
-                place[name] = value
+        for space in self.spaces.values():
+            for name, value in space.entries.items():
+                now = space.inside.get(name, MISSING)
+                if now is not value and type(value) not in CONTAINERS:
+                    changed = changed if same(now, value) else str(name)
+                    space.inside[name] = value
         for holder, name, value in self.slots:
-            now = getattr(holder, name, _MISSING)
+            now = getattr(holder, name, MISSING)
             if now is not value:
                 changed = name
                 _put(holder, name, value)
         for cell, value in self.cells:
-            if _cell(cell) is not value:
+            if contents(cell) is not value:
                 changed, cell.cell_contents = "a variable of an enclosing function", value
         return changed
 
@@ -167,15 +201,6 @@ class Guards:
     def fingerprint(self) -> str | None:
         """Digest of all that was met, or None where something has no form that lasts."""
         return None if self.unknown else self.digest
-
-
-_MISSING: Final = object()
-_CONTAINERS: Final = (list, dict, set)
-_WALKED: Final = (list, tuple, dict, set, frozenset, collections.deque)
-
-
-def _same(now: Any, then: Any) -> bool:
-    return now is then or (type(now) is type(then) and bool(now == then))
 
 
 def _same_items(now: Any, then: Any) -> bool:
@@ -190,7 +215,7 @@ def _same_items(now: Any, then: Any) -> bool:
 
 
 def _put(holder: Any, name: str, value: Any) -> None:
-    if value is _MISSING:
+    if value is MISSING:
         delattr(holder, name)
     else:
         object.__setattr__(holder, name, value)  # classes may be frozen
@@ -229,6 +254,7 @@ class _Walk:
         self.tables: dict[int, tuple[dict[str, Any], str]] = {}
         self.placed: set[tuple[int, str]] = set()
         self.named: set[str] = set()
+        self.met: set[type] = set()
         self.installed: dict[type, set[tuple[type, str]]] = {}
 
     def finish(self) -> Guards:
@@ -249,18 +275,12 @@ class _Walk:
         if (id(where), name) in self.placed:
             return
         self.placed.add((id(where), name))
-        value = where[name]
-        if _is_plain(value):
-            self.guards.values.append((where, name, value))
-        elif type(value) in (list, dict, set):  # an equal one is as good: export makes copies
-            self.guards.values.append((where, name, value.copy()))
-        else:
-            self.guards.identities.append((where, name, value))
-        self.value(name, value, depth)
+        self.guards.space(where).add(name)
+        self.value(name, where[name], depth)
 
     def value(self, name: str, value: Any, depth: int) -> None:
         value = _unwrapped(value)
-        if _is_plain(value):
+        if is_plain(value):
             self.note(name, type(value).__name__, value)
             return
         if id(value) in self.seen:
@@ -317,7 +337,7 @@ class _Walk:
             self.note(key)
             self.value(f"{name}[{key!r}]", item, depth)
         if not isinstance(value, tuple | frozenset):
-            self.guards.snapshots.append((value, value.copy()))
+            self.guards.watch(value)
             self.guards.contents.append((name, value, value.copy()))
 
     def other(self, name: str, value: Any, depth: int) -> None:
@@ -328,13 +348,13 @@ class _Walk:
         if isinstance(value, type):
             return
         for slot in sorted({s for base in type(value).__mro__ for s in _slots(base)}):
-            held = getattr(value, slot, _MISSING)
+            held = getattr(value, slot, MISSING)
             self.guards.slots.append((value, slot, held))
-            if held is not _MISSING:
+            if held is not MISSING:
                 self.value(f"{name}.{slot}", held, depth + 1)
         inside = getattr(value, "__dict__", None)
         if isinstance(inside, dict):
-            self.guards.sizes.append((inside, _size(inside)))
+            self.guards.space(inside).close()
             self.guards.contents.append((f"attributes of {name}", inside, inside.copy()))
             for key in list(inside):
                 if key != BOUND:
@@ -352,7 +372,7 @@ class _Walk:
         for cell_name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
-            inside = _cell(cell)
+            inside = contents(cell)
             self.guards.cells.append((cell, inside))
             self.value(cell_name, inside, depth)
         wrapped = getattr(function, "__wrapped__", None)
@@ -391,6 +411,9 @@ class _Walk:
     def class_(self, kind: type, depth: int) -> None:
         """Take in the code and the attributes of a class and its bases."""
         self.note(kind.__module__, kind.__qualname__)
+        if kind in self.met:
+            return
+        self.met.add(kind)
         for base in kind.__mro__:
             if base in (torch.nn.Module, object):
                 break
@@ -421,7 +444,8 @@ class _Walk:
         return bool(new)
 
     def member(self, base: type, name: str, member: Any, depth: int) -> None:
-        self.guards.attributes.append((base, name, member))
+        inside = dict_of(base)
+        self.guards.classes.setdefault(id(inside), Space(inside)).add(name)
         member = _unwrapped(member)
         if isinstance(member, staticmethod | classmethod):
             member = member.__func__
@@ -429,7 +453,7 @@ class _Walk:
             member = member.fget
         if isinstance(member, types.FunctionType):
             self.function(name, member, depth + 1)
-        elif _is_plain(member):
+        elif is_plain(member):
             self.note(name, type(member).__name__, member)
         else:
             self.value(f"{base.__qualname__}.{name}", member, depth + 1)
@@ -445,7 +469,8 @@ class _Walk:
             return
         self.note("tied", name, self.held[id(tensor)])
         first, first_name = self.tables[id(tensor)]
-        self.guards.identities += [(first, first_name, tensor), (table, name, tensor)]
+        self.guards.space(first).add(first_name)
+        self.guards.space(table).add(name)
 
     def module(self, module: torch.nn.Module, depth: int) -> None:
         if any(module is m for m in self.guards.modules):
@@ -462,37 +487,46 @@ class _Walk:
                     self.tensor(members, name, tensor)
         self.class_(type(module), depth)
         inside = module.__dict__
-        self.guards.sizes.append((inside, _size(inside)))
+        self.guards.space(inside).close()
         self.guards.contents.append(
             (f"attributes of {type(module).__name__}", inside, inside.copy())
         )
-        for table in ("_parameters", "_buffers", "_modules"):
+        for table in _TABLES:
             self.guards.contents.append((table, inside[table], inside[table].copy()))
+            self.table(inside[table])
         for name in sorted(inside):
-            if (name not in _PRIVATE and name != BOUND) or name == "training":
+            if name not in _PRIVATE and name != BOUND:
                 self.place(inside, name, depth)
+        self.guards.space(inside).add("training")
+        self.note("training", module.training)
         for hooks in _HOOKS:
             self.hooks(inside.get(hooks), depth)
         for table in ("_parameters", "_buffers"):
             for name, tensor in inside[table].items():
                 self.note(table, name, None if tensor is None else (tensor.shape, tensor.dtype))
         for name, child in inside["_modules"].items():
-            self.guards.identities.append((inside["_modules"], name, child))
             self.note("child", name)
             if child is not None:
                 self.module(child, depth + 1)
 
+    def table(self, table: dict[str, Any]) -> None:
+        """Guard what is in a table of a module: its tensors are looked up at every call."""
+        if not table:
+            self.guards.empty.append(table)
+            return
+        space = self.guards.space(table)
+        space.close()
+        for name, value in table.items():
+            if not isinstance(value, torch.Tensor):
+                space.add(name)
+
     def hooks(self, table: Any, depth: int) -> None:
         """Take in hooks: their code is a part of the program."""
         if isinstance(table, dict):
-            self.guards.snapshots.append((table, table.copy()))
+            self.guards.watch(table)
             for hook in table.values():
                 self.guards.unknown.append("a module has hooks")
                 self.value("hook", hook, depth + 1)
-
-
-def _size(inside: dict[str, Any]) -> int:
-    return len(inside) - (BOUND in inside)
 
 
 def _slots(kind: type) -> list[str]:
@@ -501,19 +535,6 @@ def _slots(kind: type) -> list[str]:
     return [n for n, member in found if isinstance(member, types.MemberDescriptorType)]
 
 
-def _cell(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _MISSING
-
-
 def _unwrapped(value: Any) -> Any:
     """Return what superopt was asked to optimize: it computes the same."""
     return value.original if getattr(type(value), WRAPS, False) else value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_plain(v) for v in value)
-    return type(value) in _PLAIN or isinstance(value, _TORCH_PLAIN)

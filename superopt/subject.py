@@ -85,18 +85,28 @@ class Binding:
         return found
 
     def fetcher(self) -> Callable[[], list[torch.Tensor] | None]:
-        """Return what does as `parameters` on every call, checking all types at once."""
+        """Return what gives the `parameters` at every call, all types checked at once.
+
+        None comes where one has another type, or takes part in autograd.
+        """
+
+        def looked_up() -> list[torch.Tensor] | None:
+            return None if torch.is_grad_enabled() and self.needs_grad() else self.parameters()
+
         found = self.parameters()
         check = None if found is None else tensor_check(found)
         if check is None:
-            return self.parameters
+            return looked_up
+        trained = self.needs_grad()
         sources = [
             (s.table.get, s.name) if isinstance(s, Fetch) else ({"": s}.get, "") for s in self.rest
         ]
 
         def fetch() -> list[torch.Tensor] | None:
             now: list[Any] = [get(name) for get, name in sources]
-            return now if check(*now) else self.parameters()
+            if not check(*now):  # it sees whether they want gradients, and not the mode
+                return looked_up()
+            return None if trained and torch.is_grad_enabled() else now
 
         return fetch
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from superopt import provenance
 from superopt.guards import take_guards
 from superopt.provenance import is_installed, is_trusted, version_of
+from superopt.watch import BOUND
 
 SCALE = 2.0
 TABLE = {"power": 2}
@@ -324,3 +325,110 @@ def test_what_running_a_program_changes_in_slots_is_put_back():
     assert guards.put_back() == "scale"
     assert value.scale == 2.0
     assert guards.hold()
+
+
+class Stack(torch.nn.Module):
+    """Everything that a place can be: numbers, containers, children, tensors in tables, or none there."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.ReLU())
+        self.zero = 0.0
+        self.pair = (1, 2)
+        self.sizes = [2, 3]
+        self.table = {"a": 1}
+        self.kinds = {1}
+        self.nested = [[1]]
+        self.settings = Settings()
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, x):
+        return self.inner(x) * self.sizes[0] + self.zero + self.settings.factor + self.shift
+
+
+SEEN = {
+    "a number": lambda m: setattr(m, "zero", 1.0),
+    "another zero": lambda m: setattr(m, "zero", -0.0),
+    "a float for an int in a tuple": lambda m: setattr(m, "pair", (1, 2.0)),
+    "a float for an int in a list": lambda m: m.sizes.__setitem__(0, 2.0),
+    "a longer list": lambda m: m.sizes.append(4),
+    "a float for an int in a dict": lambda m: m.table.update(a=1.0),
+    "a new key": lambda m: m.table.update(b=1),
+    "a bool for an int in a set": lambda m: setattr(m, "kinds", {True}),
+    "an element of a set": lambda m: m.kinds.add(2),
+    "an inner list": lambda m: m.nested[0].append(2),
+    "an attribute hides that of a class": lambda m: setattr(m.settings, "factor", 2.0),
+    "a new attribute": lambda m: setattr(m, "more", 1),
+    "an attribute less": lambda m: delattr(m, "zero"),
+    "a child more": lambda m: m.inner.append(torch.nn.ReLU()),
+    "a child less": lambda m: m.inner.pop(1),
+    "another child": lambda m: m.inner.__setitem__(1, torch.nn.GELU()),
+    "a parameter where there was none": lambda m: setattr(
+        m.inner[0], "bias", torch.nn.Parameter(torch.ones(4))
+    ),
+    "a new parameter": lambda m: m.register_parameter("more", torch.nn.Parameter(torch.ones(1))),
+    "a new buffer": lambda m: m.register_buffer("more", torch.ones(1)),
+    "a buffer less": lambda m: delattr(m, "shift"),
+    "a hook": lambda m: m.inner[1].register_forward_hook(lambda *a: None),
+}
+AS_GOOD = {
+    "the same number": lambda m: setattr(m, "zero", float("0")),
+    "an equal tuple": lambda m: setattr(m, "pair", (int("1"), 2)),
+    "an equal list": lambda m: setattr(m, "sizes", [2, 3]),
+    "an equal dict": lambda m: setattr(m, "table", {"a": 1}),
+    "an equal set": lambda m: setattr(m, "kinds", {1}),
+    "another tensor in the place of a parameter": lambda m: setattr(
+        m.inner[0], "weight", torch.nn.Parameter(torch.zeros(4, 4))
+    ),
+    "the methods that superopt keeps": lambda m: vars(m).update({BOUND: {}}),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_change_is_seen_and_what_is_as_good_is_not(compiled, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "guards"
+    for name, change in (*SEEN.items(), *AS_GOOD.items()):
+        module = Stack()
+        guards = take_guards(module)
+        if compiled:
+            guards.compile(folder)
+            assert guards.places.pointers
+        assert guards.hold()
+        change(module)
+        assert guards.hold() is (name in AS_GOOD), name
+        if name in AS_GOOD:  # it is watched as what it replaced was
+            assert guards.hold()
+            module.sizes[0] = 5
+            assert not guards.hold(), name
+            module.sizes[0] = 2
+            assert guards.hold()
+            module.table["a"] = 2
+            assert not guards.hold(), name
+            module.table["a"] = 1
+            module.kinds.add(2)
+            assert not guards.hold(), name
+
+
+def test_a_changed_place_is_seen_behind_one_that_was_replaced_by_as_good(tmp_path):
+    module = Stack()
+    guards = take_guards(module)
+    guards.compile(tmp_path)
+    module.sizes, module.settings.more = [2, 3], 1
+    assert not guards.hold()
+    assert not guards.hold()
+
+
+def test_a_buffer_that_became_a_part_of_a_plan_may_not_be_replaced():
+    module = Stack()
+    guards = take_guards(module)
+    guards.fold([module.shift])
+    assert guards.hold()
+    module.shift = torch.ones(4)
+    assert not guards.hold()
+
+
+def test_classes_are_guarded_once_however_many_objects_they_have():
+    few, many = (
+        take_guards(torch.nn.Sequential(*(Block() for _ in range(n)))).classes for n in (1, 9)
+    )
+    assert [len(s.entries) for s in few.values()] == [len(s.entries) for s in many.values()]
