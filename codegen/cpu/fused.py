@@ -5,6 +5,7 @@ loop along the last dim for all members that can share it (`Row`).
 """
 
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Final, final
 
 from superopt.codegen.cpu.context import Context, Extent
@@ -18,6 +19,8 @@ _GROUP: Final = 16
 """Rows from which it pays to take as many together as a vector has lanes."""
 _GROUP_COLUMNS: Final = 512
 """Elements of a row up to which those of a group stay in the first caches from pass to pass."""
+_STRETCH: Final = 128
+"""Rows whose sum is made on its own and then added: errors grow with the additions in turn."""
 _FOLD: Final = {
     "sum": "combine_sum",
     "prod": "combine_product",
@@ -86,19 +89,16 @@ class FusedLoop:
             lane = wide[-1] if wide else lane
         for member in members:
             self._before(member, lane)
+        stretched = self._stretched(members[0], lane)
+        if stretched is not None:
+            self._stretches(members[0], *stretched, lane)
+            return
         self._nest(members[0].extents, 0, lane, self._grouped(members, lane), members)
 
     def _before(self, member: Member, lane: int) -> None:
         """Start reductions that collect over rows at their neutral element."""
         if member.kind == "reduce" and any(a != lane for a in member.axes):
-            kind = combine_kind(member.node)
-            dtype = member.view.dtype
-            count = member.view.strides[0] * member.node.shape[0] if member.view.strides else 1
-            self.context.write(
-                f"fill<{member.view.element}>({member.view.pointer}, {max(count, 1)}L, "
-                f"{identity(kind, dtype)});"
-            )
-
+            self._clear(member)
         if member.carry is not None:
             views = [(member.carry, identity(combine_kind(member.node), carried(member.node)))]
             if member.kind == "place":
@@ -108,6 +108,12 @@ class FusedLoop:
                 size = max(view.strides[0] * rows, 1)
                 self.context.write(f"fill<{view.element}>({view.pointer}, {size}L, {value});")
 
+    def _clear(self, member: Member) -> None:
+        kind, view = combine_kind(member.node), member.view
+        self.context.write(
+            f"fill<{view.element}>({view.pointer}, {_elements(member)}L, {identity(kind, view.dtype)});"
+        )
+
     def _nest(
         self,
         extents: tuple[Extent, ...],
@@ -115,27 +121,52 @@ class FusedLoop:
         lane: int,
         rows: int | None,
         members: list[Member],
+        stretched: int | None = None,
     ) -> None:
-        """Write the loops around a row; those over the dim `rows` go by groups."""
+        """Write the loops around a row; those over `rows` go by groups, over `stretched` to an end."""
         if dim == len(extents):
             self._row(members, lane)
         elif dim == lane or extents[dim].full == 1 == extents[dim].known:
-            self._nest(extents, dim + 1, lane, rows, members)
+            self._nest(extents, dim + 1, lane, rows, members, stretched)
         elif extents[dim].full == 1:
             with self.context.block(f"if ({extents[dim].text} > 0)"):
-                self._nest(extents, dim + 1, lane, rows, members)
+                self._nest(extents, dim + 1, lane, rows, members, stretched)
         elif dim == rows:
             self._groups(extents[dim], dim, lane, members)
         else:
-            head = f"for (long r{dim} = 0; r{dim} < {extents[dim].text}; ++r{dim})"
+            first, stop = ("0", extents[dim].text) if dim != stretched else (f"c{dim}", f"s{dim}")
+            head = f"for (long r{dim} = {first}; r{dim} < {stop}; ++r{dim})"
             with self.context.block(head):
-                self._nest(extents, dim + 1, lane, rows, members)
+                self._nest(extents, dim + 1, lane, rows, members, stretched)
 
     def _row(self, members: list[Member], lane: int) -> None:
         row = Row(self.context, self.plan, members[0].rank, lane)
         for member in members:
             row.add(member)
         row.flush()
+
+    # -- long sums over rows -------------------------------------------------------------------
+
+    def _stretched(self, member: Member, lane: int) -> tuple[int, int] | None:
+        """Return the dim whose rows are summed in stretches, and how long these are, if that is due."""
+        full = {a: member.extents[a].full for a in member.axes if a != lane}
+        rows = prod(full.values())
+        if member.kind != "reduce" or combine_kind(member.node) != "sum" or rows <= 2 * _STRETCH:
+            return None
+        longest = max(full, key=lambda a: full[a])
+        length = max(1, _STRETCH * full[longest] // rows)
+        return (longest, length) if member.view.dtype.is_float else None
+
+    def _stretches(self, member: Member, dim: int, length: int, lane: int) -> None:
+        view, count = member.view, _elements(member)
+        part = self.context.allocate((count,), view.dtype, "part").pointer
+        inner = replace(member, view=replace(view, pointer=part))
+        end = member.extents[dim].text
+        with self.context.block(f"for (long c{dim} = 0; c{dim} < {end}; c{dim} += {length})"):
+            self.context.write(f"const long s{dim} = min_of(c{dim} + {length}, {end});")
+            self._clear(inner)
+            self._nest(member.extents, 0, lane, None, [inner], dim)
+            self.context.write(f"add<{view.element}>({view.pointer}, {part}, {count}L);")
 
     # -- groups of rows ------------------------------------------------------------------------
 
@@ -210,3 +241,9 @@ class FusedLoop:
             extents[dim] = Extent(_GROUP, f"s{dim}", "-1")
             row.add(replace(member, extents=tuple(extents)))
         row.flush()
+
+
+def _elements(member: Member) -> int:
+    """Return how many elements in memory the result of a reduction takes."""
+    strides = member.view.strides
+    return max(strides[0] * member.node.shape[0], 1) if strides else 1

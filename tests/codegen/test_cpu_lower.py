@@ -164,6 +164,24 @@ def test_long_sums_are_no_chain(folder, columns):
     assert (top == values[:, :1]).all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((9001, 5), (0,)), ((3, 2051, 5), (0, 1)), ((700, 9), (0, 1))]
+)
+def test_long_sums_over_rows_are_no_chain(folder, shape, axes):
+    x = b.input_("x", shape)
+    build = BlockBuilder("total")
+    tile = build.load(x, *shape)
+    total = b.reduce_sum(tile, tuple(a - len(shape) for a in axes))
+    build.store(total, total.shape, *total.shape)
+    source = check(build.graph(), folder, tolerance=1e-5)
+    (kernel,) = compile_many([source], folder)
+    values = torch.full(shape, 1.2345)
+    found = torch.empty(total.shape)
+    kernel(values.data_ptr(), found.data_ptr())
+    exact = values.double().sum(axes, keepdim=True)
+    assert ((found - exact).abs() / exact).max() < 16 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("past", [False, True])
 @pytest.mark.parametrize("columns", [64, 203, 2100])
 def test_pairs_of_16_bit_vectors(folder, columns, past):

@@ -43,6 +43,10 @@ template <class T>
 SO_NOINLINE void fill(T* to, long count, T value) {
   for (long i = 0; i < count; ++i) to[i] = value;
 }
+template <class T>
+SO_NOINLINE void add(T* to, const T* from, long count) {
+  for (long i = 0; i < count; ++i) to[i] += from[i];
+}
 
 // ---- Stores past the caches -----------------------------------------------------------------------
 
