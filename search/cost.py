@@ -31,6 +31,7 @@ _STREAMED_ROWS: Final = 32
 """Up to so many rows a CPU's product reads a transposed operand as it lies; for more it copies it."""
 _TRANSPOSITION: Final = 3.0
 """Vector operations per element copied: 0.22 ns on Cascade Lake."""
+_LINE_BYTES: Final = 64
 _SLOW: Final = {
     elementwise.EXP: 8.0,
     elementwise.LOG: 10.0,
@@ -100,6 +101,7 @@ class _Op:
     """What a node costs, in terms of the numbers of points of index sets (positions in a list)."""
 
     elements: int
+    row: int
     passes: int
     closes: bool
     seconds_per_element: float
@@ -111,9 +113,13 @@ class _Op:
 @final
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A tensor that is read: bytes per element, bytes of its own, the tensor that it is a view of."""
+    """A tensor that is read: bytes per element, bytes of its own, the tensor that it is a view of.
+
+    `run` is the index set along which it is contiguous in memory.
+    """
 
     elements: int
+    run: int
     passes: int
     element_bytes: int
     unique: float
@@ -138,6 +144,7 @@ class KernelModel:
         self._extents = {a: self._space.extent(a) for a in schedule.roles}
         self._ops = [self._op(n) for n in schedule.region.body]
         self._reads = [self._read(n) for n in schedule.region.inputs]
+        self._whole = [prod([self._extents[a] for a in atoms]) for atoms in self._sets]
         self._written = sum(2.0 * n.tensor.size_bytes for n in schedule.region.outputs)
 
     # -- what does not depend on the tiles -----------------------------------------------------
@@ -196,12 +203,19 @@ class KernelModel:
             rate = self._operations(node, present) / self._machine.vector_ops
             if kind is OpKind.REDUCTION:
                 counted = self._present[node.inputs[0]]
+        shaped = node.inputs[0] if kind is OpKind.REDUCTION else node
         spills = kind not in (OpKind.LEAF, OpKind.STRUCTURAL)
         if counted is not present:
             # the result is smaller than what is read: it does not spill
             spills = False
         passes, tile = self._passes.get(node, 0), self._set(present)
-        return _Op(self._set(counted), passes, closes, rate, product, tile, spills)
+        row = self._set(self._along(shaped, -1))
+        return _Op(self._set(counted), row, passes, closes, rate, product, tile, spills)
+
+    def _along(self, node: Node, axis: int) -> frozenset[Atom]:
+        """Return what a node varies over along one of its dims."""
+        layout = self._space.layout(node)
+        return frozenset(layout[axis]) & self._present[node] if layout else frozenset()
 
     def _operations(self, node: Node, present: frozenset[Atom]) -> float:
         """Return what an element costs, in simple operations."""
@@ -223,7 +237,9 @@ class KernelModel:
             unique = min(unique, float(gather.tensor.size_bytes))
         elements = self._set(self._present[gather or node])
         passes = self._passes.get(node, 0)
-        return _Read(elements, passes, node.tensor.dtype.size_bytes, unique, view_base(node))
+        strides = (lies or node.tensor).element_strides
+        run = self._set(self._along(node, strides.index(1)) if 1 in strides else frozenset())
+        return _Read(elements, run, passes, node.tensor.dtype.size_bytes, unique, view_base(node))
 
     # -- what does -----------------------------------------------------------------------------
 
@@ -250,7 +266,8 @@ class KernelModel:
             if op.product is not None:
                 compute += times * self._product_s(op.product, elements, sizes)
             else:
-                compute += times * elements * op.seconds_per_element
+                wasted = self._rounded(op.row, sizes, machine.vector_lanes)
+                compute += times * elements * wasted * op.seconds_per_element
             # a tile that outgrows the inner cache goes through the outer ones
             if (
                 op.spills
@@ -271,6 +288,16 @@ class KernelModel:
         # prefetching hides part of the traffic behind arithmetic, or of the arithmetic behind traffic
         busy, waiting = compute_s + cache_s, memory_s
         return overhead + max(busy, waiting) + _UNHIDDEN * min(busy, waiting)
+
+    def _rounded(self, cut: int, sizes: list[int], unit: int) -> float:
+        """Return by how much it costs more that tiles cut rows of an index set into less than units.
+
+        Lanes of vectors stay idle, and lines of the cache are read in part.
+        """
+        size = sizes[cut]
+        if self._machine.kind != "cpu" or size == self._whole[cut]:
+            return 1.0
+        return ceil(size / unit) * unit / size
 
     def _fits(self, sizes: list[int]) -> bool:
         """Say whether a block's tiles fit its registers, and operands of products its shared memory."""
@@ -304,6 +331,7 @@ class KernelModel:
         for read in self._reads:
             times = (read.passes * trips or 1) * blocks
             total = float(read.element_bytes * sizes[read.elements] * times)
+            total *= self._rounded(read.run, sizes, _LINE_BYTES // read.element_bytes)
             touched += total
             if read.unique >= self._machine.outer_cache_bytes:
                 moved += max(0.0, total - read.unique)
