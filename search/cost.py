@@ -20,6 +20,7 @@ from superopt.ir.types import DType
 from superopt.search.indices import Atom, IndexSpace
 from superopt.search.region import VIEWS, view_base, view_type
 from superopt.search.schedule import Role, Schedule
+from superopt.search.visible import visible
 
 _UNHIDDEN: Final = 0.5
 _STAGES: Final = 2
@@ -145,6 +146,8 @@ class KernelModel:
         self._ops = [self._op(n) for n in schedule.region.body]
         self._reads = [self._read(n) for n in schedule.region.inputs]
         self._whole = [prod([self._extents[a] for a in atoms]) for atoms in self._sets]
+        self._visible = visible(schedule)
+        self._visible_elements = self._visible.share({})
         self._written = sum(2.0 * n.tensor.size_bytes for n in schedule.region.outputs)
 
     # -- what does not depend on the tiles -----------------------------------------------------
@@ -258,13 +261,16 @@ class KernelModel:
             return inf
         blocks = prod(-(-self._extents[a] // tile[a]) for a in schedule.grid)
         loop = schedule.loop
-        trips = 1 if loop is None else -(-self._extents[loop] // tile[loop])
+        # iterations that masks leave; within them, a CPU's products compute little more than that
+        share = self._visible.share(tile)
+        kept = self._visible_elements / share if machine.kind == "cpu" and share else 1.0
+        trips = 1.0 if loop is None else share * -(-self._extents[loop] // tile[loop])
         compute = cached = 0.0
         for op in self._ops:
             times = op.passes * trips if op.passes else trips if op.closes else 1
             elements = sizes[op.elements]
             if op.product is not None:
-                compute += times * self._product_s(op.product, elements, sizes)
+                compute += times * self._product_s(op.product, elements, sizes, kept)
             else:
                 wasted = self._rounded(op.row, sizes, machine.vector_lanes)
                 compute += times * elements * wasted * op.seconds_per_element
@@ -311,20 +317,20 @@ class KernelModel:
         ]
         return sum(staged) <= self._machine.inner_cache_bytes
 
-    def _product_s(self, product: _Product, elements: int, sizes: list[int]) -> float:
-        """Seconds on one core of one tile product."""
+    def _product_s(self, product: _Product, elements: int, sizes: list[int], kept: float) -> float:
+        """Seconds on one core of one tile product, of which a share is computed."""
         machine = self._machine
         # loads per multiply-add of the best register tile bound the rate of small products
         narrow, wide = sorted((sizes[product.rows], sizes[product.columns]))
         least, most = (6, 2 * machine.vector_lanes) if machine.kind == "cpu" else _GPU_PRODUCT
         reuse = min(1.0, narrow / least) * min(1.0, wide / most)
         rate = product.flops / machine.cores * max(reuse, 0.05) * 0.9
-        seconds = 2.0 * elements * sizes[product.inner] / rate
+        seconds = kept * 2.0 * elements * sizes[product.inner] / rate
         if machine.kind == "cpu" and product.transposed and sizes[product.rows] > _STREAMED_ROWS:
             seconds += _transposition_s(sizes[product.inner] * sizes[product.columns], machine)
         return seconds
 
-    def _traffic(self, sizes: list[int], blocks: int, trips: int) -> tuple[float, float]:
+    def _traffic(self, sizes: list[int], blocks: int, trips: float) -> tuple[float, float]:
         """Bytes from memory, and bytes from the caches, of the whole kernel."""
         moved = touched = 0.0
         first: dict[Node, float] = {}

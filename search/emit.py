@@ -43,6 +43,11 @@ def block_graph(schedule: Schedule, tiles: Mapping[Atom, int], name: str) -> Gra
     return with_bounds(graph)
 
 
+def axis_names(schedule: Schedule) -> dict[Atom, str]:
+    """Return the names of a schedule's axes; where there are several passes, a loop's end in their number."""
+    return {a: _LETTERS[i % 26] + "_" * (i // 26) for i, a in enumerate(schedule.roles)}
+
+
 def place(schedule: Schedule, graph: Graph, operands: Sequence[Node]) -> list[Node]:
     """Apply a block graph in a kernel graph: `operands` stand for the inputs of its region.
 
@@ -91,8 +96,8 @@ class _Emitter:
 
     def run(self, name: str) -> Graph:
         s = self.schedule
+        self.names = axis_names(s)
         for atom in s.roles:
-            self.names[atom] = _LETTERS[len(self.names) % 26] + "_" * (len(self.names) // 26)
             if s.roles[atom] is Role.WHOLE:
                 self.tiles[atom] = s.space.extent(atom)
             self.tiles[atom] = min(self.tiles[atom], s.space.extent(atom))
