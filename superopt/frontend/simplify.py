@@ -58,8 +58,8 @@ def _with_scalars(node: Node) -> Node:
 
 def _simpler(node: Node) -> Node:
     op = node.op
-    if op is structural.RESHAPE:
-        return _reshape(node)
+    if op in (structural.RESHAPE, structural.PERMUTE):
+        return _view(node)
     if op in (e.AND, e.OR):
         return _logical(node)
     if op is e.NOT:
@@ -76,6 +76,34 @@ def _simpler(node: Node) -> Node:
             return left
         return right if op is e.MUL and _is_number(left, 1) else node
     return node
+
+
+def _view(node: Node) -> Node:
+    """Replace views that together leave the elements in their order by one reshape, or none."""
+    order = _long(node.shape)
+    base, current = node, node
+    while current.op in (structural.RESHAPE, structural.PERMUTE):
+        source = current.inputs[0]
+        if current.op is structural.PERMUTE:
+            order = [current.attrs.perm[dim] for dim in order]
+        else:
+            before, after = _long(source.shape), _long(current.shape)
+            if [source.shape[i] for i in before] != [current.shape[i] for i in after]:
+                break
+            moved = dict(zip(after, before, strict=True))
+            order = [moved[dim] for dim in order]
+        current = source
+        if order == sorted(order):
+            base = current
+    if base is node:
+        return _reshape(node) if node.op is structural.RESHAPE else node
+    found = b.reshape(base, node.shape)
+    return _reshape(found) if found.op is structural.RESHAPE else found
+
+
+def _long(shape: tuple[int, ...]) -> list[int]:
+    """Return the dims of more than one element."""
+    return [i for i, d in enumerate(shape) if d != 1]
 
 
 def _reshape(node: Node) -> Node:

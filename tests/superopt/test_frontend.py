@@ -16,7 +16,7 @@ from superopt.frontend.rules import common_dtype
 from superopt.ir import build as b
 from superopt.ir import composite
 from superopt.ir.node import Node
-from superopt.ir.ops import contraction, elementwise, library
+from superopt.ir.ops import contraction, elementwise, library, structural
 from superopt.ir.ops.registry import Op
 from superopt.verify.draws import is_draw
 from superopt.verify.reference import DTYPES, run_reference
@@ -551,6 +551,27 @@ def test_filled_operands_keep_the_shape_of_the_result(runner: Any) -> None:
     x = randn(3)
     lifted = lift(lambda t: (t * torch.ones(2, 3), torch.zeros(4) + 1, t * 1), (x,))
     runner.check(lifted, (x * torch.ones(2, 3), torch.ones(4), x), x)
+
+
+@pytest.mark.parametrize(
+    ("function", "views"),
+    [
+        (lambda t: t.unsqueeze(2).permute(0, 2, 1).squeeze(1), 0),
+        (lambda t: t.unsqueeze(0).permute(1, 0, 2), 1),
+        (lambda t: t.unsqueeze(-1).permute(2, 1, 0).transpose(1, 2).squeeze(0), 0),
+        (lambda t: t.unsqueeze(-1).permute(1, 2, 0).squeeze(1), 3),
+        (lambda t: t.reshape(9).reshape(3, 1, 3).transpose(0, 1), 1),
+        (lambda t: torch.einsum("ij,jk->ik", torch.einsum("ij,kj->ik", t, t).exp(), t), 3),
+    ],
+)
+def test_views_that_leave_the_order_are_one_reshape_at_most(
+    function: Any, views: int, runner: Any
+) -> None:
+    x = randn(3, 3)
+    lifted = lift(lambda t: function(t * 2) + 0, (x,))
+    found = nodes_of(lifted, structural.RESHAPE) + nodes_of(lifted, structural.PERMUTE)
+    assert len(found) == views
+    runner.check(lifted, function(x * 2) + 0, x)
 
 
 def test_nodes_know_the_users_line() -> None:
