@@ -22,6 +22,7 @@ from superopt.ir import composite
 from superopt.ir.build import elementwise_op
 from superopt.ir.node import Node, make
 from superopt.ir.ops import elementwise as e
+from superopt.ir.ops import leaf
 from superopt.ir.ops.registry import Op
 from superopt.ir.types import DType
 
@@ -164,9 +165,6 @@ def _binary(op: Op, *targets: Any) -> None:
 
 _binary(e.MUL, aten.mul.Tensor, aten.mul.Scalar)
 _binary(e.DIV, aten.div.Tensor, aten.div.Scalar)
-_binary(e.REMAINDER, aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor)
-_binary(e.FMOD, aten.fmod.Tensor, aten.fmod.Scalar)
-_binary(e.FLOORDIV, aten.floor_divide.default)
 _binary(e.MAXIMUM, aten.maximum.default)
 _binary(e.MINIMUM, aten.minimum.default)
 _binary(e.ATAN2, aten.atan2.default)
@@ -174,16 +172,60 @@ _binary(e.COPYSIGN, aten.copysign.Tensor, aten.copysign.Scalar)
 _binary(e.AND, aten.bitwise_and.Tensor, aten.bitwise_and.Scalar)
 _binary(e.OR, aten.bitwise_or.Tensor, aten.bitwise_or.Scalar)
 _binary(e.XOR, aten.bitwise_xor.Tensor, aten.bitwise_xor.Scalar)
-_binary(e.SHL, aten.bitwise_left_shift.Tensor, aten.bitwise_left_shift.Tensor_Scalar)
-_binary(e.SHR, aten.bitwise_right_shift.Tensor, aten.bitwise_right_shift.Tensor_Scalar)
-_binary(e.SHL, aten.__lshift__.Tensor, aten.__lshift__.Scalar)
-_binary(e.SHR, aten.__rshift__.Tensor, aten.__rshift__.Scalar)
+
+
+def _divided(op: Op, x: Operand, y: Operand, dtype: DType) -> Node:
+    """Divide, where nothing but a number that is known not to be 0 divides integers.
+
+    PyTorch raises for an integer divided by 0: kernels cannot, the operator itself can.
+    """
+    divisor = as_dtype(y, dtype)
+    if not dtype.is_float and (divisor.op is not leaf.CONSTANT or divisor.attrs.value == 0):
+        raise Decline("a division of integers by what may be 0")
+    return _arithmetic(op, x, divisor, dtype)
+
+
+def _division(op: Op, *targets: Any) -> None:
+    def lift(call: Call, x: Operand, y: Operand) -> Node:
+        return _divided(op, x, y, call.dtype)
+
+    rule(*targets)(lift)
+
+
+_division(e.REMAINDER, aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor)
+_division(e.FMOD, aten.fmod.Tensor, aten.fmod.Scalar)
+_division(e.FLOORDIV, aten.floor_divide.default, aten.floor_divide.Scalar)
 
 
 @rule(aten.div.Tensor_mode, aten.div.Scalar_mode)
 def _div_mode(call: Call, x: Operand, y: Operand, rounding_mode: str | None) -> Node:
     op = {None: e.DIV, "floor": e.FLOORDIV, "trunc": e.TRUNCDIV}[rounding_mode]
-    return _arithmetic(op, x, y, call.dtype)
+    return _divided(op, x, y, call.dtype)
+
+
+def _shift(op: Op, *targets: Any) -> None:
+    """Lift a shift as PyTorch has it: by fewer than 0 or all bits, nothing but the sign is left."""
+
+    def lift(call: Call, x: Operand, y: Operand) -> Node:
+        dtype = call.dtype
+        value, count = as_dtype(x, dtype), as_dtype(y, dtype)
+        last = 8 * dtype.size_bytes - 1
+        if isinstance(y, int) and 0 <= y <= last:
+            return elementwise_op(op, value, count)
+        inside = b.and_(b.ge(count, 0), b.le(count, last))
+        if op is e.SHR and dtype is not DType.U8:
+            return elementwise_op(op, value, b.where(inside, count, as_dtype(last, dtype)))
+        shifted = elementwise_op(op, value, b.where(inside, count, as_dtype(0, dtype)))
+        return b.where(inside, shifted, as_dtype(0, dtype))
+
+    rule(*targets)(lift)
+
+
+for _name, _op in (("left", e.SHL), ("right", e.SHR)):
+    _packet = getattr(aten, f"bitwise_{_name}_shift")
+    _shift(_op, _packet.Tensor, _packet.Tensor_Scalar, _packet.Scalar_Tensor)
+_shift(e.SHL, aten.__lshift__.Tensor, aten.__lshift__.Scalar)
+_shift(e.SHR, aten.__rshift__.Tensor, aten.__rshift__.Scalar)
 
 
 def _compare(op: Op, name: str) -> None:

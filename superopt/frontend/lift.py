@@ -211,7 +211,9 @@ def _quiet_export() -> Iterator[None]:
 
 def _advice(error: BaseException) -> str:
     """Say what to do about an error of export that a user can do something about."""
-    if "not a known type" not in str(error) and "pytree" not in str(error):
+    # torch 2.11 puts what a program returns into a table, whatever it is
+    signs = ("not a known type", "pytree", "unhashable type")
+    if not any(sign in str(error) for sign in signs):
         return ""
     return (
         "; make the class known with torch.export.register_dataclass, or "

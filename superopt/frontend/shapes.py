@@ -296,7 +296,9 @@ def _arange(call: Call, first: Scalar, second: Any = None, third: Any = None, *_
         start, step = 0, 1
     elif call.target is aten.arange.start:
         step = 1
-    if call.dtype.is_float or not isinstance(start, int) or not isinstance(step, int):
+    if call.dtype.is_integer:
+        start, step = int(start), int(step)  # as PyTorch does, after counting
+    else:
         # PyTorch computes start + i * step in float64 and rounds once
         index = b.iota(call.shape, -1, DType.F64)
         value = b.add(b.mul(index, float(step)), float(start))

@@ -174,9 +174,6 @@ def integer_binary(i: torch.Tensor, j: torch.Tensor) -> Results:
         "sub",
         "mul",
         "div",
-        "floor_divide",
-        "remainder",
-        "fmod",
         "maximum",
         "minimum",
         "eq",
@@ -190,12 +187,37 @@ def integer_binary(i: torch.Tensor, j: torch.Tensor) -> Results:
     return results | {
         "shl": i << 2,
         "shr": i >> 1,
-        "trunc": torch.div(i, j, rounding_mode="trunc"),
+        "floor_divide": i // -3,
+        "remainder": (i - 4) % 3,
+        "fmod": torch.fmod(i - 4, 3),
+        "trunc": torch.div(i - 4, 3, rounding_mode="trunc"),
         "float_scalar": i * 0.5,
         "float_compare": i > 1.5,
         "square": i**2,
         "and_scalar": i & 3,
-        "mod": i % 3,
+    }
+
+
+def shifts(i: torch.Tensor, j: torch.Tensor) -> Results:
+    return {
+        "left": i << j,
+        "left_all": i << 100,
+        "left_negative": i << -1,
+        "right": i >> j,
+        "right_all": i >> 100,
+        "right_negative": i >> -1,
+        "of_a_number": torch.bitwise_left_shift(3, j),
+        "number_by": torch.bitwise_right_shift(-100 if i.is_signed() else 100, j),
+    }
+
+
+def integer_division(i: torch.Tensor, j: torch.Tensor) -> Results:
+    return {
+        "floor_divide": i // j,
+        "remainder": i % j,
+        "of_a_number": 7 % j,
+        "fmod": torch.fmod(i, j),
+        "trunc": torch.div(i, j, rounding_mode="trunc"),
     }
 
 
@@ -424,6 +446,7 @@ def shapes(x: torch.Tensor, y: torch.Tensor, image: torch.Tensor) -> Results:
         "triu": torch.triu(x, 1),
         "arange": torch.arange(5) + x[0, 0],
         "arange_step": torch.arange(1, 9, 2),
+        "arange_truncated": torch.arange(0.9, -7.9, -1.7, dtype=torch.int64),
         "arange_float": torch.arange(0.0, 1.0, 0.1),
         "linspace": torch.linspace(0, 1, 5),
         "eye": torch.eye(3),
@@ -533,6 +556,19 @@ FAMILIES = (
         integer_binary,
         lambda d: (integers(1, 9, 4, 5, dtype=d), integers(2, 7, 4, 1, dtype=d)),
         (torch.int32, torch.int8),
+    ),
+    Family(
+        "shifts",
+        shifts,
+        lambda d: (integers(0, 127, 6, dtype=d), torch.tensor([0, 3, 7, 8, 33, 64], dtype=d)),
+        (torch.int64, torch.int8, torch.uint8),
+    ),
+    Family(
+        "integer_division",  # it raises for a divisor of 0, which kernels cannot
+        integer_division,
+        lambda d: (integers(1, 9, 4, 5, dtype=d), integers(2, 7, 4, 1, dtype=d)),
+        (torch.int64,),
+        opaque=True,
     ),
     Family("boolean", boolean, lambda d: (normal(4, 5) > 0, other(4, 5) > 0), (torch.bool,)),
     Family("selection", selection, lambda d: (normal(4, 6, dtype=d), other(4, 6, dtype=d)), FLOATS),
