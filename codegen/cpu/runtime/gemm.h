@@ -108,6 +108,7 @@ template <int MR, int NV, int REST, bool EDGE, bool ACCUMULATE, bool PREFETCH, c
 SO_INLINE void panel_nn(long m, long cols, long k, const TA* a, long am, long ak, const TB* b,
                         long bk, float* c, long cm, long ahead, long top, long bottom,
                         const IN& band) {
+  if (top >= min_of(m, bottom)) return;
   long i = top / MR * MR;
   if (PREFETCH && m >= MR) {
     micro_nn<MR, NV, EDGE, ACCUMULATE, true>(k, a, am, ak, b, bk, c, cm, MR, cols, ahead);
