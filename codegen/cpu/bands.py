@@ -1,10 +1,11 @@
-"""Where masks leave a diagonal band of a matrix: products need not look at the rest.
+"""Where masks leave a diagonal band of a matrix, or nothing of a tile: kernels need not look at the rest.
 
 In: operands and results of products. Out: `Band`s: the texts of bounds between which row - column lies
 for every element that counts. What is outside is 0 in an operand, and not looked at in a result.
 
-The same reasoning about whole tiles, by which loops skip iterations, is `superopt.search.bounds`; it
-takes operands behind masks for finite, too.
+In: the states of a loop. Out: the text of a test for iterations that give them nothing. A block graph's own bounds
+(`superopt.search.bounds`) are single comparisons; a window beside a visible prefix hides a tile by two at once.
+Both take operands behind masks for finite.
 """
 
 from collections.abc import Iterable
@@ -21,13 +22,20 @@ from superopt.codegen.cpu.environment import (
 )
 from superopt.codegen.cpu.inline import Plan, is_move
 from superopt.ir.node import Node
-from superopt.ir.ops import elementwise, leaf, tile
+from superopt.ir.ops import contraction, elementwise, leaf, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType
 
 _Coordinates = tuple[Coordinate, ...]
 _MOST: Final = 64
-"""Conditions that a mask may consist of; beyond, no band is looked for."""
+"""Cases of a mask that are looked at."""
+_NEUTRAL: Final = {
+    tile.ACCUM_SUM: 0.0,
+    tile.ACCUM_RESCALED: 0.0,
+    tile.ACCUM_MAX: -inf,
+    tile.PREFIX_MAX: -inf,
+}
+"""What adds nothing to a state."""
 
 
 @final
@@ -98,6 +106,8 @@ def linear(node: Node, coords: _Coordinates) -> Linear | None:
 
 _Condition = tuple[Node, _Coordinates, bool]
 """A comparison, where it is evaluated, and its value."""
+_Cases = set[frozenset[_Condition]]
+"""Alternatives: conditions that together suffice for something."""
 
 
 def zero_outside(context: Context, node: Node) -> Band | None:
@@ -110,12 +120,48 @@ def unseen_outside(context: Context, plan: Plan, node: Node) -> Band | None:
     return _band(context, node, _unseen(plan, node))
 
 
-def _band(context: Context, node: Node, conditions: Iterable[_Condition]) -> Band | None:
-    """Turn conditions, each of which an element outside may fulfil, into bounds of row - column."""
+def nothing_new(context: Context, states: Iterable[Node]) -> str | None:
+    """Return the text of a test that holds only in iterations from which the states of a loop get nothing."""
+    common: set[str] | None = None
+    for state in states:
+        if state.op is tile.ACCUM_LAST and state.inputs[0].op is tile.PREFIX_MAX:
+            continue
+        if state.op not in _NEUTRAL:
+            return None
+        cases = _nothing(state.inputs[0], _NEUTRAL[state.op])
+        texts = {text for case in cases if (text := _everywhere(context, case)) is not None}
+        common = texts if common is None else common & texts
+    return " || ".join(sorted(common)) if common else None
+
+
+def _nothing(node: Node, value: float) -> _Cases:
+    """Return what makes a tile 0, or -inf, if it holds at all of its elements."""
+    if node.op is contraction.MATMUL and value == 0.0:
+        return set().union(*(_nothing(i, value) for i in node.inputs))
+    if node.op is (contraction.REDUCE_SUM if value == 0.0 else contraction.REDUCE_MAX):
+        return _nothing(node.inputs[0], value)
+    return _vanishing(node, identity_coords(node.shape), value)
+
+
+def _everywhere(context: Context, case: Iterable[_Condition]) -> str | None:
+    """Return the text of "these conditions, several of them, hold in the whole tile"."""
+    texts = set()
+    for compare, _, value in case:
+        # wherever it is evaluated, that is inside the tile of the comparison
+        excess = _excess(compare, identity_coords(compare.shape), value)
+        if excess is None:
+            return None
+        least = sum(min(0, w) * (compare.shape[d] - 1) for d, w in excess.dims.items())
+        texts.add(f"{excess.base(context, 1)} + {least}L > 0")
+    return f"({' && '.join(sorted(texts))})" if len(texts) > 1 else None
+
+
+def _band(context: Context, node: Node, cases: _Cases) -> Band | None:
+    """Turn what elements outside may fulfil into bounds of row - column."""
     row, column = len(node.shape) - 2, len(node.shape) - 1
     firsts: dict[str, None] = {}
     lasts: dict[str, None] = {}
-    for compare, coords, value in conditions:
+    for compare, coords, value in (c for case in cases if len(case) == 1 for c in case):
         excess = _excess(compare, coords, value)
         if excess is None:
             continue
@@ -131,7 +177,7 @@ def _band(context: Context, node: Node, conditions: Iterable[_Condition]) -> Ban
 
 def _nested(function: str, texts: Iterable[str]) -> str | None:
     found: str | None = None
-    for text in texts:
+    for text in sorted(texts):
         found = text if found is None else f"{function}({found}, {text})"
     return found
 
@@ -157,8 +203,8 @@ _UNITED: Final = {0.0: elementwise.MUL, -inf: elementwise.ADD}
 """Ops that are 0, or -inf, where one of their operands is."""
 
 
-def _vanishing(node: Node, coords: _Coordinates, value: float) -> set[_Condition]:
-    """Return conditions each of which makes the element at `coords` 0, or -inf."""
+def _vanishing(node: Node, coords: _Coordinates, value: float) -> _Cases:
+    """Return what makes the element at `coords` 0, or -inf."""
     while is_move(node):
         node, coords = node.inputs[0], moved_coords(node, coords)
     if node.op.kind is not OpKind.ELEMENTWISE:
@@ -178,7 +224,7 @@ def _vanishing(node: Node, coords: _Coordinates, value: float) -> set[_Condition
     return set()
 
 
-def _selected(node: Node, at: list[_Coordinates], value: float) -> set[_Condition]:
+def _selected(node: Node, at: list[_Coordinates], value: float) -> _Cases:
     condition, *sides = node.inputs
     found = []
     for side, coords, picked in zip(sides, at[1:], (True, False), strict=True):
@@ -192,26 +238,26 @@ def _selected(node: Node, at: list[_Coordinates], value: float) -> set[_Conditio
     return found[0] & found[1]
 
 
-def _forced(node: Node, coords: _Coordinates, value: bool) -> set[_Condition]:
-    """Return conditions each of which makes the truth value `node` at `coords` be `value`."""
-    found: set[_Condition] = set()
-    stack = [(node, coords, value)]
-    while stack and len(found) < _MOST:
-        node, coords, wanted = stack.pop()
-        if is_move(node):
-            stack.append((node.inputs[0], moved_coords(node, coords), wanted))
-        elif node.op is (elementwise.OR if wanted else elementwise.AND):
-            stack += [(i, broadcast_coords(i, coords), wanted) for i in node.inputs]
-        elif node.op is elementwise.NOT:
-            stack.append((node.inputs[0], broadcast_coords(node.inputs[0], coords), not wanted))
-        elif node.op in _COMPARES:
-            found.add((node, coords, wanted))
-    return found
+def _forced(node: Node, coords: _Coordinates, value: bool) -> _Cases:
+    """Return what makes the truth value `node` at `coords` be `value`."""
+    while is_move(node):
+        node, coords = node.inputs[0], moved_coords(node, coords)
+    if node.op in _COMPARES:
+        return {frozenset({(node, coords, value)})}
+    if node.op is elementwise.NOT:
+        return _forced(node.inputs[0], broadcast_coords(node.inputs[0], coords), not value)
+    if node.op not in (elementwise.AND, elementwise.OR):
+        return set()
+    left, right = (_forced(i, broadcast_coords(i, coords), value) for i in node.inputs)
+    found = left | right
+    if value == (node.op is elementwise.AND):
+        found = {one | other for one in left for other in right}
+    return found if len(found) <= _MOST else set()
 
 
-def _unseen(plan: Plan, node: Node) -> set[_Condition]:
-    """Return conditions under each of which nobody reads an element, by those who read it in place."""
-    found: set[_Condition] | None = None
+def _unseen(plan: Plan, node: Node) -> _Cases:
+    """Return under what nobody reads an element, by those who read it in place."""
+    found: _Cases | None = None
     coords = identity_coords(node.shape)
     for user in plan.users.get(node, ()):
         if user.op.kind is not OpKind.ELEMENTWISE or user.shape != node.shape:

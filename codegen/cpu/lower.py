@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import final
 
+from superopt.codegen.cpu.bands import nothing_new
 from superopt.codegen.cpu.config import CpuConfig
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
 from superopt.codegen.cpu.contraction import Product, merged_runs, splits
@@ -266,6 +267,8 @@ class _Kernel:
             for bound in loop.axis.bounds:
                 terms = " + ".join(f"{c}L * {context.axis_text(n)}" for n, c in bound.terms)
                 context.write(f"if (!({terms} + {bound.constant}L >= 0)) continue;")
+            if (nothing := nothing_new(context, loop.states)) is not None:
+                context.write(f"if ({nothing}) continue;")
             declared = self._declare_extents(tuple(self.in_loops))
             if declared:
                 whole = " && ".join(f"{context.ragged[s]} == {s.map.tile}" for s in declared)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from superopt.codegen.cpu.bands import Band, unseen_outside, zero_outside
+from superopt.codegen.cpu.bands import Band, nothing_new, unseen_outside, zero_outside
 from superopt.codegen.cpu.compile import compile_source, find_compiler, load_kernel
 from superopt.codegen.cpu.config import CpuConfig
 from superopt.codegen.cpu.context import Context
@@ -20,7 +20,7 @@ from superopt.ir import build as b
 from superopt.ir.build import BlockBuilder
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, topological
-from superopt.ir.ops import contraction
+from superopt.ir.ops import contraction, tile
 from superopt.ir.types import DType
 from superopt.verify.reference import run_reference
 from tests.codegen.meaning import check, launched, tensor
@@ -40,12 +40,16 @@ ONE_EDGE: dict[str, Mask] = {
     "window": lambda r, c: b.and_(b.ge(r, c), b.lt(b.sub(r, c), 6)),
 }
 NO_EDGE: dict[str, Mask] = {
-    "either": lambda r, c: b.or_(b.ge(r, c), b.lt(c, 4)),
+    "prefix": lambda r, c: b.or_(b.ge(r, c), b.lt(c, 4)),
     "slanted": lambda r, c: b.ge(b.add(r, r), c),
     "rows": lambda r, c: b.or_(b.lt(r, 9), b.ne(c, c)),
     "equal": lambda r, c: b.eq(r, c),
 }
-MASKS = {**ONE_EDGE, **NO_EDGE, "sinks": lambda r, c: b.and_(b.ge(r, c), NO_EDGE["either"](c, r))}
+TWO_AT_ONCE: dict[str, Mask] = {
+    "prefix": NO_EDGE["prefix"],
+    "sinks": lambda r, c: b.and_(b.ge(r, c), b.or_(b.lt(b.sub(r, c), 8), b.lt(c, 4))),
+}
+MASKS = {**ONE_EDGE, **NO_EDGE, **TWO_AT_ONCE}
 
 
 def attention(mask: Mask, masked: Callable[[Node, Node], Node], *, summed: bool = False) -> Graph:
@@ -82,9 +86,9 @@ def bands(graph: Graph) -> tuple[Band | None, Band | None]:
     return zero_outside(context, second.inputs[0]), unseen_outside(context, plan, first)
 
 
-def inside(band: Band, i: int, tile: int) -> np.ndarray:
-    """Return which elements of the tile in block `i`, iteration `tile` a band holds."""
-    names = {"i_i": i, "i_l": tile, "max_of": max, "min_of": min}
+def inside(band: Band, i: int, step: int) -> np.ndarray:
+    """Return which elements of the tile in block `i`, iteration `step` a band holds."""
+    names = {"i_i": i, "i_l": step, "max_of": max, "min_of": min}
     first, last = (
         default if text is None else eval(text.replace("L", ""), names)
         for text, default in ((band.first, -_FAR), (band.last, _FAR))
@@ -93,10 +97,10 @@ def inside(band: Band, i: int, tile: int) -> np.ndarray:
     return (first <= distance) & (distance <= last)
 
 
-def visible(mask: Mask, i: int, tile: int) -> np.ndarray:
+def visible(mask: Mask, i: int, step: int) -> np.ndarray:
     """Return the mask's values in a tile."""
     rows = b.reshape(b.add(b.iota((ROWS,), -1), i * ROWS), (ROWS, 1))
-    columns = b.reshape(b.add(b.iota((COLUMNS,), -1), tile * COLUMNS), (1, COLUMNS))
+    columns = b.reshape(b.add(b.iota((COLUMNS,), -1), step * COLUMNS), (1, COLUMNS))
     (value,) = run_reference(b.kernel_graph("mask", [], [mask(rows, columns)]), [])
     return np.broadcast_to(value.numpy(), (ROWS, COLUMNS))
 
@@ -108,8 +112,8 @@ def test_bands_hold_all_that_counts(name: str, form: str) -> None:
     assert (zero is None) == (name in NO_EDGE)
     assert (unseen is None) == (name in NO_EDGE or form not in UNSEEN)
     for band in (zero, unseen):
-        for i, tile in [(0, 0), (1, 1), (2, 0), (0, 2)] if band else []:
-            held, counts = inside(band, i, tile), visible(MASKS[name], i, tile)
+        for i, step in [(0, 0), (1, 1), (2, 0), (0, 2)] if band else []:
+            held, counts = inside(band, i, step), visible(MASKS[name], i, step)
             assert not (counts & ~held).any()
             if name in ONE_EDGE:
                 assert (counts == held).all()
@@ -127,16 +131,44 @@ def test_an_operand_that_is_not_zero_behind_the_mask_is_read() -> None:
     assert unseen is not None
 
 
+def skips(graph: Graph) -> str | None:
+    """Return the test for iterations that give the loop's states nothing."""
+    program = tile_program(graph)
+    states = [n for n in topological(graph.outputs) if n.op in (tile.ACCUM_SUM, tile.PREFIX_MAX)]
+    return nothing_new(Context(program, CpuConfig()), states)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_iterations_that_two_conditions_hide_are_skipped(name: str) -> None:
+    text = skips(attention(MASKS[name], FORMS["behind-exp"]))
+    assert (text is None) == (name not in TWO_AT_ONCE)
+    if text is None:
+        return
+    code = text.replace("L", "").replace("&&", "and").replace("||", "or")
+    skipped = 0
+    for i in range(3):
+        for step in range(4):
+            if eval(code, {"i_i": i, "i_l": step}):
+                skipped += 1
+                assert not visible(MASKS[name], i, step).any()
+    assert skipped
+
+
+def test_nothing_is_skipped_that_another_state_needs() -> None:
+    assert skips(attention(MASKS["sinks"], FORMS["selected"], summed=True)) is None
+    assert skips(attention(MASKS["sinks"], lambda m, x: b.where(m, x, 1.0))) is None
+
+
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
 
 @needs_compiler
 def test_masked_products(tmp_path: Path) -> None:
-    chosen = [("window", "behind-exp"), ("sinks", "selected"), ("later", "multiplied")]
+    chosen = [("window", "behind-exp"), ("sinks", "selected"), ("prefix", "multiplied")]
     graphs = [attention(MASKS[name], FORMS[form]) for name, form in chosen]
     sources = [lower(g, CpuConfig(rows=4, vectors=1), g.name) for g in graphs]
     for graph, source, kernel in zip(graphs, sources, compile_many(sources, tmp_path), strict=True):
-        assert "Band{" in source.text
+        assert "Band{" in source.text or "&&" in source.text
         assert isinstance(kernel, Kernel), kernel
         inputs = [tensor(i, torch.Generator().manual_seed(2)) for i in graph.inputs]
         check(graph, inputs, launched(kernel, graph, inputs))
@@ -176,7 +208,8 @@ def test_products_in_bands(tmp_path: Path, width: int) -> None:
             want = a.astype(np.float64) @ right
             # what lies a register tile beyond the band is not even read
             a[(distance_in < inner[0] - 3) | (distance_in > inner[1] + 3)] = np.nan
-            c = np.full((m, n), 2.0, np.float32)
+            held = np.full((9 * m, n), 2.0, np.float32)
+            c = held[4 * m : 5 * m]
             stored = np.ascontiguousarray(right.T if way >= 2 else right)
             numbers = np.array([m, n, k, *inner, *outer, way], np.int64)
             kernel(a.ctypes.data, stored.ctypes.data, c.ctypes.data, numbers.ctypes.data)
@@ -186,3 +219,5 @@ def test_products_in_bands(tmp_path: Path, width: int) -> None:
             reach = 2 * width // 4 + 3
             beyond = (distance_out < outer[0] - reach) | (distance_out > outer[1] + reach)
             assert (c[beyond] == 2.0).all()
+            assert (held[: 4 * m] == 2.0).all()
+            assert (held[5 * m :] == 2.0).all()
