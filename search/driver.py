@@ -100,12 +100,13 @@ class Event:
 @final
 @dataclass(slots=True)
 class Statistics:
-    """What the search did."""
+    """What the search did; `hurried` variants and parts were reached when the budget was over."""
 
     proposed: int = 0
     measured: int = 0
     rejected: int = 0
     proven: int = 0
+    hurried: int = 0
     seconds: float = 0.0
     stopped: str = "done"
 
@@ -199,6 +200,7 @@ class Driver:
         for number, variant in enumerate(variants):
             if programs and self._left() <= 0:
                 self.statistics.stopped = "budget"
+                self.statistics.hurried += len(variants) - number
                 break
             share = self._left() / (len(variants) - number) * 0.85
             program = self._assemble(variant, time.monotonic() + share)
@@ -313,6 +315,7 @@ class Driver:
             left = deadline - time.monotonic()
             if left <= 0:
                 self.statistics.stopped = "budget"
+                self.statistics.hurried += self._left() <= 0
             until = time.monotonic() + left * cost / max(missing, cost)
             missing -= cost
             minor = left <= 0 or cost < _MINOR * total
@@ -356,6 +359,7 @@ class Driver:
             if any(n.op.kind is OpKind.CONTRACTION for n in part):
                 continue
             if parts and self._left() <= 0:
+                self.statistics.hurried += 1
                 continue
             inner = make_region(graph, part)
             choice = self.tune(inner, until, minor)

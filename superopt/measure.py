@@ -91,7 +91,7 @@ class Clock:
     A graph that the graph checker refuses is not compiled; its violations are among the failures.
     `refused` is the last kernel that the compiler did not take. A compiler is not waited for past
     `deadline` (of `time.monotonic`), but for a while at least, so that a short budget finds something;
-    `late` says that some kernel was not ready by then.
+    `late` kernels were not ready by then.
 
     A program that reads more than the `target`'s caches hold finds its weights in memory at every
     call. Timed over and over, a part of it would find its own in a cache: large operands are
@@ -106,7 +106,7 @@ class Clock:
     compiled: dict[str, Compiled] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     refused: CompileError | None = None
-    late: bool = False
+    late: int = 0
     _random: dict[tuple[int, TensorType], torch.Tensor] = field(default_factory=dict)
     _copies: dict[tuple[int, TensorType], list[torch.Tensor]] = field(default_factory=dict)
 
@@ -169,7 +169,7 @@ class Clock:
         if isinstance(error, CompileError) and error.in_time:
             self.refused = error
         elif isinstance(error, CompileError):
-            self.late = True
+            self.late += 1
         logger.debug("kernel %s dropped: %s\n%s", graph.name, error, graph)
 
     def tune(self, graph: Graph, count: int) -> Compiled | None:

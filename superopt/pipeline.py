@@ -49,7 +49,7 @@ _GAIN: Final = 0.99
 _STRICT_BOUND: Final = 2.0**-120
 _SMALL_BYTES: Final = 1 << 12
 _NO_COMPILER: Final = "no compiler"
-_LATE: Final = "late"
+_SHORT: Final = "give a larger budget_s; this is not kept for other processes"
 
 
 @final
@@ -169,7 +169,10 @@ def make_plan(
 
 def lasting(plan: Plan) -> bool:
     """Say whether another run would find the same: it was not cut short, the tools were there."""
-    return plan.report.get("stopped") not in ("interrupted", _NO_COMPILER, _LATE)
+    report = plan.report
+    if report.get("stopped") in ("interrupted", _NO_COMPILER):
+        return False
+    return plan.program is not None or not report.get("hurried")
 
 
 def plan_key(request: Request, options: Options) -> str:
@@ -309,7 +312,6 @@ def _search(
             report["stopped"] = _NO_COMPILER
             return _unchanged(request, report, "the C++ compiler fails on every kernel")
         if clock.late and not clock.compiled:
-            report["stopped"] = _LATE
             return _unchanged(request, report, "no kernel was compiled before the budget was over")
         if found.verdict is None:
             why = [v.reason for v in floating.values()]
@@ -447,6 +449,7 @@ def _facts(found: SearchResult, clock: Clock) -> dict[str, Any]:
         "measured": statistics.measured,
         "rejected": statistics.rejected,
         "proven": statistics.proven,
+        "hurried": statistics.hurried + clock.late,
         "stopped": statistics.stopped,
         "notes": list(found.notes),
         "failures": clock.failures[:8],
@@ -471,6 +474,8 @@ def _plan(request: Request, report: dict[str, Any]) -> Plan:
 
 def _unchanged(request: Request, report: dict[str, Any], why: str) -> Planned:
     base = {"improved": False, "proposed": 0, "rejected": 0, "proven": 0, "search_s": 0.0}
+    if report.get("hurried"):
+        why = f"{why}, but time was over before all was tried: {_SHORT}"
     return Planned(_plan(request, {**base, **report, "why": why}), None)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import superopt
-from superopt import api
+from superopt import api, pipeline
 from superopt.frontend import decompose
 from superopt.search.driver import Event
 
@@ -76,6 +76,25 @@ def test_a_function_comes_back_faster_proven_and_reported(folder, tmp_path):
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.stdout == "True False False\n", done.stderr
+
+
+@pytest.mark.parametrize("budget_s", [1e-3, 100.0])
+def test_that_nothing_faster_was_found_is_kept_only_where_search_had_its_time(
+    budget_s, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pipeline, "_GAIN", 0.0)
+    x, w = torch.randn(16, 256), torch.randn(256)
+    searches = []
+    for _ in range(2):
+        fast = superopt.optimize(scaled_norm, budget_s=budget_s, cache=tmp_path)
+        events = record(fast)
+        torch.testing.assert_close(fast(x, w), scaled_norm(x, w))
+        fast(x, w)
+        assert planned(fast) == [False]
+        searches.append(sum(e.kind == "start" for e in events))
+    had_time = budget_s > 1
+    assert searches == [1, 0 if had_time else 1]
+    assert ("larger budget_s" in str(fast.report())) is not had_time
 
 
 def test_a_plan_per_signature_and_layout(folder):
