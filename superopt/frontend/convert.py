@@ -23,7 +23,7 @@ from superopt.frontend import elementwise as _elementwise  # noqa: F401
 from superopt.frontend import networks as _networks  # noqa: F401
 from superopt.frontend import reductions as _reductions  # noqa: F401
 from superopt.frontend import shapes as _shapes  # noqa: F401
-from superopt.frontend.errors import LiftError
+from superopt.frontend.errors import BREAKING, LiftError
 from superopt.frontend.rules import RULES, Call, Decline
 from superopt.ir import build as b
 from superopt.ir.errors import GraphError
@@ -92,7 +92,9 @@ def tensor_type(value: torch.Tensor, *, layout: bool = False) -> TensorType:
     if any(type(d) is not int for d in value.shape):
         sizes: tuple[Any, ...] = tuple(value.shape)
         if not all(d.node.has_hint() for d in sizes if isinstance(d, torch.SymInt)):
-            raise LiftError(f"the shape {tuple(value.shape)} of its result depends on data")
+            raise LiftError(
+                f"the shape {tuple(value.shape)} of its result depends on data; {BREAKING}"
+            )
         raise LiftError(f"dynamic shape {tuple(value.shape)}: export with fixed sizes")
     shape = tuple(value.shape)
     if not layout or any(type(s) is not int for s in value.stride()):
@@ -229,7 +231,7 @@ def _result_types(node: FxNode) -> tuple[TensorType, ...]:
     leaves = pytree.tree_leaves(node.meta.get("val"))
     for leaf in leaves:
         if not isinstance(leaf, torch.Tensor):
-            raise LiftError(f"a result of type {type(leaf).__name__} depends on data")
+            raise LiftError(f"it makes a number of data; {BREAKING}")
     return tuple(tensor_type(leaf) for leaf in leaves)
 
 

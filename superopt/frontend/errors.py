@@ -1,6 +1,12 @@
 """Errors of the frontend."""
 
+from typing import Final
+
 from superopt.ir.errors import SuperoptError
+
+BREAKING: Final = (
+    'torch.compile(backend="superopt") breaks the graph there, and optimizes both sides'
+)
 
 
 class LiftError(SuperoptError):
@@ -8,7 +14,7 @@ class LiftError(SuperoptError):
 
     Args:
         message: what stands in the way.
-        location: the user's line, where PyTorch recorded it.
+        location: the user's line, where it is known.
     """
 
     def __init__(self, message: str, location: str = "") -> None:

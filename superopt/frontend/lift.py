@@ -8,6 +8,8 @@ new values of changed buffers and arguments first and then the results.
 import inspect
 import logging
 import re
+import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,8 +24,9 @@ from torch.utils import _pytree as pytree
 
 from superopt.frontend.convert import Converter, source_location, tensor_type
 from superopt.frontend.decompose import decompose
-from superopt.frontend.errors import LiftError
+from superopt.frontend.errors import BREAKING, LiftError
 from superopt.frontend.fold import fold
+from superopt.frontend.output import last_line, silenced
 from superopt.frontend.simplify import simplified
 from superopt.ir.build import graph_inputs, kernel_graph
 from superopt.ir.graph import Graph
@@ -137,14 +140,27 @@ class _FunctionModule(torch.nn.Module):
         for index, module in enumerate(_captured_modules(function)):
             self.add_module(f"captured_{index}", module)
 
+        traced = _recorded(function)
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
+            return traced(*args, **kwargs)
 
         with suppress(TypeError, ValueError):  # built-in functions tell none
             signature = inspect.signature(function)
             signature.bind(*args, **kwargs)
             vars(forward)["__signature__"] = signature
         vars(self)["forward"] = forward
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a plain function under the one name by which PyTorch records a program's lines."""
+    if not isinstance(function, types.FunctionType):
+        return function
+    code = function.__code__.replace(co_name="forward")
+    named = (function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    made = types.FunctionType(code, *named)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def _captured_modules(function: Callable[..., Any]) -> list[torch.nn.Module]:
@@ -179,12 +195,15 @@ def lift(
     name = type(program).__name__ if is_module else getattr(program, "__name__", "program")
     try:
         # under no_grad a program's own no_grad blocks leave no trace in the graph
-        with torch.no_grad(), _quiet_export():
+        with torch.no_grad(), _quiet_export(), silenced() as written:
             exported = torch.export.export(module, tuple(args), kwargs, strict=False)
     except Exception as error:
         raise LiftError(
-            f"PyTorch cannot export {name}: {_first_lines(error)}{_advice(error)}"
+            f"PyTorch cannot export {name}: {_first_lines(error)}{_advice(error)}",
+            last_line(traceback.walk_tb(error.__traceback__)),
         ) from error
+    if written:
+        raise LiftError(f"{name} prints, which a plan would not do; {BREAKING}", written[0])
     return lift_exported(exported, name=name)
 
 
@@ -211,6 +230,8 @@ def _quiet_export() -> Iterator[None]:
 
 def _advice(error: BaseException) -> str:
     """Say what to do about an error of export that a user can do something about."""
+    if "data-dependent" in str(error):
+        return f"; {BREAKING}"
     # torch 2.11 puts what a program returns into a table, whatever it is
     signs = ("not a known type", "pytree", "unhashable type")
     if not any(sign in str(error) for sign in signs):

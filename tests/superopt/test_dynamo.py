@@ -78,3 +78,27 @@ def test_fallback_error_raises_what_stood_in_the_way(tmp_path):
 def test_unknown_options_name_what_is_near(tmp_path):
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="did you mean seed"):
         compiled(lambda x: x + 1, tmp_path, options={"sed": 3})(torch.randn(2))
+
+
+def test_a_print_and_a_number_of_data_break_the_graph_and_both_sides_have_plans(
+    tmp_path, monkeypatch, capsys
+):
+    served = []
+    plain = dynamo._serve
+    monkeypatch.setattr(dynamo, "_serve", lambda *a: served.append(1) or plain(*a))
+
+    def program(x):
+        y = torch.tanh(x) * 2
+        print("at work")
+        total = float(y.sum())
+        return torch.exp(-y) + total
+
+    options = {"budget_s": 3}
+    fast = compiled(program, tmp_path, dynamic=False, options=options)
+    x = torch.randn(16, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), program(x))
+        capsys.readouterr()
+        torch.testing.assert_close(fast(x), fast(x))
+    assert capsys.readouterr().out == "at work\nat work\n"
+    assert len(served) >= 2

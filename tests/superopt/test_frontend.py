@@ -1,6 +1,9 @@
 """Whole programs: modules, buffers, opaque operators, arguments, folding, and what is refused."""
 
 import functools
+import logging
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +419,61 @@ def test_control_flow_on_data_is_refused() -> None:
 
     with pytest.raises(LiftError, match="cannot export program"):
         lift(program, (randn(3),))
+
+
+def helper(x: torch.Tensor) -> torch.Tensor:
+    print("sum", x.sum().item())  # prints
+    return x + 1
+
+
+def writes(x: torch.Tensor) -> torch.Tensor:
+    sys.stderr.write("here")  # writes
+    return x + 1
+
+
+def reads(x: torch.Tensor) -> torch.Tensor:
+    return x * x.sum().item()  # reads
+
+
+def branches(x: torch.Tensor) -> torch.Tensor:
+    return x + 1 if x.sum() > 0 else x - 1  # branches
+
+
+@pytest.mark.parametrize(
+    ("program", "why", "line"),
+    [
+        (lambda x: helper(x) * 2, "prints, which a plan would not do", "# prints"),
+        (writes, "prints, which a plan would not do", "# writes"),
+        (reads, "makes a number of data", "# reads"),
+        (branches, "data-dependent", "# branches"),
+    ],
+)
+def test_a_refusal_names_the_line_and_what_to_do(
+    program: Any, why: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    streams = sys.stdout, sys.stderr
+    with pytest.raises(LiftError) as refusal:
+        lift(program, (randn(3),))
+    assert why in str(refusal.value)
+    assert 'torch.compile(backend="superopt")' in str(refusal.value)
+    assert line in refusal.value.location
+    assert (sys.stdout, sys.stderr) == streams
+    assert capsys.readouterr().out == ""  # of tensors without values
+
+
+def test_logs_warnings_and_what_other_threads_print_are_no_output_of_a_program(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        logging.StreamHandler().emit(logging.makeLogRecord({"msg": "logged"}))
+        thread = threading.Thread(target=print, args=("printed elsewhere",))
+        thread.start()
+        thread.join()
+        return x + 1
+
+    lift(program, (randn(3),))
+    written = capsys.readouterr()
+    assert (written.out, written.err) == ("printed elsewhere\n", "logged\n")
 
 
 def test_results_of_unknown_size_are_refused() -> None:
