@@ -39,7 +39,7 @@ MAX_REDRAWS = 4
 MIN_DECISIONS = 256
 """How many random outcomes each comparison is to see over all tests."""
 MIN_INTEGERS = 64
-"""How many values are drawn of each integer or boolean input over all tests."""
+"""How many values are drawn of each integer or boolean input of what differs, over all tests."""
 DIRECT_ERROR = 2.0**-10
 """Programs are tested whole while one test says so much; else in pieces, which then costs less."""
 
@@ -359,7 +359,9 @@ def _run(
     tests = max(1, ceil(log2(error_bound) / log2(error)))
     if sites:
         tests = max(tests, min(MAX_TESTS, ceil(MIN_DECISIONS / min(sites))))
-    drawn = [max(1, i.tensor.elements) for i in joint.inputs if not i.tensor.dtype.is_float]
+    read = frozenset(topological(_compared(joint, half)))
+    integers = [i for i in joint.inputs if i in read and not i.tensor.dtype.is_float]
+    drawn = [max(1, i.tensor.elements) for i in integers]
     if drawn:
         tests = max(tests, min(MAX_TESTS, ceil(MIN_INTEGERS / min(drawn))))
     needs = needed_residues(joint, by_order=by_order)
@@ -385,6 +387,12 @@ def _run(
         seconds=time.perf_counter() - started,
         counterexample=difference,
     )
+
+
+def _compared(joint: Graph, half: int) -> list[Node]:
+    """List the outputs that are not one and the same computation in both programs."""
+    pairs = zip(joint.outputs[:half], joint.outputs[half:], strict=True)
+    return [node for pair in pairs if pair[0] is not pair[1] for node in pair]
 
 
 def _refused(reason: str, seed: int, started: float) -> Verdict:

@@ -304,3 +304,21 @@ def test_a_common_divisor_is_counted_once() -> None:
     verdict = same(attended, after, wide, values)
     assert verdict.equivalent
     assert verdict.error_per_test < 2.0**-20
+
+
+def test_only_integers_that_differing_results_read_need_many_values() -> None:
+    count = tensor("count", (), DType.I64)
+    doubled, scaled = b.add(X, X), b.cast(count, DType.F32)
+
+    def tests(*pairs: tuple[Node, Node]) -> int:
+        left, right = (
+            b.kernel_graph("both", (X, count), side) for side in zip(*pairs, strict=True)
+        )
+        verdict = verify_field(left, right, seed=3)
+        assert verdict.equivalent
+        return verdict.tests
+
+    apart = tests((b.mul(X, 2.0), doubled), (b.add(count, 1), b.add(count, 1)))
+    assert apart < 10
+    assert tests((b.mul(X, 2.0), doubled), (b.add(count, 1), b.sub(count, -1))) == 64
+    assert tests((b.mul(b.mul(X, 2.0), scaled), b.mul(doubled, scaled))) == 64
