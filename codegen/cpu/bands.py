@@ -74,6 +74,10 @@ class Linear:
             self.constant + sign * other.constant,
         )
 
+    def axes(self) -> set[str]:
+        """Return the axes of the block graph that it depends on."""
+        return {name for map_ in self.offsets for name, _ in map_.axes}
+
     def base(self, context: Context, sign: int) -> str:
         """Return the text of sign * (what does not depend on the dims)."""
         terms = [f"{sign * w}L * ({context.offset_text(m)})" for m, w in self.offsets.items()]
@@ -159,12 +163,13 @@ def _everywhere(context: Context, case: Iterable[_Condition]) -> str | None:
 def _band(context: Context, node: Node, cases: _Cases) -> Band | None:
     """Turn what elements outside may fulfil into bounds of row - column."""
     row, column = len(node.shape) - 2, len(node.shape) - 1
+    loops = {axis.name for axis in context.program.graph.loops}
     firsts: dict[str, None] = {}
     lasts: dict[str, None] = {}
     for compare, coords, value in (c for case in cases if len(case) == 1 for c in case):
         excess = _excess(compare, coords, value)
-        if excess is None:
-            continue
+        if excess is None or not excess.axes() & loops <= context.program.loops_of[node]:
+            continue  # what is made once must serve every iteration of a later loop
         # outside where excess > 0
         if excess.dims == {row: -1, column: 1}:
             firsts.setdefault(excess.base(context, 1))

@@ -131,6 +131,20 @@ def test_an_operand_that_is_not_zero_behind_the_mask_is_read() -> None:
     assert unseen is not None
 
 
+def test_what_is_made_once_serves_every_iteration() -> None:
+    g = BlockBuilder("once", loops={"l": 4})
+    q = g.load(b.input_("q", (ROWS, 16)), ROWS, 16)
+    k = g.load(b.input_("k", (COLUMNS, 16)), COLUMNS, 16)
+    columns = b.reshape(g.index(4 * COLUMNS, ("l", COLUMNS)), (1, COLUMNS))
+    rows = b.reshape(g.index(ROWS, ROWS), (ROWS, 1))
+    scores = b.matmul(q, b.transpose(k))
+    kept = b.where(b.le(columns, rows), scores, 0.0)
+    g.store(b.accum_sum(b.matmul(kept, k), "l"), (ROWS, 16), ROWS, 16)
+    zero, unseen = bands(g.graph())
+    assert zero is not None
+    assert unseen is None
+
+
 def skips(graph: Graph) -> str | None:
     """Return the test for iterations that give the loop's states nothing."""
     program = tile_program(graph)
