@@ -237,7 +237,12 @@ class Driver:
     def _variants(self) -> list[Graph]:
         """Algebraic variants, most promising first; duplicates dropped."""
         plain = {g.digest(): g for g in (expand(self.original), _expand_simple(self.original))}
-        moved = [self._moved(g) for g in plain.values()]
+        moved: list[Graph] = []
+        for graph in plain.values():
+            if moved and self._left() <= 0:
+                self.statistics.hurried += 1
+                break
+            moved.append(self._moved(graph))
         # in parts they occupy all cores; whole they stay in a loop with what else is read there
         moved += [apply_rules(g, (REDUCE_IN_PARTS,)) for g in moved]
         return list({g.digest(): g for g in moved}.values())
@@ -353,16 +358,16 @@ class Driver:
         return _moved(variant, region, parts)
 
     def _around(self, graph: Graph, until: float, minor: bool) -> list[tuple[Region, _Choice]]:
-        """Return kernels for what is around products, which stay in the library."""
+        """Return kernels for what is around products, which stay in the library; all, however late it is."""
         parts: list[tuple[Region, _Choice]] = []
-        for part in self._costs(graph, 0):
-            if any(n.op.kind is OpKind.CONTRACTION for n in part):
-                continue
-            if parts and self._left() <= 0:
-                self.statistics.hurried += 1
-                continue
-            inner = make_region(graph, part)
-            choice = self.tune(inner, until, minor)
+        groups = self._costs(graph, 0)
+        around = [g for g in groups if all(n.op.kind is not OpKind.CONTRACTION for n in g)]
+        regions = [make_region(graph, group) for group in around]
+        self._prepare(regions)
+        for inner in regions:
+            late = self._left() <= 0
+            self.statistics.hurried += late
+            choice = self.tune(inner, until, minor or late)
             if choice is not None:
                 parts.append((inner, choice))
         return parts

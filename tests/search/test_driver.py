@@ -14,6 +14,7 @@ from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make
 from superopt.ir.ops import contraction, elementwise, library
+from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
 from superopt.search import driver
@@ -53,6 +54,22 @@ def test_a_budget_that_is_over_still_finds_something() -> None:
     result = run(PROGRAMS["causal_gqa"], Predicted(), budget_s=1e-3)
     assert result.statistics.stopped == "budget"
     assert result.verdict is not None
+
+
+class SlowProducts(Predicted):
+    """A library multiplies faster than any kernel does."""
+
+    def kernels(self, graphs: Sequence[Graph]) -> list[float]:
+        own = (any(n.op.kind is OpKind.CONTRACTION for n in g.nodes()) for g in graphs)
+        times = zip(super().kernels(graphs), own, strict=True)
+        return [1e3 if slow else seconds for seconds, slow in times]
+
+
+def test_every_part_around_products_has_a_kernel_however_late_it_is() -> None:
+    in_time, late = (run(PROGRAMS["norm_mlp"], SlowProducts(), budget_s=s) for s in (1000.0, 1e-3))
+    custom = [sum(n.op is library.CUSTOM for n in r.graph.nodes()) for r in (in_time, late)]
+    assert custom[0] == custom[1] > 1
+    assert in_time.statistics.hurried == 0 < late.statistics.hurried
 
 
 @pytest.mark.parametrize("name", ["causal_gqa", "norm_linear", "loss", "residual"])
