@@ -85,6 +85,16 @@ for _target, _op in (
     _same_unary(_target, _op, identity_on_integers=True)
 
 
+@rule(aten.round.decimals)
+def _round_decimals(call: Call, x: Node, decimals: int) -> Node:
+    if not call.dtype.is_float:
+        raise Decline("integers rounded to decimals")
+    power = 10.0 ** abs(decimals)
+    if decimals < 0:
+        return b.mul(elementwise_op(e.ROUND, b.div(x, power)), power)
+    return b.div(elementwise_op(e.ROUND, b.mul(x, power)), power)
+
+
 def _in_wide(target: Any, function: Callable[[Node], Node]) -> None:
     """Lift an operator to an expression that is rounded once, as the operator is."""
 

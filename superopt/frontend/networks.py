@@ -184,6 +184,33 @@ def _batch_norm(
     return (_affine(call, x, weight, bias, mean, variance, epsilon),)
 
 
+@rule(aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.no_stats)
+def _batch_norm_of_batch(
+    call: Call, x: Node, weight: Node | None, bias: Node | None, *rest: Any
+) -> tuple[Node, ...]:
+    *running, training, momentum, epsilon = rest
+    axes = tuple(a for a in range(-x.tensor.rank, 0) if a != 1 - x.tensor.rank)
+    count = math.prod(x.shape[a] for a in axes)
+    if not training or count < 2:
+        raise Decline("a batch norm without a batch")
+    inner = wide(call.dtype)
+    mean = b.mean(to(x, inner), axes)
+    centered = b.sub(to(x, inner), mean)
+    variance = b.mean(b.mul(centered, centered), axes)
+    scale = b.div(1.0, b.sqrt(b.add(variance, float(epsilon))))
+    y = b.mul(centered, scale)
+    if weight is not None:
+        y = b.mul(y, _per_channel(x, to(weight, inner)))
+    if bias is not None:
+        y = b.add(y, _per_channel(x, to(bias, inner)))
+    unbiased = b.mul(variance, count / (count - 1))
+    found = [to(y, call.dtype), *(b.reshape(s, (x.shape[1],)) for s in (mean, scale))]
+    for old, new in zip(running, (mean, unbiased), strict=False):
+        kept = b.mul(to(old, inner), 1.0 - momentum)
+        found.append(b.add(kept, b.mul(b.reshape(new, (x.shape[1],)), float(momentum))))
+    return tuple(to(f, t.dtype) for f, t in zip(found, call.results, strict=True))
+
+
 # -- attention -----------------------------------------------------------------------------------
 
 

@@ -90,7 +90,12 @@ def unary(x: torch.Tensor) -> Results:
     results = {n: getattr(torch, n)(x) for n in _UNARY}
     results |= {n: getattr(torch, n)(p) for n in _POSITIVE}
     results |= {n: getattr(torch, n)(u.abs() * 0.9 + 0.05) for n in _UNIT}
-    return results | {"acosh": torch.acosh(p + 1.0), "logical_not": torch.logical_not(x)}
+    return results | {
+        "acosh": torch.acosh(p + 1.0),
+        "logical_not": torch.logical_not(x),
+        "round_2": torch.round(x, decimals=2),
+        "round_tens": torch.round(x * 50, decimals=-1),
+    }
 
 
 def integer_unary(i: torch.Tensor) -> Results:
