@@ -29,7 +29,13 @@ from superopt.verify.arithmetic import PRIME_LIMIT
 from superopt.verify.degree import error_per_test
 from superopt.verify.draws import draws
 from superopt.verify.field import FieldDomain, FieldValue, ZeroDivision
-from superopt.verify.needs import COMPARISONS, infinite_constant, needed_residues
+from superopt.verify.needs import (
+    COMPARISONS,
+    EXPONENTIAL,
+    infinite_constant,
+    needed_residues,
+    real_valued,
+)
 from superopt.verify.ranges import integer_limits
 from superopt.verify.sweep import OUTPUT_SKIPS, SKIPS, Claim, Sweep, partners
 
@@ -148,10 +154,18 @@ def _verified(original: Graph, candidate: Graph, seed: int, error_bound: float) 
     joint = _joint(original, candidate)
     half = len(original.outputs)
     limits = integer_limits(original)
-    if _error(joint, half) > DIRECT_ERROR:
-        boundaries = _boundaries(original, candidate)
-        return _swept(joint, half, boundaries, limits, seed, error_bound, started)
-    return _direct(joint, half, limits, seed, error_bound, started)
+    if _error(joint, half) <= DIRECT_ERROR:
+        verdict = _direct(joint, half, limits, seed, error_bound, started)
+        if verdict.equivalent or not _nests_exponentials(joint):
+            return verdict
+    boundaries = _boundaries(original, candidate)
+    return _swept(joint, half, boundaries, limits, seed, error_bound, started)
+
+
+def _nests_exponentials(joint: Graph) -> bool:
+    """Say whether exponentials become exponents: of those the test knows no law, as it does of others."""
+    needs = needed_residues(joint)
+    return any(n.op in EXPONENTIAL and "q" in needs[n] for n in topological(joint.outputs))
 
 
 def _signature_mismatch(original: Graph, candidate: Graph) -> str | None:
@@ -237,8 +251,13 @@ def _swept(
     """Test the whole once, then prove piece by piece what that test found equal."""
     original, candidate = joint.outputs[:half], joint.outputs[half:]
     types = {n.type for n in boundaries}
+    watched = joint
+    if _nests_exponentials(joint):
+        # equal exponents are told by their residues modulo p
+        alike = [n for n in topological(joint.outputs) if n.type in types and real_valued(n)]
+        watched = joint.with_outputs([*joint.outputs, *alike])
     for by_order in (False, True) if _order_helps(joint) else (False,):
-        needs = needed_residues(joint, by_order=by_order)
+        needs = needed_residues(watched, by_order=by_order)
         seen = _Observed(types)
         outcome = _one_test(joint, half, limits, needs, _test_seed(seed, 0), by_order, seen)
         difference, primes, used = outcome
@@ -297,13 +316,16 @@ def _swept(
 class _Observed:
     """Notes, while both programs are interpreted, which nodes are finite and what their values are.
 
-    Values are digested where the type of the node is one of `types`.
+    Values are digested where the type of the node is one of `types`. Of two such values that are equal
+    modulo p, the second gets the first one's residue modulo q: behind exponentials it may be another,
+    of equal values too. That is for the choice of claims alone, which are tested on their own.
     """
 
     def __init__(self, types: Container[Type]) -> None:
         self.types = types
         self.signatures: dict[Node, dict[str, bytes]] = {}
         self.finite: set[Node] = set()
+        self.exponents: dict[tuple[Type, bytes], torch.Tensor] = {}
         self.domain: FieldDomain | None = None
 
     def over(self, domain: FieldDomain) -> "_Observed":
@@ -311,6 +333,7 @@ class _Observed:
         self.domain = domain
         self.signatures.clear()
         self.finite.clear()
+        self.exponents.clear()
         return self
 
     def has_rule(self, op: Op) -> bool:
@@ -325,7 +348,10 @@ class _Observed:
             if value.kind is None:
                 self.finite.add(node)
             if node.type in self.types:
-                self.signatures[node] = _signature(value, self.domain)
+                self.signatures[node] = digests = _signature(value, self.domain)
+                if digests.keys() == {"p", "q"}:
+                    q = self.exponents.setdefault((node.type, digests["p"]), value.residues["q"])
+                    value = FieldValue({**value.residues, "q": q}, value.kind, value.real)
         return value
 
 

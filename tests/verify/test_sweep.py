@@ -22,6 +22,7 @@ from superopt.verify.sweep import Claim, Sweep
 from tests.verify.llama import chained, fused, llama
 from tests.verify.mutators import MUTATORS
 from tests.verify.test_mutations import differs
+from tests.verify.workloads import attention
 
 Pair = tuple[Graph, Graph]
 
@@ -215,3 +216,28 @@ def test_related_values_are_proven_over_a_larger_part() -> None:
         assert verify_field(left, right, seed=5)
         wrong = right.with_outputs([*right.outputs[:2], b.sqrt(whole)])
         assert not verify_field(left, wrong, seed=5)
+
+
+@pytest.mark.parametrize("after", [b.sigmoid, lambda x: b.exp(b.sub(x, b.reduce_max(x, -1)))])
+def test_exponentials_of_what_exponentials_made(after: Callable[[Node], Node]) -> None:
+    """A kernel that multiplies exponentials where the program adds exponents, and what it gives is one."""
+    plain, block = attention(causal=False)
+    w = b.input_("w", (8, 8))
+
+    def whole(attended: Node) -> Graph:
+        result = after(b.matmul(attended, w))
+        return b.kernel_graph("whole", [*plain.inputs, w], [result])
+
+    original = whole(plain.outputs[0])
+    (attended,) = b.apply_graph(block, plain.inputs)
+    verdict = verify_field(original, whole(attended), seed=7)
+    assert verdict, verdict
+    assert len(verdict.pieces) == 1
+    rejected = 0
+    for kind, mutate in MUTATORS.items():
+        for mutant in list(mutate(block))[:1]:
+            wrong = whole(*b.apply_graph(mutant, plain.inputs))
+            if differs(original, wrong):
+                assert not verify_field(original, wrong, seed=7), f"{kind} was accepted:\n{mutant}"
+                rejected += 1
+    assert rejected >= 8
