@@ -36,7 +36,7 @@ from superopt.verify.needs import (
     needed_residues,
     real_valued,
 )
-from superopt.verify.ranges import integer_limits
+from superopt.verify.ranges import Integers, integer_ranges
 from superopt.verify.sweep import OUTPUT_SKIPS, SKIPS, Claim, Sweep, partners
 
 DEFAULT_ERROR_BOUND = 2.0**-60
@@ -153,13 +153,13 @@ def _verified(original: Graph, candidate: Graph, seed: int, error_bound: float) 
         return _refused(mismatch, seed, started)
     joint = _joint(original, candidate)
     half = len(original.outputs)
-    limits = integer_limits(original)
+    ranges = integer_ranges(original)
     if _error(joint, half) <= DIRECT_ERROR:
-        verdict = _direct(joint, half, limits, seed, error_bound, started)
+        verdict = _direct(joint, half, ranges, seed, error_bound, started)
         if verdict.equivalent or not _nests_exponentials(joint):
             return verdict
     boundaries = _boundaries(original, candidate)
-    return _swept(joint, half, boundaries, limits, seed, error_bound, started)
+    return _swept(joint, half, boundaries, ranges, seed, error_bound, started)
 
 
 def _nests_exponentials(joint: Graph) -> bool:
@@ -227,15 +227,15 @@ def _order_helps(joint: Graph) -> bool:
 def _direct(
     joint: Graph,
     half: int,
-    limits: Mapping[str, int],
+    ranges: Mapping[str, Integers],
     seed: int,
     error_bound: float,
     started: float,
 ) -> Verdict:
     """Test the whole of both programs."""
-    verdict = _run(joint, half, limits, seed, error_bound, False, started)
+    verdict = _run(joint, half, ranges, seed, error_bound, False, started)
     if not verdict.equivalent and verdict.counterexample and _order_helps(joint):
-        verdict = _run(joint, half, limits, seed, error_bound, True, started)
+        verdict = _run(joint, half, ranges, seed, error_bound, True, started)
     return verdict
 
 
@@ -243,7 +243,7 @@ def _swept(
     joint: Graph,
     half: int,
     boundaries: tuple[Node, ...],
-    limits: Mapping[str, int],
+    ranges: Mapping[str, Integers],
     seed: int,
     error_bound: float,
     started: float,
@@ -259,7 +259,7 @@ def _swept(
     for by_order in (False, True) if _order_helps(joint) else (False,):
         needs = needed_residues(watched, by_order=by_order)
         seen = _Observed(types)
-        outcome = _one_test(joint, half, limits, needs, _test_seed(seed, 0), by_order, seen)
+        outcome = _one_test(joint, half, ranges, needs, _test_seed(seed, 0), by_order, seen)
         difference, primes, used = outcome
         if difference is None:
             break
@@ -272,7 +272,7 @@ def _swept(
     def prove(claim: Claim) -> bool:
         # the whole test has chosen the claims: their tests draw afresh
         verdict = _direct(
-            claim.graph, 1, dict(claim.limits), _test_seed(seed, -1), share, time.perf_counter()
+            claim.graph, 1, dict(claim.ranges), _test_seed(seed, -1), share, time.perf_counter()
         )
         proofs.append(verdict)
         if verdict.equivalent:
@@ -287,7 +287,7 @@ def _swept(
         return verdict.equivalent
 
     equivalent = difference is None and Sweep(
-        original, pairs, frozenset(seen.finite), limits, prove
+        original, pairs, frozenset(seen.finite), ranges, prove
     ).equal(candidate)
     if equivalent:
         reason = ""
@@ -372,7 +372,7 @@ def _error(joint: Graph, half: int) -> float:
 def _run(
     joint: Graph,
     half: int,
-    limits: Mapping[str, int],
+    ranges: Mapping[str, Integers],
     seed: int,
     error_bound: float,
     by_order: bool,
@@ -395,7 +395,7 @@ def _run(
     seeds: list[int] = []
     difference: Counterexample | None = None
     while len(seeds) < tests and difference is None:
-        outcome = _one_test(joint, half, limits, needs, _test_seed(seed, len(seeds)), by_order)
+        outcome = _one_test(joint, half, ranges, needs, _test_seed(seed, len(seeds)), by_order)
         difference, domain_primes, used = outcome
         primes.append(domain_primes)
         seeds.append(used)
@@ -450,7 +450,7 @@ def _compares_values(node: Node) -> bool:
 def _one_test(
     joint: Graph,
     half: int,
-    limits: Mapping[str, int],
+    ranges: Mapping[str, Integers],
     needs: dict[Node, frozenset[str]],
     seed: int,
     by_order: bool,
@@ -461,7 +461,7 @@ def _one_test(
         domain = FieldDomain(seed + attempt, needs, by_order, attempt == MAX_REDRAWS)
         args = [
             domain.draw(
-                i.tensor, needs.get(i, frozenset()) or frozenset({"p"}), limits[i.attrs.name]
+                i.tensor, needs.get(i, frozenset()) or frozenset({"p"}), ranges[i.attrs.name]
             )
             for i in joint.inputs
         ]

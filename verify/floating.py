@@ -24,7 +24,7 @@ from superopt.ir.types import DType, TensorType
 from superopt.verify.draws import generators
 from superopt.verify.memory import empty
 from superopt.verify.opaque import duplicate, spread
-from superopt.verify.ranges import draw_integers, integer_limits
+from superopt.verify.ranges import Integers, draw_integers, integer_ranges
 from superopt.verify.reference import DTYPES, TorchDomain, run_reference
 
 RunCandidate = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -118,21 +118,21 @@ def draw_inputs(
 ) -> list[torch.Tensor]:
     """Draw one tensor per input: floats of the distribution, integers valid as indices."""
     source = Source([seed, DISTRIBUTIONS.index(distribution)], device)
-    limits = integer_limits(graph)
+    ranges = integer_ranges(graph)
     return [
-        _draw(i.tensor, distribution, limits[i.attrs.name], source, position)
+        _draw(i.tensor, distribution, ranges[i.attrs.name], source, position)
         for position, i in enumerate(graph.inputs)
     ]
 
 
 def _draw(
-    type_: TensorType, distribution: str, limit: int, source: Source, position: int
+    type_: TensorType, distribution: str, integers: Integers, source: Source, position: int
 ) -> torch.Tensor:
     shape = type_.shape
     if type_.dtype is DType.BOOL:
         return _strided(source.whole(0, 2, shape) != 0, type_)
     if not type_.dtype.is_float:
-        drawn = torch.from_numpy(draw_integers(source.host, shape, limit)).to(source.device)
+        drawn = torch.from_numpy(draw_integers(source.host, shape, integers)).to(source.device)
         return _strided(drawn.to(DTYPES[type_.dtype]), type_)
     values = _floats(distribution, shape, source, position, type_.dtype)
     return _strided(values.to(DTYPES[type_.dtype]), type_)

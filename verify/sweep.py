@@ -26,6 +26,7 @@ from superopt.ir.node import Node, rebuild, topological
 from superopt.ir.ops import elementwise, leaf, library
 from superopt.ir.ops.registry import OpKind
 from superopt.verify.needs import real_valued
+from superopt.verify.ranges import Integers
 
 SKIPS: Final = (0, 2, 8)
 """How many shared values a claim reaches past before it makes them variables, attempt by attempt."""
@@ -37,10 +38,10 @@ OUTPUT_SKIPS: Final = (*SKIPS, 32, inf)
 @final
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Two outputs that are to be equal for all inputs; `limits` as in `integer_limits`."""
+    """Two outputs that are to be equal for all inputs; `ranges` as in `integer_ranges`."""
 
     graph: Graph
-    limits: tuple[tuple[str, int], ...]
+    ranges: tuple[tuple[str, Integers], ...]
 
 
 @final
@@ -55,7 +56,7 @@ class Sweep:
     original: tuple[Node, ...]
     partners: Mapping[Node, Node]
     finite: frozenset[Node]
-    limits: Mapping[str, int]
+    ranges: Mapping[str, Integers]
     prove: Callable[[Claim], bool]
     known: dict[Claim, bool] = field(default_factory=dict)
     numbers: dict[Node, int] = field(default_factory=dict)
@@ -114,17 +115,18 @@ class Sweep:
         cuts = self._cuts(left, right, skip)
         new: dict[Node, Node] = {}
         inputs: list[Node] = []
-        limits: list[tuple[str, int]] = []
+        ranges: list[tuple[str, Integers]] = []
         for node in topological([left, right], stop=cuts):
             if node in cuts or node.op is leaf.INPUT:
                 name = f"v{len(inputs)}"
                 new[node] = b.input_(name, node.shape, node.tensor.dtype)
                 inputs.append(new[node])
-                limits.append((name, 0 if real_valued(node) else self.limits[node.attrs.name]))
+                drawn = Integers() if real_valued(node) else self.ranges[node.attrs.name]
+                ranges.append((name, drawn))
             else:
                 new[node] = rebuild(node, tuple(new[i] for i in node.inputs))
         graph = b.kernel_graph("claim", inputs, [new[left], new[right]])
-        return Claim(graph, tuple(limits))
+        return Claim(graph, tuple(ranges))
 
     def _cuts(self, left: Node, right: Node, skip: float) -> set[Node]:
         """Return the first values below both nodes that both have, past `skip` others on each path."""

@@ -16,6 +16,9 @@ from superopt.ir.types import DType, TensorType
 from superopt.verify.arithmetic import Exponential, Modulus, Permutation, draw_primes
 from superopt.verify.equivalence import Verdict, verify_field
 from superopt.verify.field import FIELD, as_rational
+from superopt.verify.floating import verify_float
+from superopt.verify.ranges import Integers, integer_ranges
+from superopt.verify.reference import run_reference
 from tests.verify.workloads import attention
 
 MINUS = b.constant(float("-inf"))
@@ -322,3 +325,29 @@ def test_only_integers_that_differing_results_read_need_many_values() -> None:
     assert apart < 10
     assert tests((b.mul(X, 2.0), doubled), (b.add(count, 1), b.sub(count, -1))) == 64
     assert tests((b.mul(b.mul(X, 2.0), scaled), b.mul(doubled, scaled))) == 64
+
+
+def test_integers_are_negative_too() -> None:
+    i = tensor("i", (40,), DType.I64)
+    plain, wrong = b.cast(i, DType.F32), b.cast(b.abs_(i), DType.F32)
+    assert not same(plain, wrong, i)
+    original, candidate = (b.kernel_graph("g", [i], [n]) for n in (plain, wrong))
+    assert not verify_float(original, lambda tensors: run_reference(candidate, tensors), seed=1)
+
+
+def test_indices_that_the_program_mends_are_drawn_too() -> None:
+    x, i = tensor("x", (50, 9)), tensor("i", (50, 1), DType.I64)
+
+    def range_of(index: Node) -> Integers:
+        return integer_ranges(b.kernel_graph("g", [x, i], [b.gather(x, index, -1)]))["i"]
+
+    ignored = b.where(b.ne(i, b.constant(-100, DType.I64)), i, b.constant(0, DType.I64))
+    negative = b.lt(i, b.constant(0, DType.I64))
+    from_the_end = b.where(negative, b.add(i, b.constant(9, DType.I64)), i)
+    assert range_of(i) == Integers(0, 9)
+    assert range_of(ignored) == Integers(0, 9, (-100,))
+    assert range_of(from_the_end) == Integers(0, 9, (-1,))
+    wrong = b.where(negative, b.constant(1, DType.I64), i)
+    for mended in (ignored, from_the_end):
+        assert same(b.gather(x, mended, -1), b.gather(x, mended, -1), x, i)
+        assert not same(b.gather(x, mended, -1), b.gather(x, wrong, -1), x, i)

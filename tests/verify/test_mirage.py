@@ -14,6 +14,7 @@ from superopt.ir.types import DType
 from superopt.verify.equivalence import compare, verify_field
 from superopt.verify.field import FieldDomain
 from superopt.verify.needs import needed_residues
+from superopt.verify.ranges import Integers
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "mirage"
 
@@ -71,7 +72,7 @@ def counterexamples(original: Graph, graphs: list[Graph], seed: int) -> list[str
     joint = b.kernel_graph("joint", original.inputs, outputs)
     needs = needed_residues(joint)
     domain = FieldDomain(seed, needs)
-    args = [domain.draw(i.tensor, needs.get(i, frozenset("p")), 0) for i in joint.inputs]
+    args = [domain.draw(i.tensor, needs.get(i, frozenset("p")), Integers()) for i in joint.inputs]
     expected, *found = interpret(joint, args, domain)
     differences = [compare([expected], [value], domain) for value in found]
     return [None if d is None else str(d) for d in differences]

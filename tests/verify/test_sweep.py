@@ -16,7 +16,7 @@ from superopt.ir.types import TensorType
 from superopt.verify import equivalence
 from superopt.verify.certificate import CertificateError, certify, read_certificate
 from superopt.verify.equivalence import Verdict, verify_field
-from superopt.verify.ranges import integer_limits
+from superopt.verify.ranges import Integers, integer_ranges
 from superopt.verify.reference import run_reference
 from superopt.verify.sweep import Claim, Sweep
 from tests.verify.llama import chained, fused, llama
@@ -158,7 +158,7 @@ def swept(original: Graph, candidate: Graph, seed: int) -> bool:
         sides = (claim.graph.with_outputs([left]), claim.graph.with_outputs([right]))
         return bool(verify_field(*sides, seed=seed, error_bound=2.0**-12))
 
-    sweep = Sweep(outputs, pairs, finite(original, own), integer_limits(original), prove)
+    sweep = Sweep(outputs, pairs, finite(original, own), integer_ranges(original), prove)
     return sweep.equal(found)
 
 
@@ -200,7 +200,7 @@ def test_a_value_that_may_be_infinite_is_no_variable() -> None:
             sides = [claim.graph.with_outputs([o]) for o in claim.graph.outputs]
             return bool(verify_field(sides[0], sides[1], seed=4))
 
-        return Sweep((left,), {}, variables, {"x": 0}, prove).equal([right])
+        return Sweep((left,), {}, variables, {"x": Integers()}, prove).equal([right])
 
     assert proven(frozenset([masked]))
     assert not proven(frozenset())

@@ -41,7 +41,7 @@ from superopt.verify.arithmetic import (
     to_residues,
 )
 from superopt.verify.needs import Needs, real_valued
-from superopt.verify.ranges import draw_integers
+from superopt.verify.ranges import Integers, draw_integers
 from superopt.verify.reference import TORCH, TorchDomain
 
 PLUS, MINUS, NAN = 1, -1, 2
@@ -131,15 +131,15 @@ class FieldDomain:
 
     # -- values --------------------------------------------------------------------------------
 
-    def draw(self, type_: TensorType, needed: frozenset[str], limit: int) -> Value:
-        """Draw an input: uniform residues, integers in 0 <= i < limit, random booleans."""
+    def draw(self, type_: TensorType, needed: frozenset[str], integers: Integers) -> Value:
+        """Draw an input: uniform residues, integers as they are to be, random booleans."""
         if type_.dtype.is_float:
             fields = [f for f in ("p", "q") if f in needed]
             return FieldValue({f: self.fields[f].draw(type_.shape, self._inputs) for f in fields})
         if type_.dtype is DType.BOOL:
             drawn = self._inputs.integers(0, 2, size=type_.shape, dtype=np.int8)
             return torch.from_numpy(drawn).to(here(), torch.bool)
-        drawn64 = draw_integers(self._inputs, type_.shape, limit)
+        drawn64 = draw_integers(self._inputs, type_.shape, integers)
         wanted = {
             DType.I32: torch.int32,
             DType.I16: torch.int16,
