@@ -42,7 +42,7 @@ from superopt.search.partition import Group, partition
 from superopt.search.region import Region, extract, make_region, substitute
 from superopt.search.schedule import Schedule, derive
 from superopt.search.tiling import best_tiles, choices
-from superopt.verify.equivalence import Verdict, verify_field
+from superopt.verify.equivalence import Verdict, provable, verify_field
 from superopt.verify.floating import HARDEST, FloatTest
 from superopt.verify.reference import run_reference
 
@@ -336,12 +336,15 @@ class Driver:
         # the parts need the rest of the time where one kernel is not the best
         now = time.monotonic()
         share = 1.0 if not products else 0.5 if len(products) == 1 else 0.3
-        whole = self.tune(region, now + share * (until - now), minor)
+        subgraph = extract(region, "part")
+        # a kernel that nobody can prove costs the whole program
+        whole = None
+        if provable(subgraph):
+            whole = self.tune(region, now + share * (until - now), minor)
         if not products:
             return [] if whole is None else [(region, whole)]
         if whole is not None and whole.seconds < _CLEAR * self._library_s(variant, products):
             return [(region, whole if minor else self._climbed(region, whole, until))]
-        subgraph = extract(region, "part")
         if len(products) > 1 and time.monotonic() < until:
             parts = self._kernels(subgraph, self._costs(subgraph, 1), until)
         else:

@@ -46,6 +46,8 @@ MIN_DECISIONS = 256
 """How many random outcomes each comparison is to see over all tests."""
 MIN_INTEGERS = 64
 """How many values are drawn of each integer or boolean input of what differs, over all tests."""
+_MOST_ERROR = 0.5
+"""Tests that say less than this are not worth repeating."""
 DIRECT_ERROR = 2.0**-10
 """Programs are tested whole while one test says so much; else in pieces, which then costs less."""
 
@@ -160,6 +162,11 @@ def _verified(original: Graph, candidate: Graph, seed: int, error_bound: float) 
             return verdict
     boundaries = _boundaries(original, candidate)
     return _swept(joint, half, boundaries, ranges, seed, error_bound, started)
+
+
+def provable(graph: Graph) -> bool:
+    """Say whether the degree of a graph allows a proof of a kernel that computes all of it."""
+    return _error(_joint(graph, graph), len(graph.outputs)) <= _MOST_ERROR
 
 
 def _nests_exponentials(joint: Graph) -> bool:
@@ -379,7 +386,7 @@ def _run(
     started: float,
 ) -> Verdict:
     error = _error(joint, half)
-    if error > 0.5:
+    if error > _MOST_ERROR:
         return _refused(f"degree too high for a bound: {error:.2g} per test", seed, started)
     sites = _decision_sites(joint, by_order)
     tests = max(1, ceil(log2(error_bound) / log2(error)))

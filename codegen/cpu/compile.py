@@ -42,7 +42,7 @@ _BUILDING: Final = "building-"
 _STALE_S: Final = 3600.0
 _running: Final[set["subprocess.Popen[str]"]] = set()
 # No -ffast-math, whole or in part: NaN, infinity and signed zero keep PyTorch's meaning. Contraction
-# to FMA only removes a rounding; errno is never read.
+# to FMA only removes a rounding; errno is never read. Integers wrap around, as in PyTorch.
 _BASE_FLAGS: Final = (
     "-std=c++17",
     "-O2",
@@ -50,6 +50,7 @@ _BASE_FLAGS: Final = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
+    "-fwrapv",
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",

@@ -14,7 +14,7 @@ from superopt.ir.ops import tile
 from superopt.ir.ops.library import OpaqueAttrs
 from superopt.ir.types import DType, TensorType
 from superopt.verify.arithmetic import Exponential, Modulus, Permutation, draw_primes
-from superopt.verify.equivalence import Verdict, verify_field
+from superopt.verify.equivalence import Verdict, provable, verify_field
 from superopt.verify.field import FIELD, as_rational
 from superopt.verify.floating import verify_float
 from superopt.verify.ranges import Integers, integer_ranges
@@ -351,3 +351,13 @@ def test_indices_that_the_program_mends_are_drawn_too() -> None:
     for mended in (ignored, from_the_end):
         assert same(b.gather(x, mended, -1), b.gather(x, mended, -1), x, i)
         assert not same(b.gather(x, mended, -1), b.gather(x, wrong, -1), x, i)
+
+
+def test_what_degree_allows_no_proof_is_told_before() -> None:
+    power = X
+    for _ in range(23):
+        power = b.mul(power, power)
+    assert provable(b.kernel_graph("g", [X], [power]))
+    for _ in range(2):
+        power = b.mul(power, power)
+    assert not provable(b.kernel_graph("g", [X], [power]))
