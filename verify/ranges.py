@@ -1,7 +1,8 @@
 """Which integers a program is tested with: those that are valid where they are used as indices."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, final
 
 import numpy as np
@@ -40,7 +41,8 @@ def draw_integers(
     return np.where(source.integers(0, 4, size=shape) == 0, picked, drawn)
 
 
-def integer_ranges(graph: Graph) -> dict[str, Integers]:
+@lru_cache(maxsize=64)
+def integer_ranges(graph: Graph) -> Mapping[str, Integers]:
     """Map the name of each integer input to values that are valid where it is used as an index.
 
     Integers beside these are special where a comparison asks for them, and what it decides makes a valid

@@ -45,6 +45,11 @@ class _Silenced:
         self._written.append(last_line(frames))
         return len(text)
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Take in each line."""
+        for line in lines:
+            self.write(line)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 

@@ -20,7 +20,8 @@ from superopt.ir.target import Target
 from superopt.search import driver
 from superopt.search.algebra import FUSION_RULES, Rule, apply_rules
 from superopt.search.driver import Driver, Event, search
-from superopt.verify.equivalence import verify_field
+from superopt.search.partition import partition
+from superopt.verify.equivalence import provable, verify_field
 from superopt.verify.floating import FloatTest
 from tests.search.programs import PROGRAMS
 from tests.verify.llama import llama
@@ -225,6 +226,24 @@ def test_a_decoder_block_is_proven_in_pieces() -> None:
     assert result.verdict is not None
     assert result.verdict.pieces
     assert sum(n.op is library.CUSTOM for n in result.graph.nodes()) > 1
+
+
+def test_what_nobody_could_prove_is_no_kernel() -> None:
+    x, w = b.input_("x", (16, 16)), b.input_("w", (16, 16))
+    value = x
+    for _ in range(2):
+        value = b.matmul(value, w)
+        for _ in range(13):
+            value = b.mul(value, value)
+    graph = b.kernel_graph("power", [x, w], [value])
+    assert len(partition(graph, Target())) == 1
+    assert not provable(graph)
+    search_ = Driver(graph, Target(), Predicted(), 30.0, 0, FloatTest(graph, seed=0))
+    found = search_._assemble(graph, time.monotonic() + 30.0)
+    assert found is not None
+    kernels = [n.attrs.graph for n in found.nodes() if n.op is library.CUSTOM]
+    assert len(kernels) > 1
+    assert all(provable(k) for k in kernels)
 
 
 class LibraryWins(Predicted):

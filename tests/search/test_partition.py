@@ -177,6 +177,20 @@ def test_one_block_costs_more_than_two_on_two_cores() -> None:
     assert two < one
 
 
+def test_tiles_that_cut_vectors_and_lines_cost_more() -> None:
+    x = b.input_("x", (8209, 129))
+    graph = b.kernel_graph("g", [x], [b.reduce_sum(x, -2)])
+    region = make_region(graph, [graph.outputs[0]])
+    (schedule,) = (s for s in derive(region) if s.loop is None)
+    (columns,) = schedule.grid
+    narrow, wide = (KernelModel(schedule, MACHINE).seconds({columns: n}) for n in (4, 16))
+    assert narrow > 1.5 * wide
+    # rows of four are read whole
+    thin = b.kernel_graph("g", [y := b.input_("y", (8209, 4))], [b.reduce_sum(y, -2)])
+    (schedule,) = (s for s in derive(make_region(thin, [thin.outputs[0]])) if s.loop is None)
+    assert KernelModel(schedule, MACHINE).seconds(dict.fromkeys(schedule.grid, 4)) < wide
+
+
 def test_choices_stay_inside_the_extents() -> None:
     for graph in PROGRAMS.values():
         ready = prepared(graph)

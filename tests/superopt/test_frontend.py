@@ -445,6 +445,11 @@ def writes(x: torch.Tensor) -> torch.Tensor:
     return x + 1
 
 
+def lists(x: torch.Tensor) -> torch.Tensor:
+    sys.stdout.writelines(["here"])  # lists
+    return x + 1
+
+
 def reads(x: torch.Tensor) -> torch.Tensor:
     return x * x.sum().item()  # reads
 
@@ -458,6 +463,7 @@ def branches(x: torch.Tensor) -> torch.Tensor:
     [
         (lambda x: helper(x) * 2, "prints, which a plan would not do", "# prints"),
         (writes, "prints, which a plan would not do", "# writes"),
+        (lists, "prints, which a plan would not do", "# lists"),
         (reads, "makes a number of data", "# reads"),
         (branches, "data-dependent", "# branches"),
     ],

@@ -347,9 +347,12 @@ def test_indices_that_the_program_mends_are_drawn_too() -> None:
     assert range_of(i) == Integers(0, 9)
     assert range_of(ignored) == Integers(0, 9, (-100,))
     assert range_of(from_the_end) == Integers(0, 9, (-1,))
-    wrong = b.where(negative, b.constant(1, DType.I64), i)
-    for mended in (ignored, from_the_end):
-        assert same(b.gather(x, mended, -1), b.gather(x, mended, -1), x, i)
+    zero, one = b.constant(0, DType.I64), b.constant(1, DType.I64)
+    same_ignored = b.where(b.eq(i, b.constant(-100, DType.I64)), zero, i)
+    same_from_the_end = b.add(i, b.where(negative, b.constant(9, DType.I64), zero))
+    wrong = b.where(negative, one, i)
+    for mended, other in ((ignored, same_ignored), (from_the_end, same_from_the_end)):
+        assert same(b.gather(x, mended, -1), b.gather(x, other, -1), x, i)
         assert not same(b.gather(x, mended, -1), b.gather(x, wrong, -1), x, i)
 
 
