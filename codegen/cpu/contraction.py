@@ -12,8 +12,9 @@ from typing import final
 
 from superopt.codegen.cpu.bands import Band, unseen_outside, zero_outside
 from superopt.codegen.cpu.context import Context, Extent, View
-from superopt.codegen.cpu.inline import CONVERTED, Plan, is_move, widens
+from superopt.codegen.cpu.inline import CONVERTED, Plan, widens
 from superopt.codegen.errors import CodegenError
+from superopt.ir.coordinates import is_move
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, structural
 from superopt.ir.types import DType, Run, reshape_runs

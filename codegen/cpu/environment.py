@@ -13,18 +13,20 @@ from typing import final
 
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
 from superopt.codegen.cpu.expressions import LOWER, literal, scalar_type, vector_type
-from superopt.codegen.cpu.inline import Plan, is_move
+from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.errors import CodegenError
+from superopt.ir.coordinates import (
+    Coordinate,
+    Coordinates,
+    broadcast_coords,
+    gathered,
+    is_move,
+    moved_coords,
+)
 from superopt.ir.node import Node
 from superopt.ir.ops import elementwise, leaf, structural, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType
-
-Coordinate = tuple[int | None, int, int | str]
-"""(dim of the loop nest or None, scale, offset): the element index scale * variable + offset.
-
-An offset that an index tensor gives is the name of a variable.
-"""
 
 _CONTRACTED = (DType.F32, DType.F64)
 
@@ -65,7 +67,7 @@ class Environment:
     row: "Environment | None" = None
     target: Node | None = None
     lines: list[str] = field(default_factory=list)
-    cache: dict[tuple[Node, tuple[Coordinate, ...]], str] = field(default_factory=dict)
+    cache: dict[tuple[Node, Coordinates], str] = field(default_factory=dict)
     touched: Touched = field(default_factory=Touched)
     pair: Pair | None = None
 
@@ -88,7 +90,7 @@ class Environment:
             parts.append(str(offset))
         return " + ".join(parts) or "0"
 
-    def address(self, view: View, coords: tuple[Coordinate, ...]) -> tuple[str, int]:
+    def address(self, view: View, coords: Coordinates) -> tuple[str, int]:
         """Return the address of an element and the distance to the next lane's."""
         parts = [view.pointer]
         step = 0
@@ -102,7 +104,7 @@ class Environment:
 
     # -- values --------------------------------------------------------------------------------
 
-    def value(self, node: Node, coords: tuple[Coordinate, ...]) -> str:
+    def value(self, node: Node, coords: Coordinates) -> str:
         """Return the name of `node`'s element at `coords`, computed once per place."""
         key = (node, coords)
         if key not in self.cache:
@@ -124,7 +126,7 @@ class Environment:
             return f"splat<vf>({scalar})"
         return f"splat_mask({scalar})" if dtype is DType.BOOL else f"splat_integer({scalar})"
 
-    def _value(self, node: Node, coords: tuple[Coordinate, ...]) -> str:
+    def _value(self, node: Node, coords: Coordinates) -> str:
         dtype = node.tensor.dtype
         if node.op is leaf.CONSTANT:
             return self.splat(literal(node.attrs.value, dtype), dtype)
@@ -162,7 +164,7 @@ class Environment:
         users = self.plan.users.get(node, ())
         return any(u.op in (elementwise.ADD, elementwise.SUB) or is_move(u) for u in users)
 
-    def load(self, view: View, coords: tuple[Coordinate, ...]) -> str:
+    def load(self, view: View, coords: Coordinates) -> str:
         """Return the text that loads an element, or a vector of them along the lane dim."""
         address, step = self.address(view, coords)
         if not self.vector:
@@ -205,7 +207,7 @@ class Environment:
         if view.ahead and view.pointer in self.context.read - self.context.fetched:
             self.lines.append(f"__builtin_prefetch({address} + {view.ahead}L, 0, 2);")
 
-    def store(self, view: View, coords: tuple[Coordinate, ...], value: str) -> None:
+    def store(self, view: View, coords: Coordinates, value: str) -> None:
         """Write an element, or a vector of them along the lane dim."""
         address, step = self.address(view, coords)
         count = f", {self.count}" if self.count else ""
@@ -232,7 +234,7 @@ class Environment:
             values = f"{self.pair.even.pop(0)}, {value}" if self.pair else value
             self.lines.append(f"{name}({address}, {values});")
 
-    def _position(self, node: Node, coords: tuple[Coordinate, ...]) -> str:
+    def _position(self, node: Node, coords: Coordinates) -> str:
         if node.op is leaf.IOTA:
             axis = node.attrs.axis + len(node.shape)
             base, coordinate = "0", coords[axis]
@@ -245,7 +247,7 @@ class Environment:
         step = coordinate[1] if coordinate[0] == self.lane else 0
         return f"splat_integer({text}) + iota() * {step}"
 
-    def _place(self, node: Node, coords: tuple[Coordinate, ...]) -> tuple[Coordinate, str]:
+    def _place(self, node: Node, coords: Coordinates) -> tuple[Coordinate, str]:
         """Compute the position along a gather's axis, once per row where the row has but one.
 
         Also whether it is inside; where it is not, the position is the nearest that is.
@@ -261,8 +263,8 @@ class Environment:
         return (self.lane if own else None, 0, place), inside
 
     def reads(
-        self, node: Node, coords: tuple[Coordinate, ...], own: Node | None
-    ) -> Iterator[tuple[Node, tuple[Coordinate, ...]]]:
+        self, node: Node, coords: Coordinates, own: Node | None
+    ) -> Iterator[tuple[Node, Coordinates]]:
         """Yield what the value of `node` depends on, down to memory, except that of `own`."""
         stack = [(node, coords)]
         while stack:
@@ -278,64 +280,10 @@ class Environment:
             else:
                 stack += [(i, broadcast_coords(i, coords)) for i in node.inputs]
 
-    def varies(self, node: Node, coords: tuple[Coordinate, ...]) -> bool:
+    def varies(self, node: Node, coords: Coordinates) -> bool:
         """Say whether a value changes along the row."""
         return any(
             (found in self.context.views or not found.inputs)
             and any(dim == self.lane for dim, _, _ in at)
             for found, at in self.reads(node, coords, None)
         )
-
-
-def moved_coords(node: Node, coords: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]:
-    """Return where a move reads the element at `coords`."""
-    source = node.inputs[0]
-    if node.op is structural.PERMUTE:
-        at: list[Coordinate] = [(None, 0, 0)] * len(coords)
-        for i, p in enumerate(node.attrs.perm):
-            at[p] = coords[i]
-        return tuple(at)
-    if node.op is structural.BROADCAST:
-        return tuple(
-            (None, 0, 0) if d == 1 else c for d, c in zip(source.shape, coords, strict=True)
-        )
-    if node.op is structural.RESHAPE:
-        kept = iter([c for d, c in zip(node.shape, coords, strict=True) if d != 1])
-        return tuple((None, 0, 0) if d == 1 else next(kept) for d in source.shape)
-    moved = list(coords)
-    if node.op is structural.SLICE:
-        axis = node.attrs.axis + len(coords)
-        dim, scale, offset = moved[axis]
-        step = node.attrs.step
-        moved[axis] = (dim, scale * step, _affine(offset, step, node.attrs.start))
-    else:
-        for axis in (a + len(coords) for a in node.attrs.axes):
-            dim, scale, offset = moved[axis]
-            moved[axis] = (dim, -scale, _affine(offset, -1, source.shape[axis] - 1))
-    return tuple(moved)
-
-
-def _affine(offset: int | str, scale: int, start: int) -> int | str:
-    if isinstance(offset, int):
-        return offset * scale + start
-    return offset if (scale, start) == (1, 0) else f"({offset} * {scale}L + {start}L)"
-
-
-def broadcast_coords(operand: Node, coords: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]:
-    """Return where an elementwise op reads an operand."""
-    if not operand.shape:
-        return ()
-    return tuple((None, 0, 0) if d == 1 else c for d, c in zip(operand.shape, coords, strict=True))
-
-
-def gathered(
-    node: Node, coords: tuple[Coordinate, ...], place: Coordinate
-) -> tuple[Coordinate, ...]:
-    """Return where a gather reads its data: at `place` along its axis."""
-    axis = node.attrs.axis + len(coords)
-    return (*coords[:axis], place, *coords[axis + 1 :])
-
-
-def identity_coords(shape: tuple[int, ...]) -> tuple[Coordinate, ...]:
-    """Coordinates of a tile of `shape` in a loop nest of the same rank."""
-    return tuple((None, 0, 0) if d == 1 else (i, 1, 0) for i, d in enumerate(shape))

@@ -9,10 +9,11 @@ from math import prod
 from typing import Final, final
 
 from superopt.codegen.cpu.context import Context, Extent
-from superopt.codegen.cpu.environment import Environment, identity_coords
+from superopt.codegen.cpu.environment import Environment
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.cpu.members import Member, carried, combine_kind, identity
 from superopt.codegen.cpu.row import Row, RowGroup, read_by
+from superopt.ir.coordinates import identity_coords
 from superopt.ir.node import Node
 
 _GROUP: Final = 16

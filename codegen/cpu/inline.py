@@ -10,6 +10,7 @@ from typing import final
 
 from superopt.codegen.cpu.expressions import can_be_vector
 from superopt.codegen.tile_program import TileProgram
+from superopt.ir.coordinates import adds_ones, is_move
 from superopt.ir.node import Node, topological, users_of
 from superopt.ir.ops import contraction, elementwise, leaf, structural, tile
 from superopt.ir.ops.registry import OpKind
@@ -36,7 +37,6 @@ _DEAR_OPS = frozenset(
         elementwise.COS,
     }
 )
-_MOVES = frozenset({structural.BROADCAST, structural.PERMUTE, structural.SLICE, structural.FLIP})
 _INT32 = (-(2**31), 2**31 - 1)
 _RANGES = {
     DType.BOOL: (0, 1),
@@ -56,17 +56,6 @@ _COMPARISONS = frozenset(
         elementwise.GE,
     }
 )
-
-
-def adds_ones(node: Node) -> bool:
-    """Recognize a reshape that only adds or drops dims of size 1."""
-    before = [d for d in node.inputs[0].shape if d != 1]
-    return before == [d for d in node.shape if d != 1]
-
-
-def is_move(node: Node) -> bool:
-    """Recognize ops that only say from where an element is read."""
-    return node.op in _MOVES or (node.op is structural.RESHAPE and adds_ones(node))
 
 
 def widens(node: Node) -> bool:

@@ -14,18 +14,19 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import final
 
-from superopt.codegen.cpu.bands import nothing_new
+from superopt.codegen.cpu.bands import hidden
 from superopt.codegen.cpu.config import CpuConfig
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
 from superopt.codegen.cpu.contraction import Product, merged_runs, splits
 from superopt.codegen.cpu.divide import shared_divisions
-from superopt.codegen.cpu.environment import Environment, identity_coords
+from superopt.codegen.cpu.environment import Environment
 from superopt.codegen.cpu.expressions import LOWER, literal
 from superopt.codegen.cpu.fused import FusedLoop
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.cpu.members import Member, MemberKind, carried, combine_kind, identity
 from superopt.codegen.errors import CodegenError
 from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
+from superopt.ir.coordinates import identity_coords
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, structural, tile
@@ -267,7 +268,7 @@ class _Kernel:
             for bound in loop.axis.bounds:
                 terms = " + ".join(f"{c}L * {context.axis_text(n)}" for n, c in bound.terms)
                 context.write(f"if (!({terms} + {bound.constant}L >= 0)) continue;")
-            if (nothing := nothing_new(context, loop.states)) is not None:
+            if (nothing := hidden(context, loop.states)) is not None:
                 context.write(f"if ({nothing}) continue;")
             declared = self._declare_extents(tuple(self.in_loops))
             if declared:

@@ -11,16 +11,11 @@ from dataclasses import dataclass, field
 from typing import Final, final
 
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
-from superopt.codegen.cpu.environment import (
-    Coordinate,
-    Environment,
-    Pair,
-    Touched,
-    identity_coords,
-)
+from superopt.codegen.cpu.environment import Environment, Pair, Touched
 from superopt.codegen.cpu.expressions import literal, scalar_type
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.cpu.members import Member, carried, combine, combine_kind, identity
+from superopt.ir.coordinates import Coordinates, identity_coords
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, elementwise, structural, tile
 from superopt.ir.types import DType
@@ -93,7 +88,7 @@ class Row:
     start: str = "0"
     group: RowGroup | None = None
     pending: list[Member] = field(default_factory=list)
-    scalars: dict[tuple[Node, tuple[Coordinate, ...]], str] = field(default_factory=dict)
+    scalars: dict[tuple[Node, Coordinates], str] = field(default_factory=dict)
 
     def add(self, member: Member) -> None:
         """Take a member into the current vector loop, or start another."""
@@ -426,14 +421,12 @@ class Row:
         self._emit([f"store({partial.pointer} + {row} * VL, {text});"])
         self.group.partials.append((member, partial))
 
-    def _carried_at(self, member: Member) -> tuple[Coordinate, ...]:
+    def _carried_at(self, member: Member) -> Coordinates:
         return identity_coords(
             tuple(1 if i in member.axes else e.full for i, e in enumerate(member.extents))
         )
 
-    def _scan(
-        self, member: Member, env: Environment, value: str, at: tuple[Coordinate, ...]
-    ) -> None:
+    def _scan(self, member: Member, env: Environment, value: str, at: Coordinates) -> None:
         assert member.carry is not None
         kind, wide = combine_kind(member.node), carried(member.node)
         here = self._carried_at(member)
@@ -462,9 +455,7 @@ class Row:
             f"{{ *({best}) = {value}; *({place}) = {position}; }}"
         )
 
-    def _accumulate(
-        self, member: Member, env: Environment, value: str, at: tuple[Coordinate, ...]
-    ) -> None:
+    def _accumulate(self, member: Member, env: Environment, value: str, at: Coordinates) -> None:
         dtype = member.node.tensor.dtype
         if member.node.op is tile.ACCUM_LAST:
             env.store(member.view, at, value)
@@ -478,14 +469,14 @@ class Row:
         text = combine(kind, before, value, dtype, vector=env.vector)
         env.store(member.view, at, env.define(text, dtype))
 
-    def _factor(self, member: Member, env: Environment, at: tuple[Coordinate, ...]) -> str:
+    def _factor(self, member: Member, env: Environment, at: Coordinates) -> str:
         _, view = member.factors[0]
         where = tuple(
             (None, 0, 0) if d == 1 else c for d, c in zip(member.old_shape, at, strict=True)
         )
         return self._read(view, where, env)
 
-    def _read(self, view: View, where: tuple[Coordinate, ...], env: Environment) -> str:
+    def _read(self, view: View, where: Coordinates, env: Environment) -> str:
         varies = any(d == self.lane for d, _, _ in where)
         if env.vector and not varies:
             assert env.row is not None
@@ -493,9 +484,7 @@ class Row:
             return env.define(env.splat(scalar, view.dtype), view.dtype)
         return env.define(env.load(view, where), view.dtype)
 
-    def _prefix(
-        self, member: Member, env: Environment, value: str, at: tuple[Coordinate, ...]
-    ) -> None:
+    def _prefix(self, member: Member, env: Environment, value: str, at: Coordinates) -> None:
         dtype = member.node.tensor.dtype
         old = env.define(env.load(member.view, at), dtype)
         new = env.define(combine("max", old, value, dtype, vector=env.vector), dtype)
@@ -507,12 +496,12 @@ class Row:
             scaled = shift if power == 1 else f"({shift} * {float(power)!r}f)"
             env.store(view, at, env.define(f"so::exp{suffix}{scaled}", dtype))
 
-    def _rescale(self, member: Member, env: Environment, at: tuple[Coordinate, ...]) -> None:
+    def _rescale(self, member: Member, env: Environment, at: Coordinates) -> None:
         factor = self._factor(member, env, at)
         dtype = member.node.tensor.dtype
         env.store(member.view, at, env.define(f"{env.load(member.view, at)} * {factor}", dtype))
 
-    def _finish(self, member: Member, env: Environment, at: tuple[Coordinate, ...]) -> None:
+    def _finish(self, member: Member, env: Environment, at: Coordinates) -> None:
         """Scale by exp(-inf) where the maximum stayed -inf: what was added counts nothing."""
         dtype = member.node.tensor.dtype
         shift = self._factor(member, env, at)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from superopt.codegen.cpu.bands import Band, nothing_new, unseen_outside, zero_outside
+from superopt.codegen.cpu.bands import Band, hidden, unseen_outside, zero_outside
 from superopt.codegen.cpu.compile import compile_source, find_compiler, load_kernel
 from superopt.codegen.cpu.config import CpuConfig
 from superopt.codegen.cpu.context import Context
@@ -42,6 +42,7 @@ ONE_EDGE: dict[str, Mask] = {
 NO_EDGE: dict[str, Mask] = {
     "prefix": lambda r, c: b.or_(b.ge(r, c), b.lt(c, 4)),
     "slanted": lambda r, c: b.ge(b.add(r, r), c),
+    "steep": lambda r, c: b.ge(b.sub(b.mul(r, 3), 4), c),
     "rows": lambda r, c: b.or_(b.lt(r, 9), b.ne(c, c)),
     "equal": lambda r, c: b.eq(r, c),
 }
@@ -73,9 +74,10 @@ FORMS: dict[str, Callable[[Node, Node], Node]] = {
     "selected": lambda mask, x: b.where(mask, x, 0.0),
     "behind-exp": lambda mask, x: b.exp(b.sub(b.where(b.not_(mask), -inf, b.mul(x, 0.1)), 1.0)),
     "added": lambda mask, x: b.mul(b.exp(b.add(b.where(mask, 0.0, -inf), b.mul(x, 0.1))), 2.0),
+    "scaled": lambda mask, x: b.exp(b.div(b.mul(b.where(mask, x, -inf), 0.5), 3.0)),
     "multiplied": lambda mask, x: b.mul(x, b.cast(mask, DType.F32)),
 }
-UNSEEN = ("selected", "behind-exp")
+UNSEEN = ("selected", "behind-exp", "scaled")
 
 
 def bands(graph: Graph) -> tuple[Band | None, Band | None]:
@@ -131,6 +133,16 @@ def test_an_operand_that_is_not_zero_behind_the_mask_is_read() -> None:
     assert unseen is not None
 
 
+@pytest.mark.parametrize("scale", [b.mul, b.div])
+def test_a_negative_factor_turns_what_is_hidden(scale: Callable[[Node, float], Node]) -> None:
+    graph = attention(
+        MASKS["sinks"], lambda m, x: b.exp(scale(b.where(m, b.mul(x, 0.0), -inf), -1.0))
+    )
+    zero, _ = bands(graph)
+    assert zero is None
+    assert skips(graph) is None
+
+
 def test_what_is_made_once_serves_every_iteration() -> None:
     g = BlockBuilder("once", loops={"l": 4})
     q = g.load(b.input_("q", (ROWS, 16)), ROWS, 16)
@@ -149,7 +161,7 @@ def skips(graph: Graph) -> str | None:
     """Return the test for iterations that give the loop's states nothing."""
     program = tile_program(graph)
     states = [n for n in topological(graph.outputs) if n.op in (tile.ACCUM_SUM, tile.PREFIX_MAX)]
-    return nothing_new(Context(program, CpuConfig()), states)
+    return hidden(Context(program, CpuConfig()), states)
 
 
 @pytest.mark.parametrize("name", MASKS)
