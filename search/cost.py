@@ -36,6 +36,8 @@ _LINE_BYTES: Final = 64
 _SLOW: Final = {
     elementwise.EXP: 8.0,
     elementwise.LOG: 10.0,
+    elementwise.LOG2: 10.0,
+    elementwise.LOG10: 10.0,
     elementwise.TANH: 12.0,
     elementwise.SIGMOID: 14.0,
     elementwise.ERF: 12.0,

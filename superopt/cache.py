@@ -2,8 +2,8 @@
 
 In: keys and sealed text. Out: the text, or None when it is absent or damaged. Invariants: a file appears
 by one atomic rename, so that a reader sees all of it or nothing, however many processes write and
-whenever one is killed; what does not match its seal is treated as absent, removed, and made again. What a
-killed writer leaves is removed by a later one, a day on.
+whenever one is killed; what does not match its seal, which its name is part of, is treated as absent,
+removed, and made again. What a killed writer leaves is removed by a later one, a day on.
 """
 
 import contextlib
@@ -91,12 +91,15 @@ class Cache:
 
     def load_alias(self, alias: str) -> tuple[str, str] | None:
         """Return the key of the plan that `alias` leads to, and how it is bound; None as for plans."""
-        text = self._load(self._path("aliases", alias), unseal)
+        text = self._load(self._path("aliases", alias), str)
         return None if text is None else (text.partition(" ")[0], text.partition(" ")[2])
 
     def _load(self, path: Path, read: Callable[[str], T]) -> T | None:
         try:
-            return read(path.read_text(encoding="utf-8"))
+            name, _, text = unseal(path.read_text(encoding="utf-8")).partition("\n")
+            if name != path.stem:
+                raise PlanError("it is another entry's")
+            return read(text)
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError, PlanError) as error:
@@ -111,11 +114,11 @@ class Cache:
 
     def save_alias(self, alias: str, key: str, bound: str) -> None:
         """Let `alias` lead to the plan under `key`, if that is `bound` so (`binding_digest`)."""
-        self._save(self._path("aliases", alias), seal(f"{key} {bound}"))
+        self._save(self._path("aliases", alias), f"{key} {bound}")
 
     def _save(self, path: Path, text: str) -> None:
         try:
-            write_atomically(path, text)
+            write_atomically(path, seal(f"{path.stem}\n{text}"))
         except OSError as error:
             logger.warning("the plan is not cached: %s", error)
         _sweep(self.folder)

@@ -32,6 +32,8 @@ UNKNOWN = (
     elementwise.TRUNC,
     elementwise.LOG,
     elementwise.LOG1P,
+    elementwise.LOG2,
+    elementwise.LOG10,
     elementwise.SQRT,
     elementwise.SIN,
     elementwise.COS,

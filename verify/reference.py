@@ -170,6 +170,8 @@ _PLAIN: dict[Op, Callable[..., Any]] = {
     elementwise.EXPM1: torch.expm1,
     elementwise.LOG: torch.log,
     elementwise.LOG1P: torch.log1p,
+    elementwise.LOG2: torch.log2,
+    elementwise.LOG10: torch.log10,
     elementwise.SQRT: torch.sqrt,
     elementwise.SIN: torch.sin,
     elementwise.COS: torch.cos,

@@ -5,8 +5,8 @@ shared object in a cache folder that the caller names, or a `CompileError` with 
 
 Invariants: an entry is addressed by everything that decides its content (source, headers, flags,
 compiler, processor); it appears by one atomic rename, so a reader sees all of it or nothing, however
-many processes write and whenever they are killed; it ends in the digest of what comes before it, so
-a damaged entry is noticed and built again. A build that was killed leaves a folder that a later process
+many processes write and whenever they are killed; it ends in the digest of its name and what comes
+before, so a damaged or misplaced entry is noticed and built again. A build that was killed leaves a folder that a later process
 removes once no build can still be at it.
 """
 
@@ -270,7 +270,7 @@ def _build(
         # A loader ignores what follows the last section, so the seal can live in the file itself
         # and needs no second file that could disagree with it.
         with object_path.open("ab") as file:
-            file.write(_MAGIC + hashlib.sha256(content).digest())
+            file.write(_MAGIC + _seal(path, content))
             file.flush()
             os.fsync(file.fileno())
         os.replace(object_path, path)
@@ -308,4 +308,8 @@ def _is_whole(path: Path) -> bool:
     split = len(content) - _DIGEST_BYTES - len(_MAGIC)
     if split <= 0 or content[split : split + len(_MAGIC)] != _MAGIC:
         return False
-    return hashlib.sha256(content[:split]).digest() == content[-_DIGEST_BYTES:]
+    return _seal(path, content[:split]) == content[-_DIGEST_BYTES:]
+
+
+def _seal(path: Path, content: bytes) -> bytes:
+    return hashlib.sha256(path.stem.encode() + b"\0" + content).digest()

@@ -158,6 +158,8 @@ for _op, _name in (
     (elementwise.EXPM1, "expm1"),
     (elementwise.LOG, "log"),
     (elementwise.LOG1P, "log1p"),
+    (elementwise.LOG2, "log2"),
+    (elementwise.LOG10, "log10"),
     (elementwise.TANH, "tanh"),
     (elementwise.SIGMOID, "sigmoid"),
     (elementwise.ERF, "erf"),

@@ -27,6 +27,8 @@ _DEAR_OPS = frozenset(
         elementwise.EXPM1,
         elementwise.LOG,
         elementwise.LOG1P,
+        elementwise.LOG2,
+        elementwise.LOG10,
         elementwise.TANH,
         elementwise.SIGMOID,
         elementwise.ERF,

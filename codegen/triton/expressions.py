@@ -98,6 +98,8 @@ _REAL_FORMS: Final = {
     e.EXPM1: "libdevice.expm1({0})",
     e.LOG: "tl.log({0})",
     e.LOG1P: "libdevice.log1p({0})",
+    e.LOG2: "libdevice.log2({0})",
+    e.LOG10: "libdevice.log10({0})",
     e.SQRT: "tl.sqrt({0})",
     e.SIN: "tl.sin({0})",
     e.COS: "tl.cos({0})",

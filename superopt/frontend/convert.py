@@ -155,7 +155,7 @@ class Converter:
             arguments = [self.value(a) for a in _all_arguments(node, target)]
             try:
                 lifted = rule(call, *arguments)
-            except Decline:
+            except (Decline, GraphError):  # no graph in our operators: PyTorch's own has a meaning
                 return self._opaque(node, target, results)
             if _agrees(lifted, call):
                 return lifted

@@ -1,6 +1,5 @@
 """Lifting rules for elementwise operators: type promotion made explicit by casts."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +40,8 @@ for _target, _op in (
     (aten.expm1, e.EXPM1),
     (aten.log, e.LOG),
     (aten.log1p, e.LOG1P),
+    (aten.log2, e.LOG2),
+    (aten.log10, e.LOG10),
     (aten.sqrt, e.SQRT),
     (aten.sin, e.SIN),
     (aten.cos, e.COS),
@@ -107,8 +108,6 @@ def _in_wide(target: Any, function: Callable[[Node], Node]) -> None:
 _in_wide(aten.rsqrt, lambda x: b.div(1.0, b.sqrt(x)))
 _in_wide(aten.reciprocal, lambda x: b.div(1.0, x))
 _in_wide(aten.exp2, lambda x: b.pow_(2.0, x))
-_in_wide(aten.log2, lambda x: b.mul(b.log(x), 1.0 / math.log(2.0)))
-_in_wide(aten.log10, lambda x: b.mul(b.log(x), 1.0 / math.log(10.0)))
 
 
 @rule(aten.isnan.default)

@@ -230,10 +230,11 @@ def _attention(
         raise Decline("attention with dropout is random")
     if 0 in (*q.shape, *k.shape, *v.shape):
         raise Decline("attention without elements")
-    if not gqa and q.tensor.rank > 2 and q.shape[-3] != k.shape[-3]:
-        raise Decline("broadcast heads")
-    rank = max(3, q.tensor.rank)
+    rank = max(3, *(x.tensor.rank for x in (q, k, v)))
     operands = [b.reshape_to_rank(x, rank) for x in (q, k, v)]
+    heads, *kv_heads = (x.shape[-3] for x in operands)
+    if not gqa and kv_heads not in ([heads, heads], [1, 1]):
+        raise Decline("broadcast heads")
     if mask is not None:
         operands.append(b.reshape_to_rank(mask, rank))
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
@@ -312,8 +313,8 @@ def _max_pool(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[Node, ...]:
-    if call.used - {0}:
-        raise Decline("the indices of a max pool")
+    if call.used - {0} or 0 in call.shape:
+        raise Decline("the indices of a max pool, or no elements")
     n = 2 if call.target is aten.max_pool2d_with_indices.default else 3
     sizes = _per_dim(kernel, n)
     attrs = PoolAttrs(
@@ -339,6 +340,8 @@ def _avg_pool(
     include_pad: bool,
     divisor: int | None = None,
 ) -> Node:
+    if 0 in call.shape:
+        raise Decline("a pool without elements")
     counts = {aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}
     n = counts[call.target]
     sizes = _per_dim(kernel, n)
@@ -359,7 +362,7 @@ def _avg_pool(
 def _adaptive_avg_pool(call: Call, x: Node, size: Sequence[int]) -> Node:
     n = len(size)
     extents = x.shape[-n:]
-    if any(extent % want for extent, want in zip(extents, size, strict=True)):
+    if 0 in call.shape or any(extent % want for extent, want in zip(extents, size, strict=True)):
         raise Decline("windows of different sizes")
     kernel = tuple(extent // want for extent, want in zip(extents, size, strict=True))
     attrs = PoolAttrs("avg", kernel, kernel, (0,) * n, (1,) * n, False, True)

@@ -44,16 +44,16 @@ def test_key_depends_on_source_and_flags(tmp_path):
     assert driver.compile_source(GOOD, tmp_path, extra_flags=["-DX=1"]) != first
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "another's"])
 def test_damaged_entry_is_refused_and_rebuilt(tmp_path, damage):
     path = driver.compile_source(GOOD, tmp_path)
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
+    if damage == "another's":
+        content[:] = driver.compile_source(GOOD.replace("41", "42"), tmp_path).read_bytes()
     path.unlink()  # a new inode: the loader may keep the old file mapped
-    path.write_bytes(
-        {"truncate": bytes(content[:-5]), "flip": bytes(content), "empty": b""}[damage]
-    )
+    path.write_bytes({"truncate": content[:-5], "empty": b""}.get(damage, content))
     with pytest.raises(CodegenError, match="damaged"):
         driver.load_kernel(path, 1)
     assert answer(driver.compile_source(GOOD, tmp_path)) == 41

@@ -27,8 +27,8 @@ BATCH = 32  # lengths are multiples of it, so that every width takes whole pairs
 # What is applied to whole vectors, and the greatest error allowed. The bound is what the header
 # promises (2 ulp) or, where exact results are expected, less.
 UNARY = {
-    "exp": 1.1, "exp_nonpositive": 1.1, "expm1": 2.0, "log": 1.0, "log1p": 1.6, "tanh": 1.6,
-    "sigmoid": 2.0, "erf": 1.5, "sin": 1.6, "cos": 1.6, "sqrt": 0.5001, "rsqrt": 1.6,
+    "exp": 1.1, "exp_nonpositive": 1.1, "expm1": 2.0, "log": 1.0, "log1p": 1.6, "log2": 1.7,
+    "log10": 2.0, "tanh": 1.6, "sigmoid": 2.0, "erf": 1.5, "sin": 1.6, "cos": 1.6, "sqrt": 0.5001, "rsqrt": 1.6,
     "floor": 0.0, "ceil": 0.0, "round": 0.0, "trunc": 0.0, "abs": 0.0, "sign": 0.0,
 }  # fmt: skip
 LANEWISE = ("tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfinv")
@@ -246,6 +246,19 @@ def test_scalar_version_agrees(kernels: Any, name: str) -> None:
     got = np.empty_like(x)
     _call(kernels["s_" + name], x, got, len(x))
     _assert_close(got, _reference(name)[-(1 << 16) :], 2.5, x)  # the C library's own error
+
+
+@pytest.mark.parametrize(("base", "exponents"), [(2, range(-149, 128)), (10, range(-37, 39))])
+@pytest.mark.parametrize("form", ["k_", "s_"])
+def test_logarithms_of_powers_are_whole(
+    kernels: Any, form: str, base: int, exponents: range
+) -> None:
+    count = -len(exponents) % BATCH + len(exponents)
+    wanted = np.resize(np.array(exponents, np.float32), count)
+    x = np.resize(np.array([float(base) ** e for e in exponents], np.float32), count)
+    got = np.empty_like(x)
+    _call(kernels[f"{form}log{base}"], x, got, count)
+    assert np.array_equal(got, wanted)
 
 
 @functools.cache

@@ -14,6 +14,8 @@ from triton.runtime.interpreter import TensorHandle, _get_np_dtype, interpreter_
 _TORCH_FUNCTIONS = {
     "expm1": torch.expm1,
     "log1p": torch.log1p,
+    "log2": torch.log2,
+    "log10": torch.log10,
     "tan": torch.tan,
     "asin": torch.asin,
     "acos": torch.acos,

@@ -47,6 +47,20 @@ def test_binary_rubbish_is_a_damaged_entry(tmp_path):
     assert cache.load_plan("ab12") is None
 
 
+def test_an_entry_under_the_name_of_another_is_damaged(tmp_path):
+    cache = Cache(tmp_path)
+    cache.save_plan("ab12", plan())
+    cache.save_plan("cd34", plan(3.0))
+    cache.save_alias("ab12", "cd34", "bound")
+    cache.save_alias("ef56", "ab12", "bound")
+    for kind, first, second in (("plans", "ab12", "cd34"), ("aliases", "ab12", "ef56")):
+        cache._path(kind, first).write_text(cache._path(kind, second).read_text())
+    assert cache.load_plan("ab12") is None
+    assert cache.load_plan("cd34") == plan(3.0)
+    assert cache.load_alias("ab12") is None
+    assert cache.load_alias("ef56") == ("ab12", "bound")
+
+
 def test_a_folder_that_cannot_be_written_costs_the_entry_only(tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")

@@ -58,8 +58,8 @@ template <class Function> SO_INLINE vf map_lanes(vf x, vf y) {
   SO_SCALAR_AND_LANES(name)                                            \
   SO_INLINE vf name(vf x) { return map_lanes<name##_function>(x); }
 
-SO_SCALAR(exp) SO_SCALAR(exp2) SO_SCALAR(expm1) SO_SCALAR(log) SO_SCALAR(log1p) SO_SCALAR(tanh)
-SO_SCALAR(erf) SO_SCALAR(sqrt) SO_SCALAR(floor) SO_SCALAR(ceil) SO_SCALAR(trunc)
+SO_SCALAR(exp) SO_SCALAR(exp2) SO_SCALAR(expm1) SO_SCALAR(log) SO_SCALAR(log1p) SO_SCALAR(log2)
+SO_SCALAR(log10) SO_SCALAR(tanh) SO_SCALAR(erf) SO_SCALAR(sqrt) SO_SCALAR(floor) SO_SCALAR(ceil) SO_SCALAR(trunc)
 SO_SCALAR_AND_LANES(sin) SO_SCALAR_AND_LANES(cos)
 // Rare in practice: one C library call per lane.
 SO_BY_LANES(tan) SO_BY_LANES(asin) SO_BY_LANES(acos) SO_BY_LANES(atan) SO_BY_LANES(sinh)
@@ -449,14 +449,24 @@ SO_INLINE vf log_edges(vf x, vf result) {
 SO_INLINE vf exponent(vf x) { return __builtin_ia32_getexpps512_mask(x, x, every_lane, 4); }
 #endif
 
-// Measured: 0.88 / 0.77 / 0.77 ulp; 1.1 / 4.0 cycles.
-SO_INLINE vf log(vf x) {
+// x = m 2^n: return m - 1, and n in `whole`. With AVX-512 m is in [0.75, 1.5), negative x gives NaN, and n is
+// infinite where x is 0 or infinite, so that nothing is left to repair.
+SO_INLINE vf log_split(vf x, vf& whole) {
 #if SO_USE_512
-  // getmant: x = m 2^n with m in [0.75, 1.5), negative x giving NaN; getexp gives log2 of 0 and of
-  // infinity, so nothing is left to repair.
   vf m = __builtin_ia32_getmantps512_mask(x, 3 | (2 << 2), x, every_lane, 4);
-  vf n = exponent(x) - exponent(m);
-  vf f = m - 1.0f;
+  whole = exponent(x) - exponent(m);
+  return m - 1.0f;
+#else
+  vi tiny = x < 0x1p-126f;
+  vi bits = bit_cast<vi>(select(tiny, x * 0x1p23f, x));
+  vi n = (bits - 0x3f3504f3) >> 23;
+  whole = __builtin_convertvector(n + (tiny & -23), vf);
+  return bit_cast<vf>(bits - (n << 23)) - 1.0f;
+#endif
+}
+// log(1 + f) for what log_split returns.
+SO_INLINE vf log_rest(vf f) {
+#if SO_USE_512
   vf p = fma(splat<vf>(0x1.3d2614p-5f), f, splat<vf>(-0x1.7a908cp-4f));
   p = fma(p, f, splat<vf>(0x1.e09ff0p-4f));
   p = fma(p, f, splat<vf>(-0x1.046d00p-3f));
@@ -465,17 +475,36 @@ SO_INLINE vf log(vf x) {
   p = fma(p, f, splat<vf>(0x1.9998b0p-3f));
   p = fma(p, f, splat<vf>(-0x1.000070p-2f));
   p = fma(p, f, splat<vf>(0x1.555558p-2f));
-  vf s = f * f;
-  vf small = fma(s, fma(p, f, splat<vf>(-0.5f)), f);
-  return fma(n, splat<vf>(0x1.62e430p-1f), small);
+  return fma(f * f, fma(p, f, splat<vf>(-0.5f)), f);
 #else
-  vi tiny = x < 0x1p-126f;
-  vi bits = bit_cast<vi>(select(tiny, x * 0x1p23f, x));
-  vi n = (bits - 0x3f3504f3) >> 23;
-  vf f = bit_cast<vf>(bits - (n << 23)) - 1.0f;
-  vf whole = __builtin_convertvector(n + (tiny & -23), vf);
-  return log_edges(x, log_assemble(f, whole));
+  return log_assemble(f, splat<vf>(0.0f));
 #endif
+}
+
+// Measured: 0.88 / 0.77 / 0.77 ulp; 1.1 / 4.0 cycles.
+SO_INLINE vf log(vf x) {
+  vf n, f = log_split(x, n);
+#if SO_USE_512
+  return fma(n, splat<vf>(0x1.62e430p-1f), log_rest(f));
+#else
+  return log_edges(x, log_assemble(f, n));
+#endif
+}
+
+// Powers of 2 and 10 give whole numbers: floor(log2(x)) relies on it. Each factor is a float and what that
+// lacks; the float by which n is multiplied is short, so that the product is exact, and below log10(2),
+// since n may be infinite.
+// Measured: 1.64 / 1.47 / 1.56 ulp for base 2, 1.44 / 1.49 / 1.87 for base 10.
+SO_INLINE vf log2(vf x) {
+  vf n, rest = log_rest(log_split(x, n));
+  vf result = fma(rest, splat<vf>(0x1.715476p+0f), fma(rest, splat<vf>(0x1.4ae0c0p-26f), n));
+  return log_edges(x, result);
+}
+SO_INLINE vf log10(vf x) {
+  vf n, rest = log_rest(log_split(x, n));
+  vf low = fma(n, splat<vf>(0x1.3509f8p-18f), rest * -0x1.5b235ep-27f);
+  low = fma(rest, splat<vf>(0x1.bcb7b2p-2f), low);
+  return log_edges(x, fma(n, splat<vf>(0x1.344p-2f), low));
 }
 
 // log of u + lost, where u = fl(1 + x) and lost is the rounding error of that sum: u scales into

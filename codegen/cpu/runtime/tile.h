@@ -174,7 +174,7 @@ SO_INLINE T power_integer(T base, T exponent) {
   SO_INLINE float name##_one(float x) { return name(splat<vf>(x))[0]; } \
   SO_INLINE double name##_one(double x) { return name(x); }
 SO_ONE_LANE(exp) SO_ONE_LANE(log) SO_ONE_LANE(tanh) SO_ONE_LANE(sigmoid) SO_ONE_LANE(erf)
-SO_ONE_LANE(expm1) SO_ONE_LANE(log1p)
+SO_ONE_LANE(expm1) SO_ONE_LANE(log1p) SO_ONE_LANE(log2) SO_ONE_LANE(log10)
 #undef SO_ONE_LANE
 
 // What a group of rows has left of a reduction, a vector each, to one value each: the first `rows` of
