@@ -16,16 +16,18 @@ import numpy as np
 import torch
 
 from superopt.ir.graph import Graph
-from superopt.ir.interpret import interpret
+from superopt.ir.interpret import Domain, interpret
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, elementwise, library, structural
 from superopt.ir.ops.registry import Op, OpKind
+from superopt.ir.semantics import expand
 from superopt.ir.types import DType, TensorType
 from superopt.verify.draws import generators
 from superopt.verify.memory import empty
 from superopt.verify.opaque import duplicate, spread
 from superopt.verify.ranges import Integers, draw_integers, integer_ranges
 from superopt.verify.reference import DTYPES, TorchDomain, run_reference
+from superopt.verify.slices import slices
 
 RunCandidate = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
@@ -174,6 +176,11 @@ class FloatTest:
         self.original = original
         self.seed = seed
         self.device = device
+        self._picks = _picks(original)
+        scores = [node.inputs[0] for node in self._picks.values()]
+        self._scored = original.with_outputs([*original.outputs, *scores])
+        on_host = torch.device(device).type == _HOST
+        self._slices = slices(expand(self._scored)) if on_host else None
         self._references: dict[str, _Reference | str] = {}
         self._reference_s: dict[str, float] = {}
         self._candidate_s: dict[str, float] = {}
@@ -227,14 +234,10 @@ class FloatTest:
         An operator may refuse operands: a Cholesky factor exists of few matrices.
         """
         if distribution not in self._references:
-            picks = _picks(self.original)
-            scores = [node.inputs[0] for node in picks.values()]
-            scored = self.original.with_outputs([*self.original.outputs, *scores])
+            rounding = _Rounding(self.device, self.seed)
             try:
-                with self._drawing():
-                    exact = run_reference(scored, inputs, dtype_override=torch.float64)
-                with self._drawing():
-                    moved = _run_rounded(self.original, inputs, self.seed)
+                exact = self._in_float64(inputs, TorchDomain(torch.float64, self.device))
+                moved = self._in_float64(rounding.all_moved(self.original, inputs), rounding)
                 with self._drawing():
                     own = run_reference(self.original, inputs)
             except (RuntimeError, ValueError, IndexError) as error:
@@ -242,10 +245,23 @@ class FloatTest:
                     raise
                 self._references[distribution] = f"{type(error).__name__}: {error}"
             else:
-                pairs = zip(picks.items(), exact[len(own) :], strict=True)
+                count = len(own)
+                pairs = zip(self._picks.items(), exact[count:], strict=True)
                 found = {index: _Pick(node, values) for (index, node), values in pairs}
-                self._references[distribution] = _Reference(exact[: len(own)], moved, own, found)
+                self._references[distribution] = _Reference(
+                    exact[:count], moved[:count], own, found
+                )
         return self._references[distribution]
+
+    def _in_float64(
+        self, inputs: Sequence[torch.Tensor], domain: Domain[Any]
+    ) -> list[torch.Tensor]:
+        """Run the original, and what it picks from, in a domain of float64."""
+        wide = [x.to(torch.float64) if x.is_floating_point() else x for x in inputs]
+        with self._drawing(), torch.no_grad():
+            if self._slices is not None:
+                return self._slices.run(wide, domain)
+            return interpret(self._scored, wide, domain)
 
 
 @final
@@ -327,7 +343,7 @@ class _Rounding:
     PyTorch equal scores, whose rounding errors cancel in a softmax.
     """
 
-    def __init__(self, device: torch.device, seed: int) -> None:
+    def __init__(self, device: torch.device | str, seed: int) -> None:
         self._exact = TorchDomain(torch.float64, device)
         self._source = torch.Generator().manual_seed(seed)
         drawn = torch.randint(0, 2, (_SIGNS,), generator=self._source, dtype=torch.float64)
@@ -348,6 +364,13 @@ class _Rounding:
             return value
         own = value.is_contiguous() and not any(_shares(value, a) for a in args)
         return self.moved(value, node.tensor.dtype, value if own else None)
+
+    def all_moved(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the inputs of a graph, each number moved by one unit of its type."""
+        return [
+            self.moved(x.to(torch.float64), n.tensor.dtype) if x.is_floating_point() else x
+            for n, x in zip(graph.inputs, inputs, strict=True)
+        ]
 
     def moved(
         self, value: torch.Tensor, dtype: DType, out: torch.Tensor | None = None
@@ -380,17 +403,6 @@ def _shares(value: torch.Tensor, argument: Any) -> bool:
         return any(_shares(value, a) for a in argument)
     held = value.untyped_storage().data_ptr()
     return isinstance(argument, torch.Tensor) and argument.untyped_storage().data_ptr() == held
-
-
-def _run_rounded(graph: Graph, inputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """Run the program with every input and every result moved by one rounding error."""
-    domain = _Rounding(inputs[0].device if inputs else torch.device("cpu"), seed)
-    values = [
-        domain.moved(x.to(torch.float64), n.tensor.dtype) if x.is_floating_point() else x
-        for n, x in zip(graph.inputs, inputs, strict=True)
-    ]
-    with torch.no_grad():
-        return interpret(graph, values, domain)
 
 
 def on(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -1,0 +1,147 @@
+"""Programs that run in slices compute what they compute as a whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+
+from superopt.ir import build as b
+from superopt.ir.errors import GraphError
+from superopt.ir.graph import Graph
+from superopt.ir.interpret import interpret
+from superopt.ir.node import Node
+from superopt.ir.ops import contraction, structural
+from superopt.ir.ops.registry import Op
+from superopt.ir.semantics import expand
+from superopt.ir.types import DType
+from superopt.verify import slices as module
+from superopt.verify.reference import TorchDomain
+from superopt.verify.slices import Cut, Slices, slices
+from tests.strategies import arrays_for, kernel_graphs
+
+WIDE = TorchDomain(torch.float64)
+
+
+def inputs_of(graph: Graph) -> list[torch.Tensor]:
+    return [torch.as_tensor(a) for a in arrays_for(graph, 3)]
+
+
+def largest(found: Slices) -> int:
+    parts = [found.head, found.tail, *(body.graph for body in found.bodies.values())]
+    return max(module._size(n) for part in parts for n in part.nodes())
+
+
+def equal(graph: Graph, found: Slices) -> bool:
+    tensors = inputs_of(graph)
+    pairs = zip(interpret(graph, tensors, WIDE), found.run(tensors, WIDE), strict=True)
+    return all(torch.equal(a.isnan(), c.isnan()) and _close(a, c) for a, c in pairs)
+
+
+def _close(a: torch.Tensor, c: torch.Tensor) -> bool:
+    return a.dtype is c.dtype and torch.allclose(a.double(), c.double(), equal_nan=True)
+
+
+def wide(name: str, *shape: int) -> Node:
+    return b.input_(name, shape, DType.F64)
+
+
+def softmax(x: Node) -> Node:
+    e = b.exp(b.sub(x, b.reduce_max(x, -1)))
+    return b.div(e, b.reduce_sum(e, -1))
+
+
+def attention() -> Node:
+    """Heads split from and merged into the features of 90 positions, by all of which keys are read."""
+    x, weight = wide("x", 90, 16), wide("weight", 16, 48)
+    q, k, v = (
+        b.permute(b.reshape(b.slice_(b.matmul(x, weight), -1, i, i + 16), (90, 2, 8)), (1, 0, 2))
+        for i in (0, 16, 32)
+    )
+    later = b.gt(b.iota((1, 1, 90), -1), b.iota((1, 90, 1), -2))
+    scores = b.where(later, b.constant(float("-inf"), DType.F64), b.matmul(q, b.transpose(k)))
+    merged = b.reshape(b.permute(b.matmul(softmax(scores), v), (1, 0, 2)), (90, 16))
+    return b.add(x, merged)
+
+
+def loss() -> Node:
+    """One number, of rows in each of which a class is looked up."""
+    logits, classes = wide("logits", 24, 40), b.input_("classes", (24, 1), DType.I64)
+    kept = b.maximum(classes, b.constant(0, DType.I64))
+    picked = b.gather(b.log(softmax(logits)), kept, -1)
+    return b.neg(b.div(b.reduce_sum(picked, (-2, -1)), b.constant(24.0, DType.F64)))
+
+
+def moved() -> Node:
+    """Views that cut, join, turn and pick, and a scan, beside or along the axis of the slices."""
+    x, table, index = wide("x", 21, 4, 5), wide("table", 6, 5), b.input_("i", (21, 4), DType.I64)
+    places = b.maximum(index, b.constant(0, DType.I64))
+    everywhere = b.broadcast(b.reshape(places, (21, 4, 1)), (21, 4, 5))
+    rows = b.concat([b.gather(x, everywhere, -3), b.take(table, places, -2)], -1)
+    turned = b.flip(b.pad(b.permute(rows, (2, 0, 1)), -3, 1, 0, 2.0), (-1,))
+    return b.scan(b.slice_(b.reshape(turned, (11, 84)), -2, 0, 9), -2, "sum")
+
+
+PROGRAMS: dict[str, Callable[[], Node]] = {"attention": attention, "loss": loss, "moved": moved}
+
+
+def program(name: str) -> Graph:
+    result = PROGRAMS[name]()
+    return b.kernel_graph(name, b.graph_inputs([result]), [result])
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_slices_compute_what_the_whole_does(name: str) -> None:
+    graph = program(name)
+    found = slices(graph, 120)
+    assert found is not None
+    assert len(found.starts) > 1
+    assert len(found.bodies) <= 2
+    assert equal(graph, found)
+    before = max(module._size(n) for n in graph.nodes())
+    assert largest(found) <= before / 2
+
+
+def test_scores_never_exist_as_a_whole() -> None:
+    found = slices(program("attention"), 120)
+    assert found is not None
+    # the projection is read by all positions: it alone is computed before
+    assert largest(found) == 90 * 48
+
+
+def test_what_is_small_is_not_sliced() -> None:
+    assert slices(program("attention"), 2 * 90 * 90) is None
+
+
+@given(graph=kernel_graphs())
+def test_random_programs(graph: Graph) -> None:
+    graph = expand(graph)
+    found = slices(graph, 1)
+    assert found is None or equal(graph, found)
+
+
+def _unmoved(node: Node, cut: Cut, length: int) -> list[Any]:
+    return [cut] * len(node.inputs)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        (contraction.MATMUL, "attention"),
+        (structural.PERMUTE, "attention"),
+        (structural.RESHAPE, "attention"),
+        (structural.GATHER, "moved"),
+        (structural.TAKE, "moved"),
+        (structural.PERMUTE, "moved"),
+        (structural.RESHAPE, "moved"),
+    ],
+)
+def test_wrong_rules_are_seen(op: Op, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module._RULES, op.name, _unmoved)
+    try:
+        found = slices(program(name), 120)
+        right = found is not None and equal(program(name), found)
+    except (GraphError, RuntimeError, IndexError):
+        right = False
+    assert not right

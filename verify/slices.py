@@ -1,0 +1,328 @@
+"""Run a program a slice at a time: what is large and used row by row never exists as a whole.
+
+Tests compute with intermediates that no kernel would write to memory, scores of attention above all. As
+a whole they cost page faults and a trip to memory per operator; a slice of them stays in a cache. From
+the results back to the inputs each value is *cut* along one axis where all that read it want the same
+cut, and computed as a whole before where they do not. Every value is computed once, by the same operators.
+
+In: a kernel graph of primitives, and the number of elements up to which a value is no reason to cut.
+Out: `Slices`, or None where nothing would be gained.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, Final, final
+
+import torch
+
+from superopt.ir.build import input_
+from superopt.ir.graph import Graph, Level
+from superopt.ir.interpret import Domain, interpret
+from superopt.ir.node import Node, make, rebuild, topological
+from superopt.ir.ops import contraction, elementwise, leaf, structural
+from superopt.ir.ops.registry import OpKind
+from superopt.verify.draws import is_draw
+
+LARGE: Final = 1 << 19
+"""Elements of float64 that several operators in turn still find in a cache."""
+_MOST: Final = 256
+"""How many slices at most: each costs a walk over the graph."""
+_VIEWS: Final = (structural.RESHAPE, structural.BROADCAST, structural.PERMUTE, structural.SLICE)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Slices of an axis (from the end): `unit` positions of it for each of a number of steps."""
+
+    axis: int
+    unit: int
+
+    def of(self, value: torch.Tensor, start: int, steps: int) -> torch.Tensor:
+        """Return the slice of `value` from step `start` on."""
+        return value.narrow(self.axis, start * self.unit, steps * self.unit)
+
+    def shape(self, whole: tuple[int, ...], steps: int) -> tuple[int, ...]:
+        """Return the shape of a slice."""
+        place = len(whole) + self.axis
+        return (*whole[:place], self.unit * steps, *whole[place + 1 :])
+
+
+_Wanted = list[Cut | None]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """The program of one slice, over values that are given as a whole (no cut) or as their slice."""
+
+    graph: Graph
+    given: tuple[tuple[Node, Cut | None], ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """A program in three: what comes first and as a whole, slices, and what comes of all of them.
+
+    `head` computes from the graph's inputs what slices are given, as a whole or cut. `starts` lists the
+    first step and the number of steps of each slice, `bodies` their programs by that number. `tail` computes
+    the results from what slices make, put together along `cuts`, and from `passed`, values of the head.
+    """
+
+    head: Graph
+    bodies: dict[int, _Body]
+    starts: tuple[tuple[int, int], ...]
+    cuts: tuple[Cut, ...]
+    passed: tuple[Node, ...]
+    tail: Graph
+
+    def run(self, args: Sequence[torch.Tensor], domain: Domain[Any]) -> list[torch.Tensor]:
+        """Evaluate the program on `args`, one per input."""
+        whole = dict(zip(self.head.outputs, interpret(self.head, args, domain), strict=True))
+        found: list[list[torch.Tensor]] = [[] for _ in self.cuts]
+        for start, steps in self.starts:
+            body = self.bodies[steps]
+            given = [
+                whole[node] if cut is None else cut.of(whole[node], start, steps)
+                for node, cut in body.given
+            ]
+            for parts, part in zip(found, interpret(body.graph, given, domain), strict=True):
+                parts.append(part)
+        joined = [torch.cat(p, c.axis) for p, c in zip(found, self.cuts, strict=True)]
+        return interpret(self.tail, [*joined, *(whole[n] for n in self.passed)], domain)
+
+
+def slices(graph: Graph, large: int = LARGE) -> Slices | None:
+    """Cut `graph`, of primitives alone, so that few values have more than `large` elements."""
+    before = max((_size(n) for n in graph.nodes()), default=0)
+    # what draws random numbers runs once, in its order
+    if before <= large or any(is_draw(n) for n in graph.nodes()):
+        return None
+    roots = _roots(graph.outputs)
+    order = list(topological(roots))
+    lengths = sorted({d for n in order if _has_shape(n) for d in n.shape if d > 1}, reverse=True)
+    cuttings = (_Cutting(order, roots, length, large) for length in lengths)
+    best = min(cuttings, key=_Cutting.peak)
+    return best.slices(graph) if 2 * best.peak() <= before else None
+
+
+def _roots(outputs: Iterable[Node]) -> list[Node]:
+    """Return the last values that can be cut: a single number (a loss) comes of all slices."""
+    stack, found, peeled = list(outputs)[::-1], dict[Node, None](), set[Node]()
+    while stack:
+        node = stack.pop()
+        if node in peeled:
+            continue
+        single = node.op.kind is not OpKind.LEAF and not (_has_shape(node) and prod(node.shape) > 1)
+        if single:
+            peeled.add(node)
+            stack += node.inputs[::-1]
+        elif not _is_constant(node):
+            found[node] = None
+    return list(found)
+
+
+def _has_shape(node: Node) -> bool:
+    return hasattr(node.type, "shape")
+
+
+def _size(node: Node) -> int:
+    """Return the elements of a value that is computed; views and leaves are none."""
+    free = node.op.kind is OpKind.LEAF or node.op in _VIEWS or not _has_shape(node)
+    return 0 if free else prod(node.shape)
+
+
+def _is_constant(node: Node) -> bool:
+    """Say whether this is one number that every slice has for itself; operators look for those."""
+    while node.op in (structural.RESHAPE, structural.BROADCAST, elementwise.CAST):
+        node = node.inputs[0]
+    return node.op is leaf.CONSTANT
+
+
+@final
+@dataclass(slots=True)
+class _Cutting:
+    """The cuts of all values for one number of steps."""
+
+    order: list[Node]
+    roots: list[Node]
+    length: int
+    large: int
+    cuts: dict[Node, Cut | None] = field(default_factory=dict)
+    wanted: dict[Node, _Wanted] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for root in self.roots:
+            self._want(root, self._natural(root))
+        for node in reversed(self.order):
+            cut = self.cuts[node]
+            wanted = None if cut is None else _operand_cuts(node, cut, self.length)
+            if wanted is None:
+                self.cuts[node] = None
+                wanted = [None] * len(node.inputs)
+            self.wanted[node] = wanted
+            for operand, want in zip(node.inputs, wanted, strict=True):
+                self._want(operand, want)
+
+    def _want(self, node: Node, cut: Cut | None) -> None:
+        if self.cuts.setdefault(node, cut) != cut:
+            self.cuts[node] = None
+
+    def _natural(self, root: Node) -> Cut | None:
+        """Return the first cut of a result, best by steps of single positions."""
+        rank = len(root.shape)
+        units = [(d // self.length, i) for i, d in enumerate(root.shape) if not d % self.length]
+        return min((Cut(i - rank, u) for u, i in units if u), key=lambda c: c.unit, default=None)
+
+    def _count(self) -> int:
+        """Return the number of slices."""
+        largest = max((_size(n) for n in self.order if self.cuts[n]), default=0)
+        return max(1, min(self.length, _MOST, -(-largest // self.large)))
+
+    def peak(self) -> int:
+        """Return the elements of the largest value that is computed at once."""
+        count = self._count()
+        sizes = (-(-_size(n) // count) if self.cuts[n] else _size(n) for n in self.order)
+        return max(self.large, *sizes)
+
+    def slices(self, graph: Graph) -> Slices:
+        """Return the three parts of the program."""
+        steps = -(-self.length // self._count())
+        starts = tuple((s, min(steps, self.length - s)) for s in range(0, self.length, steps))
+        cut = [r for r in self.roots if self.cuts[r] is not None]
+        bodies = {n: self._body(cut, n) for n in {count for _, count in starts}}
+        passed = [r for r in self.roots if self.cuts[r] is None]
+        given = [node for body in bodies.values() for node, _ in body.given]
+        needed = tuple(dict.fromkeys((*given, *passed)))
+        return Slices(
+            graph.with_outputs(needed),
+            bodies,
+            starts,
+            tuple(c for c in (self.cuts[r] for r in cut) if c is not None),
+            tuple(passed),
+            _tail(graph, [*cut, *passed]),
+        )
+
+    def _body(self, roots: Sequence[Node], steps: int) -> _Body:
+        new: dict[Node, Node] = {}
+        given: dict[tuple[Node, Cut | None], Node] = {}
+
+        def operand(node: Node, cut: Cut | None) -> Node:
+            if cut is not None and cut == self.cuts[node] and node in new:
+                return new[node]
+            if _is_constant(node) and prod(node.shape) == 1:
+                return node
+            if (node, cut) not in given:
+                shape = node.shape if cut is None else cut.shape(node.shape, steps)
+                given[node, cut] = input_(f"given{len(given)}", shape, node.tensor.dtype)
+            return given[node, cut]
+
+        for node in self.order:
+            cut = self.cuts[node]
+            if cut is None or node.op.kind is OpKind.LEAF:
+                continue
+            pairs = zip(node.inputs, self.wanted[node], strict=True)
+            attrs = node.attrs
+            if node.op in (structural.RESHAPE, structural.BROADCAST):
+                attrs = replace(attrs, shape=cut.shape(node.shape, steps))
+            new[node] = make(node.op, tuple(operand(i, w) for i, w in pairs), attrs)
+        outputs = tuple(operand(r, self.cuts[r]) for r in roots)
+        return _Body(Graph(Level.KERNEL, "slice", tuple(given.values()), outputs), tuple(given))
+
+
+def _tail(graph: Graph, roots: Sequence[Node]) -> Graph:
+    new = {r: input_(f"root{k}", r.shape, r.tensor.dtype) for k, r in enumerate(roots)}
+    inputs = tuple(new.values())
+    for node in topological(graph.outputs, stop=new):
+        if node not in new:
+            new[node] = rebuild(node, tuple(new[i] for i in node.inputs))
+    return Graph(Level.KERNEL, "tail", inputs, tuple(new[o] for o in graph.outputs))
+
+
+# -- which cuts of the operands give a cut of the result -----------------------------------------
+
+
+def _operand_cuts(node: Node, cut: Cut, length: int) -> _Wanted | None:
+    """Return a cut per operand (None: all of it), or None where a slice needs more than slices."""
+    if not node.inputs:
+        return []
+    if node.op.kind in (OpKind.ELEMENTWISE, OpKind.REDUCTION):
+        return [_same(i, cut) for i in node.inputs]
+    rule = _RULES.get(node.op.name)
+    return None if rule is None else rule(node, cut, length)
+
+
+def _same(operand: Node, cut: Cut) -> Cut | None:
+    """Return the cut of an operand that may be broadcast."""
+    return cut if operand.shape and operand.shape[cut.axis] != 1 else None
+
+
+def _matmul(node: Node, cut: Cut, length: int) -> _Wanted | None:
+    a, c = node.inputs
+    if cut.axis == -2:
+        return [cut, None]
+    if cut.axis == -1:
+        return [None, cut]
+    return [_same(a, cut), _same(c, cut)]
+
+
+def _reshape(node: Node, cut: Cut, length: int) -> _Wanted | None:
+    (x,) = node.inputs
+    place = len(node.shape) + cut.axis
+    outer, inner = prod(node.shape[:place]), prod(node.shape[place + 1 :])
+    for i, dim in enumerate(x.shape):
+        unit = dim // length
+        same = unit * prod(x.shape[i + 1 :]) == cut.unit * inner
+        if dim == unit * length and prod(x.shape[:i]) == outer and unit and same:
+            return [Cut(i - len(x.shape), unit)]
+    return None
+
+
+def _broadcast(node: Node, cut: Cut, length: int) -> _Wanted | None:
+    return [_same(node.inputs[0], cut)]
+
+
+def _permute(node: Node, cut: Cut, length: int) -> _Wanted | None:
+    return [Cut(node.attrs.perm[cut.axis] - len(node.shape), cut.unit)]
+
+
+def _along_axis(node: Node, cut: Cut, length: int) -> _Wanted | None:
+    return None if node.attrs.axis == cut.axis else [cut] * len(node.inputs)
+
+
+def _flip(node: Node, cut: Cut, length: int) -> _Wanted | None:
+    return None if cut.axis in node.attrs.axes else [cut]
+
+
+def _take(node: Node, cut: Cut, length: int) -> _Wanted | None:
+    rank = len(node.inputs[1].shape)
+    behind = -1 - node.attrs.axis
+    if cut.axis >= -behind:
+        return [cut, None]
+    if cut.axis >= -behind - rank:
+        return [None, Cut(cut.axis + behind, cut.unit)]
+    return [Cut(cut.axis + rank - 1, cut.unit), None]
+
+
+def _gather(node: Node, cut: Cut, length: int) -> _Wanted | None:
+    return [None if node.attrs.axis == cut.axis else cut, cut]
+
+
+_RULES: Final[dict[str, Callable[[Node, Cut, int], _Wanted | None]]] = {
+    op.name: rule
+    for op, rule in (
+        (contraction.MATMUL, _matmul),
+        (contraction.SCAN, _along_axis),
+        (structural.RESHAPE, _reshape),
+        (structural.BROADCAST, _broadcast),
+        (structural.PERMUTE, _permute),
+        (structural.SLICE, _along_axis),
+        (structural.CONCAT, _along_axis),
+        (structural.PAD, _along_axis),
+        (structural.FLIP, _flip),
+        (structural.TAKE, _take),
+        (structural.GATHER, _gather),
+    )
+}
