@@ -35,10 +35,16 @@ class IndexSpace:
     _whole: set[Atom] = field(default_factory=set)
     _reduced: set[Atom] = field(default_factory=set)
     _dims: dict[Node, list[list[Atom]]] = field(default_factory=dict)
+    _layouts: dict[Node, Layout] = field(default_factory=dict)
+    """What was asked for since a node was added: dims may be split then."""
 
     def layout(self, node: Node) -> Layout:
         """Return the atoms of each dim of `node`."""
-        return tuple(tuple(self._resolve(dim)) for dim in self._dims[node])
+        found = self._layouts.get(node)
+        if found is None:
+            found = tuple(tuple(self._resolve(dim)) for dim in self._dims[node])
+            self._layouts[node] = found
+        return found
 
     def atoms(self, node: Node) -> tuple[Atom, ...]:
         """Return all atoms of `node` in the order of its dims."""
@@ -127,10 +133,12 @@ class IndexSpace:
 
     def add_input(self, node: Node) -> None:
         """Give a tensor that the region reads an atom per dim."""
+        self._layouts.clear()
         self._dims[node] = [self._fresh(d) for d in node.shape]
 
     def add(self, node: Node) -> None:
         """Relate the dims of `node` to those of its operands."""
+        self._layouts.clear()
         op = node.op
         operands = [self._dims[i] for i in node.inputs]
         if op.kind is OpKind.ELEMENTWISE:

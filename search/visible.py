@@ -59,8 +59,10 @@ class Visible:
 def visible(schedule: Schedule) -> Visible:
     """Return what the masks of a schedule leave of its loop."""
     everything = Visible(None, None, (), (1, 1))
-    loop = schedule.loop
-    if loop is None or not any(n.op is leaf.IOTA for n in schedule.region.body):
+    loop, space = schedule.loop, schedule.space
+    counted = [n for n in schedule.region.body if n.op is leaf.IOTA]
+    # a bound compares positions along the loop with something
+    if loop is None or not any(loop in space.layout(n)[n.attrs.axis] for n in counted):
         return everything
     try:
         graph = block_graph(schedule, dict.fromkeys(schedule.roles, 1), "elements")
@@ -74,7 +76,6 @@ def visible(schedule: Schedule) -> Visible:
         return everything
     grid = next((names[n] for n in others), None)
     bounds = [(weight, sum(w for _, w in terms), constant) for terms, weight, constant in shared]
-    space = schedule.space
     assert grid is None or schedule.roles[grid] is Role.GRID
     extents = (space.extent(loop), 1 if grid is None else space.extent(grid))
     return Visible(loop, grid, tuple(sorted(bounds)), extents)
