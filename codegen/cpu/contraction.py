@@ -339,8 +339,8 @@ class Product:
         size = _ELEMENT_BYTES.get(b.element, 4)
         # the processor itself runs ahead in a few long rows
         if not b.in_scratch and (parts > 1 or k.full * size <= _PAGE_BYTES):
-            # as many lines of the next columns at each step as all steps together have to fetch
-            bytes_ = columns * _MOST_LANES * size * (2 if pairs else 1)
+            # as many lines of the next columns per two vectors as all together have to fetch
+            bytes_ = 2 * columns * _MOST_LANES * size
             fetch = -(-bytes_ // (_LINE_BYTES * min(parts, _DOT_PARTS)))
         self.context.write(
             f"gemm_dot<{-(-m.full // parts)}, {columns}, {_flag(self.accumulate)}, "

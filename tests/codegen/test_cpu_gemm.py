@@ -122,15 +122,15 @@ def test_dot_any_extent(folder, width, element):
 def test_dot_in_pairs_of_vectors(folder, width):
     kernel = build(
         "auto a = (const so::bf16*)va; auto b = (const so::bf16*)vb;\n"
-        "static float rows[37 * 1040]; pack_rows<true>(a, k, k, m, rows, 1040);\n"
-        "if (e[3]) gemm_dot<4, 3, true, 0, -1, true>(m, n, k, rows, 1040, b, k, c, e[4]);\n"
-        "else if (n == 5) gemm_dot<4, 3, false, 2, 5, true>(m, n, k, rows, 1040, b, k, c, e[4]);\n"
-        "else gemm_dot<4, 3, false, 1, -1, true>(m, n, k, rows, 1040, b, k, c, e[4]);",
+        "static float rows[37 * 2080]; pack_rows<true>(a, k, k, m, rows, 2080);\n"
+        "if (e[3]) gemm_dot<4, 3, true, 0, -1, true>(m, n, k, rows, 2080, b, k, c, e[4]);\n"
+        "else if (n == 5) gemm_dot<4, 3, false, 2, 5, true>(m, n, k, rows, 2080, b, k, c, e[4]);\n"
+        "else gemm_dot<4, 3, false, 1, -1, true>(m, n, k, rows, 2080, b, k, c, e[4]);",
         folder,
         width,
     )
     rng = np.random.default_rng(9)
-    for m, n, k in [*EXTENTS, (37, 5, 1030), (37, 7, 530)]:
+    for m, n, k in [*EXTENTS, (37, 5, 2070), (37, 7, 530)]:
         a = rng.standard_normal((m, k)).astype(np.float32).view(np.uint32) & 0xFFFF0000
         b = rng.standard_normal((n, k)).astype(np.float32).view(np.uint32) & 0xFFFF0000
         c = np.full((m + 1, n + 3), CANARY)
