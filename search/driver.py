@@ -38,7 +38,7 @@ from superopt.search.algebra import (
 from superopt.search.emit import block_graph, place
 from superopt.search.errors import NotFusible
 from superopt.search.indices import Atom
-from superopt.search.partition import Group, partition
+from superopt.search.partition import Group, is_compute, partition
 from superopt.search.region import Region, extract, make_region, substitute
 from superopt.search.schedule import Schedule, derive
 from superopt.search.tiling import best_tiles, choices
@@ -58,12 +58,16 @@ _KERNEL_S: Final = 0.5
 """What one of them is thought to take, before any was: a second of a core, of two."""
 _FIRST_LOOK: Final = 2.0**-20
 """The error bound of a variant's test: one draw as a rule."""
-_PROOF: Final = 4.0
-"""How many times as long as that the proof of a program may take: three draws, of tiles."""
+_PROOF: Final = 3.0
+"""How many times as long as that the proof of a program may take: three draws."""
 LAST_S: Final = 2.0
 """For what comes after the proof: the program is compared with the original."""
 _LAST_SHARE: Final = 0.6
 """The largest share of the budget that is kept for all this."""
+_OVERRUN: Final = 0.5
+"""The share of the budget by which a proof may end late; one that would end later is not begun."""
+_OVERRUN_S: Final = 2.5
+"""The same in seconds, for small budgets. A shorter proof is made however late it is."""
 
 
 class Measurer(Protocol):
@@ -150,6 +154,16 @@ class _Ranking:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class _Assembled:
+    """A program, and the kernels that were put into a variant to make it."""
+
+    program: Graph
+    variant: Graph
+    kernels: tuple[tuple[Region, _Choice], ...]
+
+
+@final
 @dataclass(slots=True)
 class Driver:
     """Search state; `run` is anytime and stops at the budget."""
@@ -170,12 +184,29 @@ class Driver:
     timed: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     rankings: dict[Region, _Ranking] = field(default_factory=dict)
+    refused: dict[Group, None] = field(default_factory=dict)
 
     def _left(self) -> float:
         """Return the seconds left for search, without those that the proof and all after it will take."""
         ending_s = self.proof_s + self.floats.predicted_s() + LAST_S
         ending_s = min(ending_s, _LAST_SHARE * self.budget_s)
         return self.budget_s - ending_s - (time.monotonic() - self.started)
+
+    def _over(self) -> bool:
+        """Say whether there is no time for another try."""
+        over = self._left() <= 0
+        self.statistics.hurried += over
+        return over
+
+    def _too_late(self) -> bool:
+        """Say whether a proof that begins now is long and would end long after the budget."""
+        ending_s = self.proof_s + self.floats.predicted_s()
+        late_s = time.monotonic() - self.started + ending_s - self.budget_s
+        if min(ending_s, late_s) <= max(_OVERRUN_S, _OVERRUN * self.budget_s):
+            return False
+        self.statistics.stopped = "budget"
+        self.statistics.hurried += 1
+        return True
 
     def _tell(self, kind: str, message: str, **data: Any) -> None:
         self.on_event(Event(kind, message, data))
@@ -195,18 +226,50 @@ class Driver:
         return SearchResult(graph, verdict, self.original_s, best_s, self.statistics, self.notes)
 
     def _search(self) -> tuple[Graph, Verdict, float] | None:
-        programs: list[Graph] = []
+        found: list[_Assembled] = []
         variants = self._variants()
+        if self._too_late():
+            return None
         for number, variant in enumerate(variants):
-            if programs and self._left() <= 0:
+            if found and self._left() <= 0:
                 self.statistics.stopped = "budget"
                 self.statistics.hurried += len(variants) - number
                 break
             share = self._left() / (len(variants) - number) * 0.85
-            program = self._assemble(variant, time.monotonic() + share)
-            if program is not None:
-                programs.append(program)
-        return self._first_proven(programs)
+            assembled = self._assemble(variant, time.monotonic() + share)
+            if assembled is not None:
+                found.append(assembled)
+        tried = set[Graph]()
+        while True:
+            fresh = {a.program: a for a in found if a.program not in tried}
+            best = self._first_proven(list(fresh))
+            tried.update(fresh)
+            if best is not None or not fresh or self._left() <= 0:
+                return best
+            found = self._finer(list(fresh.values()))
+
+    def _finer(self, rejected: Sequence[_Assembled]) -> list[_Assembled]:
+        """Make rejected programs again, without the kernels that alone are not proven.
+
+        Where all are, the largest of a program is left out: it was together that they failed.
+        """
+        found = []
+        for assembled in rejected:
+            at_fault = [k for k in assembled.kernels if not self._provable_alone(*k)]
+            groups = [_group(region) for region, _ in at_fault or assembled.kernels]
+            groups = groups if at_fault else [max(groups, key=len)]
+            self.refused.update(dict.fromkeys(groups))
+            if self._left() <= 0:
+                break
+            finer = self._assemble(assembled.variant, time.monotonic() + self._left())
+            if finer is not None:
+                found.append(finer)
+        return found
+
+    def _provable_alone(self, region: Region, choice: _Choice) -> bool:
+        part = extract(region, "part")
+        kernel = part.with_outputs(place(choice.schedule, choice.graph, part.inputs))
+        return self._equal(part, kernel)
 
     def _first_proven(self, programs: Sequence[Graph]) -> tuple[Graph, Verdict, float] | None:
         """Return the fastest program that is proven and accepted, with its verdict and seconds."""
@@ -215,6 +278,8 @@ class Driver:
             if seconds == inf:
                 self._reject("it does not run")
                 continue
+            if self._too_late():
+                break
             try:
                 verdict = verify_field(
                     self.original, program, seed=self.seed, device=self.measurer.device
@@ -255,21 +320,27 @@ class Driver:
         """
         rules = with_gathers(FUSION_RULES) if self.machine.kind == "cpu" else FUSION_RULES
         moved = apply_rules(plain, rules)
-        equal = self._equal(moved)
+        equal = self._equal(self.original, moved)
+        if self._too_late():
+            return plain
         if equal and self._accurate(moved):
             return moved
         if equal:
-            return apply_accepted(plain, rules, self._accurate)
-        if not self._equal(plain):
+            return apply_accepted(plain, rules, lambda g: not self._over() and self._accurate(g))
+        if not self._equal(self.original, plain):
             return plain  # it cannot be told what rules do
-        return apply_accepted(plain, rules, lambda g: self._equal(g) and self._accurate(g))
+        return apply_accepted(
+            plain,
+            rules,
+            lambda g: not self._over() and self._equal(self.original, g) and self._accurate(g),
+        )
 
-    def _equal(self, variant: Graph) -> bool:
+    def _equal(self, original: Graph, variant: Graph) -> bool:
         """Say whether a variant passes a first look, which is timed to predict the proof."""
         started = time.monotonic()
         try:
             verdict = verify_field(
-                self.original,
+                original,
                 variant,
                 seed=self.seed,
                 error_bound=_FIRST_LOOK,
@@ -289,21 +360,22 @@ class Driver:
             self._tell("inaccurate", f"a variant would be inaccurate: {verdict.reason}")
         return verdict.accurate
 
-    def _assemble(self, variant: Graph, deadline: float) -> Graph | None:
+    def _assemble(self, variant: Graph, deadline: float) -> _Assembled | None:
         """Choose a kernel or the library for every part of a variant."""
         costs = self._costs(variant, None)
         self._tell("partition", f"{len(costs)} kernels to generate", kernels=len(costs))
-        replacements: dict[Node, Node] = {}
-        for region, choice in self._kernels(variant, costs, deadline):
-            results = place(choice.schedule, choice.graph, region.inputs)
-            replacements.update(zip(region.outputs, results, strict=True))
-            self.notes.append(f"{choice.graph.name}: {choice.schedule.describe()}")
-        return substitute(variant, replacements) if replacements else None
+        kernels = tuple(self._kernels(variant, costs, deadline))
+        self.notes += [f"{c.graph.name}: {c.schedule.describe()}" for _, c in kernels]
+        return _Assembled(_replaced(variant, kernels), variant, kernels) if kernels else None
 
     def _costs(self, graph: Graph, products: int | None) -> dict[Group, float]:
         """Return the groups that may gain from a kernel, at most so many products in each."""
-        found = partition(graph, self.machine, products=products)
-        return {group: cost for group, cost in found.items() if _worth(graph, group)}
+        found = partition(graph, self.machine, products=products, refused=self.refused)
+        return {
+            group: cost
+            for group, cost in found.items()
+            if _worth(graph, group) and group not in self.refused
+        }
 
     def _kernels(
         self, graph: Graph, costs: Mapping[Group, float], deadline: float
@@ -493,6 +565,11 @@ def search(
     """
     floats = floats or FloatTest(graph, seed=seed, device=measurer.device)
     return Driver(graph, machine, measurer, budget_s, seed, floats, on_event, accept).run()
+
+
+def _group(region: Region) -> Group:
+    """Return what a region computes, as `partition` has it."""
+    return frozenset(n for n in region.body if is_compute(n))
 
 
 def _expand_simple(graph: Graph) -> Graph:

@@ -7,7 +7,7 @@ the model thinks cheaper than the two. Nothing but index structure and cost deci
 In: a kernel graph of primitives (composites in it stay library kernels). Out: groups of nodes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from math import inf
 from typing import final
@@ -41,13 +41,19 @@ def is_compute(node: Node) -> bool:
     return not (node.op in (leaf.INPUT, leaf.ITEM) or is_leaf(node) or is_view(node))
 
 
-def partition(graph: Graph, machine: Target, *, products: int | None = None) -> dict[Group, float]:
+def partition(
+    graph: Graph,
+    machine: Target,
+    *,
+    products: int | None = None,
+    refused: Collection[Group] = (),
+) -> dict[Group, float]:
     """Return groups of compute nodes, each one kernel, in topological order, with predicted seconds.
 
     No two groups need each other, directly or through others. At most `products` contractions are in one
-    (None: any number); with 0 each is a library kernel.
+    (None: any number); with 0 each is a library kernel. No group of several nodes contains a `refused` one.
     """
-    return _Partition(graph, machine, products).run()
+    return _Partition(graph, machine, products, refused).run()
 
 
 @final
@@ -56,6 +62,7 @@ class _Partition:
     graph: Graph
     machine: Target
     products: int | None
+    refused: Collection[Group] = ()
     owner: dict[Node, Group] = field(default_factory=dict)
     costs: dict[Group, float] = field(default_factory=dict)
     producers: dict[Node, list[Node]] = field(default_factory=dict)
@@ -142,7 +149,9 @@ class _Partition:
         return self._cost(first) + self._cost(second) - self._cost(union)
 
     def _crowded(self, union: Group) -> bool:
-        """Say whether there are more products than may be in one kernel."""
+        """Say whether there are more products than may be in one kernel, or what may not be together."""
+        if any(group <= union for group in self.refused):
+            return True
         count = sum(n.op.kind is OpKind.CONTRACTION for n in union)
         return self.products is not None and count > max(1, self.products)
 

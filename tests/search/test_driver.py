@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 from types import SimpleNamespace
 
@@ -51,7 +52,8 @@ def run(graph: Graph, clock: Predicted, **options: float) -> driver.SearchResult
     return search(graph, Target(), clock, budget_s=options.get("budget_s", 20.0), seed=0)
 
 
-def test_a_budget_that_is_over_still_finds_something() -> None:
+def test_a_budget_that_is_over_still_finds_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_OVERRUN_S", inf)
     result = run(PROGRAMS["causal_gqa"], Predicted(), budget_s=1e-3)
     assert result.statistics.stopped == "budget"
     assert result.verdict is not None
@@ -66,7 +68,10 @@ class SlowProducts(Predicted):
         return [1e3 if slow else seconds for seconds, slow in times]
 
 
-def test_every_part_around_products_has_a_kernel_however_late_it_is() -> None:
+def test_every_part_around_products_has_a_kernel_however_late_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(driver, "_OVERRUN_S", inf)
     in_time, late = (run(PROGRAMS["norm_mlp"], SlowProducts(), budget_s=s) for s in (1000.0, 1e-3))
     custom = [sum(n.op is library.CUSTOM for n in r.graph.nodes()) for r in (in_time, late)]
     assert custom[0] == custom[1] > 1
@@ -241,7 +246,7 @@ def test_what_nobody_could_prove_is_no_kernel() -> None:
     search_ = Driver(graph, Target(), Predicted(), 30.0, 0, FloatTest(graph, seed=0))
     found = search_._assemble(graph, time.monotonic() + 30.0)
     assert found is not None
-    kernels = [n.attrs.graph for n in found.nodes() if n.op is library.CUSTOM]
+    kernels = [n.attrs.graph for n in found.program.nodes() if n.op is library.CUSTOM]
     assert len(kernels) > 1
     assert all(provable(k) for k in kernels)
 
@@ -270,7 +275,10 @@ def test_a_product_stays_in_the_library_where_that_is_faster() -> None:
     assert library.CUSTOM in ops
 
 
-def test_parts_that_the_budget_does_not_reach_get_a_kernel_too() -> None:
+def test_parts_that_the_budget_does_not_reach_get_a_kernel_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(driver, "_OVERRUN_S", inf)
     x, w = b.input_("x", (64, 96)), b.input_("w", (96, 96))
     value = x
     for _ in range(3):
@@ -310,7 +318,10 @@ class Recording(LibraryWins):
         return super().programs(graphs)
 
 
-def test_the_first_kernels_of_all_parts_are_compiled_together() -> None:
+def test_the_first_kernels_of_all_parts_are_compiled_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(driver, "_OVERRUN_S", inf)
     clock = Recording()
     inputs = [b.input_(f"x{n}", (16, n)) for n in (24, 40, 40, 56)]
     sums = [b.exp(b.sub(x, b.reduce_max(x, -1))) for x in inputs]
@@ -348,3 +359,59 @@ def test_search_ends_when_the_budget_does(budget_s: float, monkeypatch: pytest.M
     graph = b.kernel_graph("g", [x, w], [b.exp(b.matmul(b.exp(x), w))])
     run(graph, clock, budget_s=budget_s)
     assert 3.0 <= clock.now_s <= budget_s - driver.LAST_S
+
+
+def softmax(x: Node) -> Node:
+    e = b.exp(b.sub(x, b.reduce_max(x, -1)))
+    return b.div(e, b.reduce_sum(e, -1))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_where_a_kernel_is_rejected_smaller_ones_are_tried(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = b.input_("x", (8, 24)), b.input_("y", (6, 40))
+    outputs = [softmax(b.sqrt(x)), b.exp(b.sub(y, b.reduce_max(y, -1)))]
+    graph = b.kernel_graph("two", [x, y], outputs)
+    asked: list[Graph] = []
+
+    def kernels(program: Graph) -> list[Graph]:
+        return [n.attrs.graph for n in program.nodes() if n.op is library.CUSTOM]
+
+    def mixes(program: Graph) -> bool:
+        both = {elementwise.SQRT, elementwise.EXP}
+        return any(both <= {n.op for n in k.nodes()} for k in kernels(program))
+
+    def verify(original: Graph, candidate: Graph, **options: object) -> object:
+        verdict = verify_field(original, candidate, seed=0)
+        fails = mixes(candidate) and (alone or len(kernels(candidate)) > 1)
+        return replace(verdict, equivalent=False, reason="mixed") if fails else verdict
+
+    def accept(program: Graph) -> str:
+        asked.append(program)
+        return ""
+
+    monkeypatch.setattr(driver, "verify_field", verify)
+    result = search(graph, Target(), Predicted(), budget_s=1000.0, seed=0, accept=accept)
+    assert result.verdict is not None
+    assert asked == [result.graph]
+    assert result.statistics.rejected > 0
+    # only what was at fault is in pieces, and every value still comes from a kernel
+    assert len(kernels(result.graph)) == 3
+    assert not mixes(result.graph)
+    assert all(n.op.kind is not OpKind.ELEMENTWISE for n in result.graph.nodes())
+
+
+def test_a_proof_that_would_end_long_after_the_budget_is_not_begun() -> None:
+    graph = PROGRAMS["norm_linear"]
+    found = Driver(graph, Target(), Predicted(), 5.0, 0, FloatTest(graph, seed=0))
+    programs = [expand(graph)]
+    found.proof_s = 30.0
+    assert found._first_proven(programs) is None
+    assert found.statistics.hurried == 1  # so that nobody keeps the plan
+    assert found.statistics.stopped == "budget"
+    assert found._search() is None
+    assert found.statistics.proposed == 0  # nor is a kernel tried that it would be for
+    # a short one is made however late it is
+    found.proof_s, found.started = 1.0, found.started - 1000.0
+    assert found._first_proven(programs) is not None

@@ -227,3 +227,15 @@ def test_views_of_one_tensor_are_read_from_memory_once() -> None:
         for g in (whole, parts)
     ]
     assert costs[1][0][0] < 1.5 * costs[0][0][0]
+
+
+def test_no_group_contains_a_refused_one() -> None:
+    x, w = b.input_("x", (64, 256)), b.input_("w", (256, 32))
+    value = b.exp(b.matmul(b.div(b.exp(x), b.reduce_sum(b.exp(x), -1)), w))
+    ready = prepared(b.kernel_graph("g", [x, w], [value]))
+    (whole,) = partition(ready, MACHINE)
+    refused = frozenset(sorted(whole, key=lambda n: n.op.name)[:2])
+    found = partition(ready, MACHINE, refused=[refused])
+    assert frozenset().union(*found) == whole
+    assert len(found) > 1
+    assert not any(refused <= group for group in found)
