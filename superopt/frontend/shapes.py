@@ -83,6 +83,31 @@ def _select(call: Call, x: Node, dim: int, index: int) -> Node:
     return b.reshape(b.slice_(x, axis, index, index + 1), call.shape)
 
 
+@rule(aten.diagonal.default)
+def _diagonal(call: Call, x: Node, offset: int = 0, first: int = 0, second: int = 1) -> Node:
+    rank = x.tensor.rank
+    others = [d for d in range(rank) if d not in (first % rank, second % rank)]
+    x = b.permute(x, [*others, first % rank, second % rank])
+    *outer, rows, columns = x.shape
+    count = call.shape[-1]
+    if not count:
+        raise Decline("a diagonal without elements")
+    start = offset if offset >= 0 else -offset * columns
+    step = columns + 1
+    flat = b.reshape(x, (*outer, rows * columns))
+    return b.slice_(flat, -1, start, start + (count - 1) * step + 1, step)
+
+
+@rule(aten.unfold.default)
+def _unfold(call: Call, x: Node, dim: int, size: int, step: int) -> Node:
+    axis = x.tensor.rank + one_axis(x, dim)
+    count = call.shape[axis]
+    first = b.mul(b.iota((count, 1), -2, DType.I64), step)
+    windows = b.take(x, b.add(first, b.iota((1, size), -1, DType.I64)), axis)
+    rank = windows.tensor.rank
+    return b.permute(windows, [*(d for d in range(rank) if d != axis + 1), axis + 1])
+
+
 def _pieces(x: Node, dim: int, sizes: Sequence[int]) -> tuple[Node, ...]:
     axis = one_axis(x, dim)
     parts = []
