@@ -9,6 +9,8 @@
 - `gather-below-elementwise`: gather(f(x), i) => f(gather(x, i)).
 - `gather-to-select`: gather(x, i) of one element per row => reduce_sum(where(iota == i, x, 0)),
   which lets a loss read its logits once; only for computed x where kernels read at given places.
+- `take-to-gather`: take(x, i) of rows => gather(x, i) with both repeated along each other's dims,
+  which costs nothing for an x in memory; only where kernels read at given places.
 - those of `superopt.search.reductions`.
 
 Only factors that come out of a reduction of as many elements are moved: those are what would force
@@ -33,7 +35,10 @@ from superopt.search.reductions import (
     reduce_of_concat,
     slice_of_concat,
 )
-from superopt.search.region import is_leaf, view_base
+from superopt.search.region import is_leaf, view_base, view_type
+
+_ROW: Final = 16
+"""Elements that are read together at a place; fewer are not worth a kernel's while."""
 
 
 @final
@@ -265,6 +270,10 @@ def _gather_to_select(node: Node) -> Node | None:
     return b.reduce_sum(b.where(chosen, x, b.constant(0.0, x.tensor.dtype)), axis)
 
 
+def _lies_in_memory(node: Node) -> bool:
+    return view_base(node).op is leaf.INPUT and view_type(node) is not None
+
+
 def _computed_gather_to_select(node: Node) -> Node | None:
     if node.op is not structural.GATHER or view_base(node.inputs[0]).op is leaf.INPUT:
         return None
@@ -291,6 +300,23 @@ def _gather_below_elementwise(node: Node) -> Node | None:
     if any(p.shape and p.shape != node.shape for p in parts):
         return None
     return rebuild(x, tuple(parts))
+
+
+def _take_to_gather(node: Node) -> Node | None:
+    if node.op is not structural.TAKE or not _lies_in_memory(node.inputs[0]):
+        return None
+    x, index = node.inputs
+    axis = x.tensor.rank + node.attrs.axis
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    places = index.shape or (1,)
+    if prod(after) < _ROW:
+        return None  # a library moves single elements faster
+    rows, ones = places[:-1], (1,) * (len(places) - 1)
+    x = b.reshape(x, (*before, *ones, x.shape[axis], *after))
+    x = b.broadcast(x, (*before, *rows, x.shape[-1 - len(after)], *after))
+    index = b.reshape(index, (*(1,) * len(before), *places, *(1,) * len(after)))
+    index = b.broadcast(index, (*before, *places, *after))
+    return b.gather(x, index, -1 - len(after))
 
 
 def _broadcast_into_elementwise(node: Node) -> Node | None:
@@ -352,6 +378,7 @@ SCALE_OUT_OF_SUM: Final = Rule("scale-out-of-sum", _scale_out_of_sum, exact=Fals
 GATHER_TO_SELECT: Final = Rule("gather-to-select", _gather_to_select)
 COMPUTED_GATHER_TO_SELECT: Final = Rule("computed-gather-to-select", _computed_gather_to_select)
 GATHER_BELOW_ELEMENTWISE: Final = Rule("gather-below-elementwise", _gather_below_elementwise)
+TAKE_TO_GATHER: Final = Rule("take-to-gather", _take_to_gather)
 VIEW_BELOW_LEAF: Final = Rule("view-below-leaf", _view_below_leaf)
 BROADCAST_INTO_ELEMENTWISE: Final = Rule("broadcast-into-elementwise", _broadcast_into_elementwise)
 REDUCE_IN_STAGES: Final = Rule("reduce-in-stages", reduce_in_stages, exact=False)
@@ -376,4 +403,4 @@ FUSION_RULES: Final = (
 def with_gathers(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """Return `rules` for a backend whose kernels read memory at places that a tensor gives."""
     instead = {GATHER_TO_SELECT: COMPUTED_GATHER_TO_SELECT}
-    return tuple(instead.get(rule, rule) for rule in rules)
+    return (*(instead.get(rule, rule) for rule in rules), TAKE_TO_GATHER)

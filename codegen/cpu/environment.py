@@ -91,16 +91,23 @@ class Environment:
         return " + ".join(parts) or "0"
 
     def address(self, view: View, coords: Coordinates) -> tuple[str, int]:
-        """Return the address of an element and the distance to the next lane's."""
+        """Return the address of an element and the distance to the next lane's, but for `_per_lane`."""
         parts = [view.pointer]
         step = 0
         for coordinate, stride in zip(coords, view.strides, strict=True):
+            if self._per_lane(coordinate):
+                continue
             text = self.index(coordinate)
             if stride and text != "0":
                 parts.append(text if stride == 1 else f"({text}) * {stride}L")
             if coordinate[0] is not None and coordinate[0] == self.lane:
                 step += stride * coordinate[1]
         return " + ".join(parts), step
+
+    def _per_lane(self, coordinate: Coordinate) -> bool:
+        """Recognize a vector of places, one per lane."""
+        dim, scale, _ = coordinate
+        return self.vector and dim is not None and dim == self.lane and scale == 0
 
     # -- values --------------------------------------------------------------------------------
 
@@ -147,6 +154,8 @@ class Environment:
                 return found
             # PyTorch refuses an index beyond its tensor; a kernel cannot, and lets nobody miss it
             missing = self.splat(literal(math.nan, dtype), dtype)
+            if place[0] is not None and self.vector:
+                return self.define(f"so::select({inside}, {found}, {missing})", dtype)
             return self.define(f"{inside} ? {found} : {missing}", dtype)
         if node.op.kind is not OpKind.ELEMENTWISE:
             raise CodegenError(f"{node.op.name} is read before it is computed")
@@ -171,6 +180,11 @@ class Environment:
             if view.element in ("so::bf16", "so::f16"):
                 return f"load_scalar<float>({address})"
             return f"*({address})"
+        for coordinate, stride in zip(coords, view.strides, strict=True):
+            if self._per_lane(coordinate):
+                self.touched.gain = -math.inf
+                count = f", {self.count}" if self.count else ""
+                return f"load_scattered({address}, {coordinate[2]}, {stride}L, {step}L{count})"
         self._touch(view, step)
         if view.dtype.is_integer:
             if step == 1 and self.count is None:
@@ -254,10 +268,12 @@ class Environment:
         """
         data, index = node.inputs
         extent = data.shape[node.attrs.axis]
-        own = self.row is None or (not self.vector and self.varies(index, coords))
+        own = self.row is None or self.varies(index, coords)
         env = self if own or self.row is None else self.row
         wanted = env.value(index, coords)
-        place = env.define(f"so::within({wanted}, {extent}L)", DType.I64)
+        lanes = env.vector
+        text = f"so::within{'_lanes' if lanes else ''}({wanted}, {extent}L)"
+        place = env.define(text, DType.I32 if lanes else DType.I64)
         inside = env.define(f"{place} == {wanted}", DType.BOOL)
         # scale 0: the element changes with the lane, though not by its number
         return (self.lane if own else None, 0, place), inside
@@ -282,8 +298,14 @@ class Environment:
 
     def varies(self, node: Node, coords: Coordinates) -> bool:
         """Say whether a value changes along the row."""
-        return any(
-            (found in self.context.views or not found.inputs)
-            and any(dim == self.lane for dim, _, _ in at)
-            for found, at in self.reads(node, coords, None)
-        )
+        for found, at in self.reads(node, coords, None):
+            view = self.context.views.get(found)
+            if view is not None:
+                steps = view.strides  # a tensor repeated along a dim has stride 0 there
+            elif not found.inputs:
+                steps = (1,) * len(at)
+            else:
+                continue
+            if any(dim == self.lane and step for (dim, _, _), step in zip(at, steps, strict=True)):
+                return True
+        return False

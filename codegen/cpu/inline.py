@@ -215,11 +215,18 @@ class Plan:
         elif node.tensor.dtype is DType.F64:
             return False
         elif node.op is structural.GATHER:
-            # its index is read once per row; where it is not, the row has no vectors
+            # its index is read once per row, or see `places_in_lanes`
             return self.vector[node.inputs[0]] or node.inputs[0] in self.memory
         elif node.tensor.dtype.is_integer and node.op.kind in (OpKind.REDUCTION, OpKind.TILE):
             return node.op in (tile.LOAD, tile.TILE_INDEX, tile.STORE)
         return all(self.vector[i] or i in self.memory for i in node.inputs if i in self.vector)
+
+    def places_in_lanes(self, gather: Node) -> bool:
+        """Say whether a gather can read an element per lane: places of 64 bits are saturated."""
+        data, index = gather.inputs
+        known = self.vector[index] or index in self.memory
+        floats = gather.tensor.dtype.is_float and gather.tensor.dtype is not DType.F64
+        return known and floats and data.shape[gather.attrs.axis] < _INT32[1]
 
     def fits(self, node: Node) -> bool:
         """Say whether an integer value can be moved through 32-bit lanes unchanged."""

@@ -122,12 +122,14 @@ class Row:
         return self.plan.vector[source] and not self._scattered(member)
 
     def _scattered(self, member: Member) -> bool:
-        """Say whether lanes read at places of their own: an index varies along the row."""
+        """Say whether lanes read at places of their own, and these are no vector."""
         assert member.source is not None
         env = Environment(self.context, self.plan, member.extents, self.lane)
         start = identity_coords(member.source.shape)
         return any(
-            node.op is structural.GATHER and env.varies(node.inputs[1], coords)
+            node.op is structural.GATHER
+            and env.varies(node.inputs[1], coords)
+            and not self.plan.places_in_lanes(node)
             for node, coords in env.reads(member.source, start, member.node)
         )
 

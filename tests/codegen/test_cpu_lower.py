@@ -50,7 +50,9 @@ def tensor(node, generator) -> torch.Tensor:
         return dense
     size = 1 + sum((d - 1) * s for d, s in zip(type_.shape, type_.strides, strict=True))
     held = torch.empty(size, dtype=dense.dtype).as_strided(type_.shape, type_.strides)
-    return held.copy_(dense)
+    once = tuple(slice(None) if step else slice(1) for step in type_.strides)
+    held[once] = dense[once]
+    return held
 
 
 def check(graph: Graph, folder: Path, *, tolerance: float = 2e-5, config: CpuConfig | None = None):
@@ -441,6 +443,35 @@ def test_gathers(folder):
     check(build.graph(), folder)
 
 
+def test_rows_chosen_by_a_repeated_index_are_vectors(folder):
+    build = BlockBuilder("rows", grid={"m": 3})
+    table = build.load(b.input_("x", (20, 40)), 20, 40)
+    # strides (1, 0): an index per row, repeated along it
+    index = build.load(b.input_("i", (9, 40), DType.I64, strides=(1, 0)), ("m", 3), 40)
+    inside = b.minimum(b.maximum(index, 0), 19)
+    build.store(b.exp(b.gather(table, inside, -2)), (9, 40), ("m", 3), 40)
+    graph = build.graph()
+    check(graph, folder)
+    assert "so::exp(" in lower(graph, CpuConfig(), graph.name).text
+    assert "so::exp_one(" not in lower(graph, CpuConfig(), graph.name).text
+
+
+def test_a_place_per_lane_is_a_vector(folder):
+    build = BlockBuilder("lanes", grid={"m": 3})
+    table = build.load(b.input_("x", (3, 20, 40)), 3, 20, 40)
+    flat = build.load(b.input_("y", (9, 20), DType.BF16), ("m", 3), 20)
+    distance = b.sub(b.iota((3, 40), -1, DType.I64), b.iota((3, 40), -2, DType.I64))
+    near = b.minimum(b.maximum(distance, -7), 12)
+    places = b.broadcast(b.reshape(b.add(near, 7), (3, 1, 40)), (3, 1, 40))
+    build.store(b.exp(b.gather(table, places, -2)), (9, 1, 40), ("m", 3), 1, 40)
+    along = b.reshape(b.add(near, 7), (3, 40))
+    for data in (flat, b.flip(flat, (-1,)), b.exp(b.cast(flat, DType.F32))):
+        build.store(b.exp(b.gather(data, along, -1)), (9, 40), ("m", 3), 40)
+    graph = build.graph()
+    check(graph, folder)
+    assert "so::exp_one(" not in lower(graph, CpuConfig(), graph.name).text
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(3, 40), (3, 1)])
 def test_an_index_beyond_its_tensor_gives_nan(folder, rows, columns):
     build = BlockBuilder("beyond", grid={"m": 1})
@@ -455,6 +486,25 @@ def test_an_index_beyond_its_tensor_gives_nan(folder, rows, columns):
     kernel(*(t.data_ptr() for t in (places, x)), got.data_ptr())
     assert got[[0, 2]].isnan().all()
     assert torch.equal(got[1], x[19])
+
+
+def test_a_place_per_lane_beyond_its_tensor_gives_nan(folder):
+    build = BlockBuilder("beyond_lanes", grid={"m": 1})
+    places = build.load(b.input_("i", (1, 40), DType.I64), 1, 40)
+    table = build.load(b.input_("x", (1, 20)), 1, 20)
+    build.store(b.gather(table, places, -1), (1, 40), 1, 40)
+    graph = build.graph()
+    source = lower(graph, CpuConfig(), graph.name)
+    assert "load_scattered(" in source.text
+    (kernel,) = compile_many([source], folder)
+    places, x = torch.arange(40)[None] % 20, torch.randn(1, 20)
+    beyond = [0, 17, 20, 39]
+    places[0, beyond] = torch.tensor([-1, 20, 2**31, -(2**40)])
+    got = torch.zeros(1, 40)
+    kernel(*(t.data_ptr() for t in (places, x)), got.data_ptr())
+    inside = torch.tensor([n not in beyond for n in range(40)])
+    assert got[:, ~inside].isnan().all()
+    assert torch.equal(got[:, inside], torch.gather(x, 1, places[:, inside]))
 
 
 @pytest.mark.parametrize("dtype", [DType.F32, DType.I64])

@@ -20,6 +20,7 @@ from superopt.search.algebra import (
     SCALE_OUT_OF_CONTRACTION,
     SCALE_OUT_OF_SUM,
     SLICE_OF_CONCAT,
+    TAKE_TO_GATHER,
     Rule,
     apply_rules,
 )
@@ -30,6 +31,7 @@ label = b.input_("label", (5, 1), DType.I64)
 row = b.reduce_sum(x, -1)
 column = b.reduce_sum(y, -2)
 bias = b.input_("bias", (1, 6))
+places, rows = b.input_("places", (3, 4), DType.I64), b.input_("rows", (6, 7, 17))
 sink = b.input_("sink", (5, 1))
 joined = b.concat([sink, x], -1)
 top = b.maximum(b.reduce_max(x, -1), sink)
@@ -53,6 +55,10 @@ FIRES = [
     (COMPUTED_GATHER_TO_SELECT, case([x, label], b.gather(b.scan(x, -1, "sum"), label, -1))),
     (GATHER_BELOW_ELEMENTWISE, case([x, label], b.gather(b.sub(x, row), label, -1))),
     (GATHER_BELOW_ELEMENTWISE, case([x, bias, label], b.gather(b.sub(x, bias), label, -1))),
+    (TAKE_TO_GATHER, case([rows, places], b.take(rows, places, -2))),
+    (TAKE_TO_GATHER, case([rows, places], b.take(rows, places, 0))),
+    (TAKE_TO_GATHER, case([rows, label], b.take(rows, b.reshape(label, (5,)), 1))),
+    (TAKE_TO_GATHER, case([rows, places], b.take(b.transpose(rows), places, 0))),
     (REDUCE_IN_STAGES, case([deep], b.reduce_sum(deep, (-3, -2, -1)))),
     (REDUCE_IN_STAGES, case([deep], b.reduce_max(deep, (-2, -1)))),
     (REDUCE_IN_PARTS, case([vast], b.reduce_sum(b.mul(vast, vast), (-2, -1)))),
@@ -80,6 +86,9 @@ STAYS = [
     ),
     # a tensor in memory is read at the place
     (COMPUTED_GATHER_TO_SELECT, case([x, label], b.gather(b.transpose(b.transpose(x)), label, -1))),
+    # what is computed has to be in memory whole, and a library moves single elements
+    (TAKE_TO_GATHER, case([rows, places], b.take(b.exp(rows), places, 0))),
+    (TAKE_TO_GATHER, case([x, places], b.take(x, places, -1))),
     # a plain input costs nothing inside the loop
     (SCALE_OUT_OF_CONTRACTION, case([x, y], b.matmul(b.mul(x, b.input_("r", (5, 1))), y))),
     (SCALE_OUT_OF_SUM, case([x], b.reduce_sum(b.div(b.exp(x), row), -2))),

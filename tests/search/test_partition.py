@@ -16,6 +16,7 @@ from superopt.ir.node import Node, make, topological
 from superopt.ir.ops import contraction, elementwise, library, structural
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
+from superopt.ir.types import DType
 from superopt.search.algebra import FUSION_RULES, apply_rules, with_gathers
 from superopt.search.cost import KernelModel, library_cost
 from superopt.search.partition import _Partition, is_compute, partition
@@ -75,6 +76,17 @@ def test_a_loss_reads_its_label_in_its_own_kernel() -> None:
     assert structural.GATHER in {n.op for n in group}
     (loop,) = [s for s in derive(make_region(graph, group)) if s.loop is not None]
     assert len(loop.reads) == len(loop.region.inputs) == 3  # the logits at the label, apart
+
+
+def test_an_embedding_is_read_in_the_kernel_of_its_norm() -> None:
+    table, index = b.input_("w", (1000, 64)), b.input_("i", (7, 30), DType.I64)
+    rows = b.take(table, index, 0)
+    norm = b.div(rows, b.sqrt(b.reduce_sum(b.mul(rows, rows), -1)))
+    graph = b.kernel_graph("norm", [table, index], [norm])
+    (group,) = partition(apply_rules(graph, with_gathers(FUSION_RULES)), MACHINE)
+    assert structural.GATHER in {n.op for n in group}
+    # elsewhere it stays the library's
+    assert len(partition(apply_rules(graph, FUSION_RULES), MACHINE)) == 2
 
 
 def test_a_library_node_stays_alone() -> None:

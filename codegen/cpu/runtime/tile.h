@@ -118,6 +118,17 @@ SO_INLINE int64_t within(T place, long extent) {
   return min_of(max_of(place, 0), extent - 1);
 }
 
+SO_INLINE vi within_lanes(vi places, long extent) {
+  return min_integers(max_integers(places, vi{}), splat_integer(extent - 1));
+}
+// One element per lane, at places along one dim.
+template <class T>
+SO_INLINE vf load_scattered(const T* p, vi places, long stride, long step, long n = VL) {
+  vf v = {};
+  for (long i = 0; i < n; ++i) v[i] = load_scalar<float>(p + places[i] * stride + i * step);
+  return v;
+}
+
 // What argmax and argmin prefer to what they have: NaN to anything else, and the first of equals.
 template <class T>
 SO_INLINE bool above(T a, T b) { return a > b || (a != a && b == b); }
