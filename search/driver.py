@@ -64,10 +64,8 @@ LAST_S: Final = 2.0
 """For what comes after the proof: the program is compared with the original."""
 _LAST_SHARE: Final = 0.6
 """The largest share of the budget that is kept for all this."""
-_OVERRUN: Final = 0.5
-"""The share of the budget by which a proof may end late; one that would end later is not begun."""
 _OVERRUN_S: Final = 2.5
-"""The same in seconds, for small budgets. A shorter proof is made however late it is."""
+"""By how much the proof may end after a small budget; shorter ones are made however late it is."""
 
 
 class Measurer(Protocol):
@@ -198,11 +196,17 @@ class Driver:
         self.statistics.hurried += over
         return over
 
-    def _too_late(self) -> bool:
-        """Say whether a proof that begins now is long and would end long after the budget."""
+    def _too_late(self, *, found: bool = False) -> bool:
+        """Say whether a proof that begins now is long and would end long after the budget.
+
+        Once there is a program to prove (`found`) it may take longer: finding it took time too.
+        """
         ending_s = self.proof_s + self.floats.predicted_s()
         late_s = time.monotonic() - self.started + ending_s - self.budget_s
-        if min(ending_s, late_s) <= max(_OVERRUN_S, _OVERRUN * self.budget_s):
+        allowed_s = max(_OVERRUN_S, self.budget_s - 2 * _OVERRUN_S)
+        if found:
+            allowed_s = max(2 * _OVERRUN_S, self.budget_s)
+        if min(ending_s, late_s) <= allowed_s:
             return False
         self.statistics.stopped = "budget"
         self.statistics.hurried += 1
@@ -278,7 +282,7 @@ class Driver:
             if seconds == inf:
                 self._reject("it does not run")
                 continue
-            if self._too_late():
+            if self._too_late(found=True):
                 break
             try:
                 verdict = verify_field(

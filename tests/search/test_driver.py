@@ -406,7 +406,7 @@ def test_a_proof_that_would_end_long_after_the_budget_is_not_begun() -> None:
     graph = PROGRAMS["norm_linear"]
     found = Driver(graph, Target(), Predicted(), 5.0, 0, FloatTest(graph, seed=0))
     programs = [expand(graph)]
-    found.proof_s = 30.0
+    found.proof_s = 40.0
     assert found._first_proven(programs) is None
     assert found.statistics.hurried == 1  # so that nobody keeps the plan
     assert found.statistics.stopped == "budget"
