@@ -8,7 +8,7 @@ every block) and orders candidates; the clock decides.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, inf, prod
+from math import ceil, gcd, inf, prod
 from typing import Final, final
 
 from superopt.ir.node import Node
@@ -33,6 +33,8 @@ _STREAMED_ROWS: Final = 32
 _TRANSPOSITION: Final = 3.0
 """Vector operations per element copied: 0.22 ns on Cascade Lake."""
 _LINE_BYTES: Final = 64
+_PAGE_BYTES: Final = 4096
+"""Where in a cache lines may lie depends on where they lie in their pages."""
 _SLOW: Final = {
     elementwise.EXP: 8.0,
     elementwise.LOG: 10.0,
@@ -118,11 +120,13 @@ class _Op:
 class _Read:
     """A tensor that is read: bytes per element, bytes of its own, the tensor that it is a view of.
 
-    `run` is the index set along which it is contiguous in memory.
+    `run` is the index set along which it is contiguous in memory. `spread` are the bytes of a cache that a
+    row of a tile takes at least where the loop's next tile is fetched ahead; 0 where it is not.
     """
 
     elements: int
     run: int
+    spread: int
     passes: int
     element_bytes: int
     unique: float
@@ -243,8 +247,13 @@ class KernelModel:
         elements = self._set(self._present[gather or node])
         passes = self._passes.get(node, 0)
         strides = (lies or node.tensor).element_strides
-        run = self._set(self._along(node, strides.index(1)) if 1 in strides else frozenset())
-        return _Read(elements, run, passes, node.tensor.dtype.size_bytes, unique, view_base(node))
+        along = self._along(node, strides.index(1)) if 1 in strides else frozenset[Atom]()
+        size = node.tensor.dtype.size_bytes
+        spread = 0
+        if self._schedule.loop in along and any(n.op is not contraction.MATMUL for n in users):
+            # rows at a multiple of a page share few places: only what lies there competes for them
+            spread = gcd(_PAGE_BYTES, *(s * size for s in strides if s > 1))
+        return _Read(elements, self._set(along), spread, passes, size, unique, view_base(node))
 
     # -- what does -----------------------------------------------------------------------------
 
@@ -341,6 +350,10 @@ class KernelModel:
             total = float(read.element_bytes * sizes[read.elements] * times)
             total *= self._rounded(read.run, sizes, _LINE_BYTES // read.element_bytes)
             touched += total
+            run = sizes[read.run]
+            taken = sizes[read.elements] / run * max(read.spread, run * read.element_bytes)
+            if read.spread and taken > self._machine.inner_cache_bytes / 2:
+                moved += total  # what was fetched ahead is gone when it is wanted
             if read.unique >= self._machine.outer_cache_bytes:
                 moved += max(0.0, total - read.unique)
             # several views of one tensor are read together: memory gives it once

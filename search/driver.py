@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, log2
 from typing import Any, Final, Protocol, final
 
 import torch
@@ -54,6 +54,10 @@ _BATCH: Final = 6
 """How many kernels are compiled and timed at once."""
 _LEAST: Final = 3
 """How many are tried where time is short."""
+_SAME_SCHEDULE: Final = 1.03
+"""How much dearer a candidate seems for every one of its schedule that is tried already."""
+_NEXT_TILES: Final = 1.06
+"""And for every one of these whose tile sizes differ in one step only."""
 _KERNEL_S: Final = 0.5
 """What one of them is thought to take, before any was: a second of a core, of two."""
 _FIRST_LOOK: Final = 2.0**-20
@@ -637,16 +641,28 @@ def _key(schedule: Schedule, tiles: dict[Atom, int]) -> tuple[Any, ...]:
 
 
 def _diverse(ranked: Sequence[_Candidate], count: int) -> list[_Candidate]:
-    """Take the best of every schedule in turn, so that one schedule does not fill the batch."""
-    queues: dict[Atom | None, list[_Candidate]] = {}
-    for entry in ranked:
-        queues.setdefault(entry[1].loop, []).append(entry)
-    chosen: list[_Candidate] = []
-    while len(chosen) < count and any(queues.values()):
-        for queue in queues.values():
-            if queue and len(chosen) < count:
-                chosen.append(queue.pop(0))
+    """Choose the cheapest, one after the other, each the dearer the more it is like those before it.
+
+    Predictions within a schedule are wrong together, and steps next to a choice are left to the climb.
+    """
+    left, chosen = list(ranked), list[_Candidate]()
+
+    def price(entry: _Candidate) -> float:
+        cost, schedule, tiles = entry
+        others = [t for _, s, t in chosen if s is schedule]
+        near = sum(_steps(tiles, t) <= 1 for t in others)
+        return cost * _SAME_SCHEDULE ** len(others) * _NEXT_TILES**near
+
+    while left and len(chosen) < count:
+        entry = min(left, key=price)
+        left.remove(entry)
+        chosen.append(entry)
     return chosen
+
+
+def _steps(left: Mapping[Atom, int], right: Mapping[Atom, int]) -> float:
+    """Return how many doublings two choices of tile sizes are apart."""
+    return sum(abs(log2(left[a] / right[a])) for a in left)
 
 
 def _neighbours(best: _Choice, machine: Target) -> list[tuple[Schedule, dict[Atom, int]]]:

@@ -21,7 +21,9 @@ from superopt.ir.target import Target
 from superopt.search import driver
 from superopt.search.algebra import FUSION_RULES, Rule, apply_rules
 from superopt.search.driver import Driver, Event, search
-from superopt.search.partition import partition
+from superopt.search.partition import is_compute, partition
+from superopt.search.region import make_region
+from superopt.search.schedule import derive
 from superopt.verify.equivalence import provable, verify_field
 from superopt.verify.floating import FloatTest
 from tests.search.programs import PROGRAMS
@@ -57,6 +59,21 @@ def test_a_budget_that_is_over_still_finds_something(monkeypatch: pytest.MonkeyP
     result = run(PROGRAMS["causal_gqa"], Predicted(), budget_s=1e-3)
     assert result.statistics.stopped == "budget"
     assert result.verdict is not None
+
+
+def test_a_batch_is_not_of_one_kind() -> None:
+    """Steps beside a choice wait, and a schedule gets its turn where the prediction is near."""
+    x = b.input_("x", (64, 96))
+    graph = b.kernel_graph("g", [x], [b.reduce_sum(b.exp(x), -1)])
+    flat, looped = derive(make_region(graph, [n for n in graph.nodes() if is_compute(n)]))[:2]
+    (atom, *rest) = flat.grid
+    sizes = [{atom: n, **dict.fromkeys(rest, 8)} for n in (64, 32, 16)]
+    near = [(1.0 + 0.01 * i, flat, tiles) for i, tiles in enumerate(sizes)]
+    assert driver._diverse(near, 3) == [near[0], near[2], near[1]]
+    other = (1.05, looped, dict.fromkeys(looped.roles, 8))
+    assert driver._diverse([*near, other], 3) == [near[0], other, near[2]]
+    far = (1.5, looped, dict.fromkeys(looped.roles, 8))
+    assert far not in driver._diverse([*near, far], 3)
 
 
 class SlowProducts(Predicted):

@@ -251,3 +251,26 @@ def test_no_group_contains_a_refused_one() -> None:
     assert frozenset().union(*found) == whole
     assert len(found) > 1
     assert not any(refused <= group for group in found)
+
+
+def test_what_is_fetched_ahead_has_to_stay() -> None:
+    """Rows at a multiple of a page compete for few places of a cache; a bias so wide takes few at once."""
+
+    def more(columns: int) -> float:
+        x, y, z = (
+            b.input_(n, s)
+            for n, s in [("x", (512, 16)), ("y", (16, columns)), ("z", (columns, 64))]
+        )
+        bias = b.input_("bias", (512, columns))
+        graph = b.kernel_graph(
+            "g", [x, y, z, bias], [b.matmul(b.exp(b.add(b.matmul(x, y), bias)), z)]
+        )
+        schedules = derive(make_region(graph, [n for n in graph.nodes() if is_compute(n)]))
+        (schedule,) = (s for s in schedules if s.loop and s.space.extent(s.loop) == columns)
+        model = KernelModel(schedule, MACHINE)
+        sizes = {512: 512, columns: 64, 64: 64, 16: 16}
+        tiles = {a: sizes[schedule.space.extent(a)] for a in schedule.roles}
+        (rows,) = (a for a in schedule.grid if schedule.space.extent(a) == 512)
+        return model.seconds(tiles) / model.seconds({**tiles, rows: 128})
+
+    assert more(4096) > 1.02 * more(4096 + 64)
