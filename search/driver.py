@@ -39,6 +39,7 @@ from superopt.search.emit import block_graph, place
 from superopt.search.errors import NotFusible
 from superopt.search.indices import Atom
 from superopt.search.partition import Group, is_compute, partition
+from superopt.search.reassociate import reassociated
 from superopt.search.region import Region, extract, make_region, substitute
 from superopt.search.schedule import Schedule, derive
 from superopt.search.tiling import best_tiles, choices
@@ -309,7 +310,8 @@ class Driver:
 
     def _variants(self) -> list[Graph]:
         """Algebraic variants, most promising first; duplicates dropped."""
-        plain = {g.digest(): g for g in (expand(self.original), _expand_simple(self.original))}
+        expanded = (expand(self.original), _expand_simple(self.original))
+        plain = {g.digest(): g for g in map(self._cheaper, dict.fromkeys(expanded))}
         moved: list[Graph] = []
         for graph in plain.values():
             if moved and self._left() <= 0:
@@ -319,6 +321,11 @@ class Driver:
         # in parts they occupy all cores; whole they stay in a loop with what else is read there
         moved += [apply_rules(g, (REDUCE_IN_PARTS,)) for g in moved]
         return list({g.digest(): g for g in moved}.values())
+
+    def _cheaper(self, plain: Graph) -> Graph:
+        """Return a graph with its products in the order of least work, where that costs no accuracy."""
+        cheaper = reassociated(plain)
+        return cheaper if cheaper == plain or self._accurate(cheaper) else plain
 
     def _moved(self, plain: Graph) -> Graph:
         """Apply the algebraic moves, all of them or those that are right and cost no accuracy.

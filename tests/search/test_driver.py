@@ -268,6 +268,18 @@ def test_what_nobody_could_prove_is_no_kernel() -> None:
     assert all(provable(k) for k in kernels)
 
 
+@pytest.mark.parametrize("accurate", [True, False])
+def test_products_go_in_the_cheaper_order_where_that_is_accurate(
+    monkeypatch: pytest.MonkeyPatch, accurate: bool
+) -> None:
+    rows, tall, wide = (b.input_(n, s) for n, s in (("r", (1, 64)), ("t", (64, 4)), ("w", (4, 64))))
+    graph = b.kernel_graph("low", [rows, tall, wide], [b.matmul(rows, b.matmul(tall, wide))])
+    monkeypatch.setattr(Driver, "_accurate", lambda self, variant: accurate)
+    search_ = Driver(graph, Target(), Predicted(), 30.0, 0, FloatTest(graph, seed=0))
+    inner = {n.shape for v in search_._variants() for n in v.nodes() if n.op is contraction.MATMUL}
+    assert ((64, 64) in inner) is not accurate
+
+
 class LibraryWins(Predicted):
     """Every program is the slower the more products its kernels hold, and kernels alone are slow."""
 
