@@ -91,8 +91,7 @@ def merged_runs(context: Context, plan: Plan, node: Node) -> tuple[View, list[li
     None: what it reads is not in memory, is ragged, or lies in pieces of other sizes.
     """
     source = node.inputs[0]
-    base = plan.operand_base(source)
-    if base not in context.views or base.tensor.dtype is not node.tensor.dtype:
+    if plan.operand_base(source) not in context.views:
         return None
     if not all(e.known for e in context.extents(source)):
         return None

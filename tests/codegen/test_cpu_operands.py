@@ -16,7 +16,7 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import topological
 from superopt.ir.ops import elementwise
 from superopt.ir.types import DType
-from superopt.verify.reference import run_reference
+from superopt.verify.reference import DTYPES, run_reference
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
@@ -164,3 +164,30 @@ def test_halves_that_a_loop_reads_again_are_converted_before_it(tmp_path: Path) 
     left, right = torch.randn(20, 40).to(torch.bfloat16), torch.randn(70, 40)
     want = (left.float() @ right.T).exp().sum(-1, keepdim=True)
     torch.testing.assert_close(run(graph, tmp_path, left, right), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.F16])
+def test_columns_that_merge_are_read_where_they_lie(tmp_path: Path, dtype: DType) -> None:
+    rows, heads, width, inner = 6, 3, 32, 70
+    g = BlockBuilder("merged", grid={"h": 2})
+    x = g.load(b.input_("x", (rows, inner)), rows, inner)
+    shape = (inner, 2 * heads, width)
+    stored = b.input_("w", shape, dtype, strides=(1, width * inner, inner))
+    w = b.cast(g.load(stored, inner, ("h", heads), width), DType.F32)
+    flat = b.reshape(w, (inner, heads * width))
+    product = b.reshape(b.matmul(x, flat), (rows, heads, width))
+    g.store(product, (rows, 2 * heads, width), rows, ("h", heads), width)
+    g.store(b.mul(flat, 3.0), (inner, 2 * heads * width), inner, ("h", heads * width))
+    graph = g.graph()
+    source = lower(graph, CpuConfig(), "merged")
+    assert "tile" not in source.text.split("x1 = ")[0].split("SO_NOINLINE void block")[1]
+    (kernel,) = compile_many([source], tmp_path)
+    assert isinstance(kernel, Kernel), kernel
+    generator = torch.Generator().manual_seed(3)
+    left = torch.randn(rows, inner, generator=generator)
+    right = torch.randn(2 * heads * width, inner, generator=generator).to(DTYPES[dtype])
+    first, second = run_reference(graph, [left, right.T.reshape(shape)])
+    got, also = torch.empty(first.shape), torch.empty(second.shape)
+    kernel(left.data_ptr(), right.data_ptr(), got.data_ptr(), also.data_ptr())
+    torch.testing.assert_close(got, first, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(also, second, rtol=0, atol=0)
