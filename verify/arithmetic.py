@@ -82,15 +82,15 @@ def is_prime(n: int) -> bool:
     return True
 
 
-def draw_primes(source: random.Random) -> tuple[int, int]:
-    """Draw primes p = 2 q + 1 with p just below 2^26.
+def draw_primes(source: random.Random, *, three: bool = False) -> tuple[int, int]:
+    """Draw primes p = 2 q + 1 with p just below 2^26, such that (q - 1) / 2 is one too if there are to be `three`.
 
-    Such q is 2 modulo 3, so that cubing is a bijection modulo p and modulo q (see `Permutation`).
+    They are 2 modulo 3, so that cubing is a bijection modulo each (see `Permutation`).
     """
     low, high = int(0.9 * PRIME_LIMIT) // 2, PRIME_LIMIT // 2
     while True:
         q = source.randrange(low, high) | 1
-        if is_prime(q) and is_prime(2 * q + 1):
+        if is_prime(q) and is_prime(2 * q + 1) and (not three or is_prime(q // 2)):
             return 2 * q + 1, q
 
 
@@ -390,7 +390,7 @@ class Permutation:
 
 @final
 class Exponential:
-    """x modulo q -> g^x modulo p for a generator g of the subgroup of order q."""
+    """x modulo q -> g^x modulo p for a generator g of the subgroup of order q, p = 2 q + 1."""
 
     def __init__(self, p: Modulus, q: Modulus, source: random.Random) -> None:
         self._p, self._q = p, q

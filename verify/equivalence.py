@@ -170,9 +170,9 @@ def provable(graph: Graph) -> bool:
 
 
 def _nests_exponentials(joint: Graph) -> bool:
-    """Say whether exponentials become exponents: of those the test knows no law, as it does of others."""
+    """Say whether exponents of exponents are exponentials: of those the test knows no law."""
     needs = needed_residues(joint)
-    return any(n.op in EXPONENTIAL and "q" in needs[n] for n in topological(joint.outputs))
+    return any(n.op in EXPONENTIAL and "r" in needs[n] for n in topological(joint.outputs))
 
 
 def _signature_mismatch(original: Graph, candidate: Graph) -> str | None:
@@ -324,7 +324,7 @@ class _Observed:
     """Notes, while both programs are interpreted, which nodes are finite and what their values are.
 
     Values are digested where the type of the node is one of `types`. Of two such values that are equal
-    modulo p, the second gets the first one's residue modulo q: behind exponentials it may be another,
+    modulo p, the second gets the first one's other residues: behind exponentials they may be others,
     of equal values too. That is for the choice of claims alone, which are tested on their own.
     """
 
@@ -332,7 +332,7 @@ class _Observed:
         self.types = types
         self.signatures: dict[Node, dict[str, bytes]] = {}
         self.finite: set[Node] = set()
-        self.exponents: dict[tuple[Type, bytes], torch.Tensor] = {}
+        self.exponents: dict[tuple[Type, bytes], dict[str, torch.Tensor]] = {}
         self.domain: FieldDomain | None = None
 
     def over(self, domain: FieldDomain) -> "_Observed":
@@ -356,9 +356,12 @@ class _Observed:
                 self.finite.add(node)
             if node.type in self.types:
                 self.signatures[node] = digests = _signature(value, self.domain)
-                if digests.keys() == {"p", "q"}:
-                    q = self.exponents.setdefault((node.type, digests["p"]), value.residues["q"])
-                    value = FieldValue({**value.residues, "q": q}, value.kind, value.real)
+                if "p" in digests:
+                    known = self.exponents.setdefault((node.type, digests["p"]), {})
+                    for name, residue in value.residues.items():
+                        known.setdefault(name, residue)
+                    residues = {name: known[name] for name in value.residues}
+                    value = FieldValue(residues, value.kind, value.real)
         return value
 
 

@@ -1,10 +1,10 @@
 """Which residues of each value the field test has to compute.
 
 Outputs need their residue mod p. Only what flows into an exponential needs one mod q, and what is used
-in exponentials alone needs none mod p. Computing exactly what is
-needed halves the work of the field test or better.
+in exponentials alone needs none mod p. Exponents that are exponentials need one mod r of their exponents.
+Computing exactly what is needed halves the work of the field test or better.
 
-In: a kernel graph of primitives. Out: per node a set of residues ("p", "q") to compute.
+In: a kernel graph of primitives. Out: per node a set of residues ("p", "q", "r") to compute.
 """
 
 from collections.abc import Sequence
@@ -93,7 +93,8 @@ def constant_power(node: Node) -> int | None:
 def _operand_needs(node: Node, own: frozenset[str], by_order: bool) -> Sequence[frozenset[str]]:
     op = node.op
     if op in EXPONENTIAL:
-        return [_Q]
+        # a power mod p comes of the exponent mod q, one mod q of it mod r; mod r it is a hash of that mod p
+        return [frozenset({"p": "q", "q": "r", "r": "q"}[residue] for residue in own)]
     if op in COMPARISONS:
         if any(infinite_constant(i) for i in node.inputs):
             return [_Q] * len(node.inputs)

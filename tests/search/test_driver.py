@@ -1,7 +1,7 @@
 """The driver with a clock that predicts: what it returns is proven, whatever proposed it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from superopt.ir import composite
 from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make
-from superopt.ir.ops import contraction, elementwise, library
+from superopt.ir.ops import contraction, elementwise, library, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
@@ -444,3 +444,40 @@ def test_a_proof_that_would_end_long_after_the_budget_is_not_begun() -> None:
     # a short one is made however late it is
     found.proof_s, found.started = 1.0, found.started - 1000.0
     assert found._first_proven(programs) is not None
+
+
+def attention() -> Node:
+    q, k, v = b.input_("q", (8, 16)), b.input_("k", (96, 16)), b.input_("v", (96, 8))
+    return b.matmul(softmax(b.matmul(q, b.transpose(k))), v)
+
+
+def gated_by_itself() -> Node:
+    attended = attention()
+    return b.mul(attended, b.sigmoid(attended))
+
+
+def softmax_of_attention() -> Node:
+    return softmax(attention())
+
+
+class Online(Predicted):
+    """Kernels run only where they carry a running maximum."""
+
+    def kernels(self, graphs: Sequence[Graph]) -> list[float]:
+        return [1e-3 if self.carries(g) else inf for g in graphs]
+
+    def carries(self, graph: Graph) -> bool:
+        rescaled = any(n.op is tile.ACCUM_RESCALED for n in graph.nodes())
+        return rescaled and graph.loops[0].count > 1
+
+
+@pytest.mark.parametrize("program", [gated_by_itself, softmax_of_attention])
+def test_exponentials_of_exponentials_are_proven_inside_one_kernel(
+    program: Callable[[], Node],
+) -> None:
+    result = program()
+    graph = b.kernel_graph("g", b.graph_inputs([result]), [result])
+    found = run(graph, Online(), budget_s=1000.0)
+    assert found.verdict is not None
+    assert not found.verdict.pieces
+    assert [n.op is library.CUSTOM for n in found.graph.nodes()].count(True) == 1

@@ -63,19 +63,23 @@ def test_matmul_is_exact_for_long_sums_and_broadcast_batches() -> None:
 
 def test_inverse_exponential_and_permutation() -> None:
     source = random.Random(3)
-    p, q = (Modulus(n) for n in draw_primes(source))
+    p, q = (Modulus(n) for n in draw_primes(source, three=True))
+    r = Modulus(q.prime // 2)
+    assert (p.prime, q.prime) == (2 * q.prime + 1, 2 * r.prime + 1)
     x = p.draw((5000,), np.random.default_rng(1))
     x = torch.where(x == 0, 1.0, x)
     assert bool((p.mul(x, p.invert(x)) == 1).all())
-    for modulus in (p, q):
+    for modulus in (p, q, r):
         secret = Permutation(modulus, source)
         y = modulus.draw((300,), np.random.default_rng(4))
         back = secret.backward(secret.forward(y))
         assert torch.equal(modulus.canonical(back), modulus.canonical(y))
-    power = Exponential(p, q, source)
-    u, v = (q.draw((300,), np.random.default_rng(s)) for s in (5, 6))
-    assert torch.equal(p.canonical(power(q.add(u, v))), p.canonical(p.mul(power(u), power(v))))
-    assert pow(power.root, q.prime, p.prime) == 1 != power.root
+    for field, exponents in ((p, q), (q, r)):
+        power = Exponential(field, exponents, source)
+        u, v = (exponents.draw((300,), np.random.default_rng(s)) for s in (5, 6))
+        both = field.canonical(power(exponents.add(u, v)))
+        assert torch.equal(both, field.canonical(field.mul(power(u), power(v))))
+        assert pow(power.root, exponents.prime, field.prime) == 1 != power.root
 
 
 def test_constants_are_rationals_where_they_look_like_one() -> None:
@@ -135,6 +139,13 @@ DIFFERENT = {
         b.where(b.gt(X, MINUS), X, Y),
         b.where(b.gt(X, MINUS), Y, X),
     ),
+    "sums of exponentials as exponents": (
+        b.exp(b.add(b.exp(X), b.exp(Y))),
+        b.exp(b.mul(b.exp(X), b.exp(Y))),
+    ),
+    "exponentials of another exponent": (b.exp(b.exp(X)), b.exp(b.exp(b.mul(X, 2.0)))),
+    "another gate": (b.exp(b.sigmoid(X)), b.exp(b.sigmoid(b.neg(X)))),
+    "exponents of exponents of others": (b.exp(b.exp(b.exp(X))), b.exp(b.exp(b.exp(Y)))),
 }
 
 
@@ -192,6 +203,20 @@ EQUAL = {
         b.exp(b.where(b.gt(X, Y), X, MINUS)),
         b.where(b.gt(X, Y), b.exp(X), b.constant(0.0)),
     ),
+    "product of exponentials as an exponent": (
+        b.exp(b.exp(b.add(X, Y))),
+        b.exp(b.mul(b.exp(X), b.exp(Y))),
+    ),
+    "softmax of a softmax, both without a shift": (_softmax(_softmax(X)), _unstable(_unstable(X))),
+    "a gate of what is divided after the sum": (
+        b.sigmoid(b.matmul(_softmax(X), b.transpose(Y))),
+        b.sigmoid(b.div(b.matmul(b.exp(X), b.transpose(Y)), b.reduce_sum(b.exp(X), -1))),
+    ),
+    "a gate of its own scores": (
+        b.exp(b.mul(X, b.sigmoid(X))),
+        b.exp(b.div(X, b.add(b.exp(b.neg(X)), 1.0))),
+    ),
+    "maxima of exponents": (b.exp(b.tanh(_softmax(X))), b.exp(b.tanh(_unstable(X)))),
     "comparison seen from the other side": (b.where(b.gt(X, Y), X, Y), b.where(b.lt(Y, X), X, Y)),
 }
 

@@ -2,7 +2,8 @@
 
 A real value is a pair of residues (mod p, mod q), p = 2 q + 1, so that exp can map an exponent
 mod q to a power of an element of order q mod p (as in Mirage, OSDI 2025; theory: arXiv 2506.04529).
-After exp the residue mod q is a keyed hash of the one mod p. Integers and booleans are themselves:
+Where exponentials become exponents there is a third residue, mod r, q = 2 r + 1, and exp maps it to a power
+mod q in the same way. After exp the residue mod r is a keyed hash of the one mod p. Integers and booleans are themselves:
 masks and indices are computed, not modelled. Infinities and NaN are marked beside the residues, so
 that masked softmax means what it means in floating point.
 
@@ -117,10 +118,14 @@ class FieldDomain:
 
     def __post_init__(self) -> None:
         source = random.Random(self.seed)
-        p, q = draw_primes(source)
+        nested = any("r" in needed for needed in self.needs.values())
+        p, q = draw_primes(source, three=nested)
         self.p, self.q = Modulus(p), Modulus(q)
         self.fields = {"p": self.p, "q": self.q}
-        self.exponential = Exponential(self.p, self.q, source)
+        self.exponentials = {"p": Exponential(self.p, self.q, source)}
+        if nested:
+            self.fields["r"] = Modulus(q // 2)
+            self.exponentials["q"] = Exponential(self.q, self.fields["r"], source)
         self._permutations = {
             (kind, f): Permutation(m, source)
             for kind in ("max", "min")
@@ -134,7 +139,7 @@ class FieldDomain:
     def draw(self, type_: TensorType, needed: frozenset[str], integers: Integers) -> Value:
         """Draw an input: uniform residues, integers as they are to be, random booleans."""
         if type_.dtype.is_float:
-            fields = [f for f in ("p", "q") if f in needed]
+            fields = [f for f in self.fields if f in needed]
             return FieldValue({f: self.fields[f].draw(type_.shape, self._inputs) for f in fields})
         if type_.dtype is DType.BOOL:
             drawn = self._inputs.integers(0, 2, size=type_.shape, dtype=np.int8)
@@ -152,9 +157,8 @@ class FieldDomain:
         """Return a constant: a rational's quotient, else an element drawn for this number."""
         if isnan(value) or isinf(value):
             code = NAN if isnan(value) else PLUS if value > 0 else MINUS
-            zero = torch.zeros((), dtype=torch.float64)
-            kind = torch.tensor(code, dtype=torch.int8)
-            return FieldValue({"p": zero, "q": zero.clone()}, kind, value)
+            zeros = {f: torch.zeros((), dtype=torch.float64) for f in self.fields}
+            return FieldValue(zeros, torch.tensor(code, dtype=torch.int8), value)
         rational = as_rational(value, dtype)
         residues = {}
         for name, modulus in self.fields.items():

@@ -146,17 +146,21 @@ def _pow(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
 # -- exponentials --------------------------------------------------------------------------------
 
 
+_EXPONENTS = {"p": "q", "q": "r"}
+"""Of which residue of the exponent each residue of an exponential is a power."""
+
+
 def exponential(x: FieldValue, needed: frozenset[str], domain: FieldDomain) -> FieldValue:
-    """Return exp(x): a power of a root of unity."""
-    power = domain.exponential(x.residues["q"])
+    """Return exp(x): powers of roots of unity."""
+    powers = {f: domain.exponentials[f](x.residues[_EXPONENTS[f]]) for f in sorted(needed)}
     if x.kind is None:
-        return FieldValue({"p": power})
+        return FieldValue(powers)
     # exp(-inf) is 0, which is what a marked residue is too
     marked = x.kind != 0
-    power = without_marked(power, marked)
+    powers = {f: without_marked(power, marked) for f, power in powers.items()}
     if bool((x.kind > 0).any()):
-        return FieldValue({"p": power}, x.kind.clamp(min=0))
-    return FieldValue({"p": power})
+        return FieldValue(powers, x.kind.clamp(min=0))
+    return FieldValue(powers)
 
 
 def _number(value: float, needed: frozenset[str], domain: FieldDomain) -> FieldValue:
@@ -186,18 +190,21 @@ def _twice(x: FieldValue, domain: FieldDomain) -> FieldValue:
 
 @FIELD.register(*EXPONENTIAL)
 def _exponential(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
-    result = _exponential_mod_p(node, args[0], domain)
-    if "q" not in domain.needed(node):
+    needed = domain.needed(node)
+    powers = needed & _EXPONENTS.keys() | ({"p"} if "r" in needed else frozenset())
+    result = _exponential_of(node, args[0], powers, domain)
+    if "r" not in needed:
         return result
-    # as an exponent the result is a number about which nothing is known but that it is the same
-    # wherever its residue mod p is: a keyed hash of that, linear from here on like any exponent
+    # an exponent of exponents of exponents is a number about which nothing is known but that it is the
+    # same wherever its residue mod p is: a keyed hash of that, linear from here on like any exponent
     hashed = domain.hashed(result, keyed(domain.seed, "exponent"))
-    residues = {**result.residues, "q": to_residues(hashed, domain.fields["q"])}
-    return marked_value(residues, result.kind).only(domain.needed(node))
+    residues = {**result.residues, "r": to_residues(hashed, domain.fields["r"])}
+    return marked_value(residues, result.kind).only(needed)
 
 
-def _exponential_mod_p(node: Node, x: FieldValue, domain: FieldDomain) -> FieldValue:
-    needed = frozenset({"p"})
+def _exponential_of(
+    node: Node, x: FieldValue, needed: frozenset[str], domain: FieldDomain
+) -> FieldValue:
     one = _number(1.0, needed, domain)
     if node.op is elementwise.EXP:
         return exponential(x, needed, domain)

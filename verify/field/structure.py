@@ -160,7 +160,7 @@ def _opaque(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
     digest = keyed(domain.seed, node.op.name, name, *(_digest(a, domain) for a in args))
     if isinstance(node.type, TupleType):
         return tuple(
-            _drawn(t, keyed(digest, i), frozenset({"p", "q"}), domain)
+            _drawn(t, keyed(digest, i), frozenset(domain.fields), domain)
             for i, t in enumerate(node.type.items)
         )
     return _drawn(node.tensor, digest, domain.needed(node), domain)
