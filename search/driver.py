@@ -45,7 +45,8 @@ from superopt.search.schedule import Schedule, derive
 from superopt.search.tiling import best_tiles, choices
 from superopt.verify.equivalence import Verdict, provable, verify_field
 from superopt.verify.floating import HARDEST, FloatTest
-from superopt.verify.reference import run_reference
+from superopt.verify.reference import TorchDomain
+from superopt.verify.slices import evaluate, slices
 
 _CLEAR: Final = 0.7
 """A kernel this much faster than its products alone are in a library needs no comparison."""
@@ -370,7 +371,11 @@ class Driver:
         return verdict.equivalent
 
     def _accurate(self, variant: Graph) -> bool:
-        verdict = self.floats.check(lambda tensors: run_reference(variant, tensors), HARDEST)
+        device = self.measurer.device
+        sliced, domain = slices(variant, device), TorchDomain(device=device)
+        verdict = self.floats.check(
+            lambda tensors: evaluate(variant, sliced, tensors, domain), HARDEST
+        )
         if not verdict.accurate:
             self._tell("inaccurate", f"a variant would be inaccurate: {verdict.reason}")
         return verdict.accurate

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from superopt.ir.graph import Graph
-from superopt.ir.interpret import Domain, interpret
+from superopt.ir.interpret import Domain
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, elementwise, library, structural
 from superopt.ir.ops.registry import Op, OpKind
@@ -27,7 +27,7 @@ from superopt.verify.memory import empty
 from superopt.verify.opaque import duplicate, spread
 from superopt.verify.ranges import Integers, draw_integers, integer_ranges
 from superopt.verify.reference import DTYPES, TorchDomain, run_reference
-from superopt.verify.slices import slices
+from superopt.verify.slices import evaluate, slices
 
 RunCandidate = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
@@ -179,8 +179,7 @@ class FloatTest:
         self._picks = _picks(original)
         scores = [node.inputs[0] for node in self._picks.values()]
         self._scored = original.with_outputs([*original.outputs, *scores])
-        on_host = torch.device(device).type == _HOST
-        self._slices = slices(expand(self._scored)) if on_host else None
+        self._slices = slices(expand(self._scored), device)
         self._references: dict[str, _Reference | str] = {}
         self._reference_s: dict[str, float] = {}
         self._candidate_s: dict[str, float] = {}
@@ -259,10 +258,8 @@ class FloatTest:
     ) -> list[torch.Tensor]:
         """Run the original, and what it picks from, in a domain of float64."""
         wide = [x.to(torch.float64) if x.is_floating_point() else x for x in inputs]
-        with self._drawing(), torch.no_grad():
-            if self._slices is not None:
-                return self._slices.run(wide, domain)
-            return interpret(self._scored, wide, domain)
+        with self._drawing():
+            return evaluate(self._scored, self._slices, wide, domain)
 
 
 @final

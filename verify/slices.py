@@ -94,8 +94,23 @@ class Slices:
         return interpret(self.tail, [*joined, *(whole[n] for n in self.passed)], domain)
 
 
-def slices(graph: Graph, large: int = LARGE) -> Slices | None:
-    """Cut `graph`, of primitives alone, so that few values have more than `large` elements."""
+def evaluate(
+    graph: Graph, sliced: Slices | None, args: Sequence[torch.Tensor], domain: Domain[Any]
+) -> list[torch.Tensor]:
+    """Evaluate a program in slices where it has some."""
+    with torch.no_grad():
+        if sliced is not None:
+            return sliced.run(args, domain)
+        return interpret(graph, args, domain)
+
+
+def slices(graph: Graph, device: torch.device | str, large: int = LARGE) -> Slices | None:
+    """Cut `graph` so that few values of primitives have more than `large` elements.
+
+    A GPU computes as a whole.
+    """
+    if torch.device(device).type != "cpu":
+        return None
     before = max((_size(n) for n in graph.nodes()), default=0)
     # what draws random numbers runs once, in its order
     if before <= large or any(is_draw(n) for n in graph.nodes()):

@@ -207,7 +207,7 @@ def test_what_a_check_will_take_leaves_out_what_is_known(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(floating, "time", SimpleNamespace(perf_counter=lambda: now_s))
     monkeypatch.setattr(floating, "run_reference", slow(1.0))
-    monkeypatch.setattr(floating, "interpret", slow(0.5, interpret))
+    monkeypatch.setattr(floating, "evaluate", slow(0.5, floating.evaluate))
     original = graph(b.exp(X))
     test = floating.FloatTest(original, seed=1)
     assert test.predicted_s() == 0.0

@@ -94,7 +94,7 @@ def program(name: str) -> Graph:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_slices_compute_what_the_whole_does(name: str) -> None:
     graph = program(name)
-    found = slices(graph, 120)
+    found = slices(graph, "cpu", 120)
     assert found is not None
     assert len(found.starts) > 1
     assert len(found.bodies) <= 2
@@ -104,20 +104,21 @@ def test_slices_compute_what_the_whole_does(name: str) -> None:
 
 
 def test_scores_never_exist_as_a_whole() -> None:
-    found = slices(program("attention"), 120)
+    found = slices(program("attention"), "cpu", 120)
     assert found is not None
     # the projection is read by all positions: it alone is computed before
     assert largest(found) == 90 * 48
 
 
-def test_what_is_small_is_not_sliced() -> None:
-    assert slices(program("attention"), 2 * 90 * 90) is None
+def test_what_is_small_or_not_on_a_cpu_is_not_sliced() -> None:
+    assert slices(program("attention"), "cuda", 120) is None
+    assert slices(program("attention"), "cpu", 2 * 90 * 90) is None
 
 
 @given(graph=kernel_graphs())
 def test_random_programs(graph: Graph) -> None:
     graph = expand(graph)
-    found = slices(graph, 1)
+    found = slices(graph, "cpu", 1)
     assert found is None or equal(graph, found)
 
 
@@ -140,7 +141,7 @@ def _unmoved(node: Node, cut: Cut, length: int) -> list[Any]:
 def test_wrong_rules_are_seen(op: Op, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module._RULES, op.name, _unmoved)
     try:
-        found = slices(program(name), 120)
+        found = slices(program(name), "cpu", 120)
         right = found is not None and equal(program(name), found)
     except (GraphError, RuntimeError, IndexError):
         right = False
