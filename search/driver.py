@@ -209,9 +209,10 @@ class Driver:
         """
         ending_s = self.proof_s + self.floats.predicted_s()
         late_s = time.monotonic() - self.started + ending_s - self.budget_s
-        allowed_s = max(_OVERRUN_S, self.budget_s - 2 * _OVERRUN_S)
+        # a machine that is busy for a while must not cost a search that had time enough
+        allowed_s = max(_OVERRUN_S, 2 * (self.budget_s - 2 * _OVERRUN_S))
         if found:
-            allowed_s = max(2 * _OVERRUN_S, self.budget_s)
+            allowed_s = 2 * max(_OVERRUN_S, self.budget_s)
         if min(ending_s, late_s) <= allowed_s:
             return False
         self.statistics.stopped = "budget"
