@@ -530,8 +530,11 @@ class _Walk:
 
 
 def _slots(kind: type) -> list[str]:
-    """Return the slots of a class that Python code defined, by the names that they are read by."""
-    found = vars(kind).items()
+    """Return the slots of a class that Python code defined, by the names that they are read by.
+
+    Members of C code look alike, and may not be set, nor be the same object when read again.
+    """
+    found = vars(kind).items() if "__slots__" in vars(kind) else ()
     return [n for n, member in found if isinstance(member, types.MemberDescriptorType)]
 
 

@@ -318,6 +318,12 @@ def test_objects_without_a_dict_are_watched_or_told_by_their_text(monkeypatch):
         assert left is None or left != right
 
 
+def test_members_of_c_code_are_no_slots():
+    guards = take_guards(closing_over(torch.Generator()))
+    assert guards.hold()
+    assert guards.put_back() == ""
+
+
 def test_what_running_a_program_changes_in_slots_is_put_back():
     value = Slotted(2.0)
     guards = take_guards(closing_over(value))
