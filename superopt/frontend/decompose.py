@@ -37,6 +37,10 @@ KEPT_WHOLE = (
     aten.masked_fill.Tensor,
     aten.lstm.input,
     aten.gru.input,
+    # PyTorch breaks them up into others that give other results: behind the -1 that ends a row's labels,
+    # and for NaN
+    aten.multilabel_margin_loss_forward.default,
+    aten.multi_margin_loss.default,
     # they raise where there is no result, which no other operator does
     aten.linalg_solve.default,
     aten.linalg_inv.default,

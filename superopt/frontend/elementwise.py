@@ -91,9 +91,9 @@ def _round_decimals(call: Call, x: Node, decimals: int) -> Node:
     if not call.dtype.is_float:
         raise Decline("integers rounded to decimals")
     power = 10.0 ** abs(decimals)
-    if decimals < 0:
-        return b.mul(elementwise_op(e.ROUND, b.div(x, power)), power)
-    return b.div(elementwise_op(e.ROUND, b.mul(x, power)), power)
+    before, after = (b.div, b.mul) if decimals < 0 else (b.mul, b.div)
+    y = to(x, wide(call.dtype))
+    return to(after(elementwise_op(e.ROUND, before(y, power)), power), call.dtype)
 
 
 def _in_wide(target: Any, function: Callable[[Node], Node]) -> None:

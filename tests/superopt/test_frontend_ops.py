@@ -95,6 +95,8 @@ def unary(x: torch.Tensor) -> Results:
         "logical_not": torch.logical_not(x),
         "round_2": torch.round(x, decimals=2),
         "round_tens": torch.round(x * 50, decimals=-1),
+        "round_ties": torch.round(torch.arange(-99, 99).to(x.dtype) / 16, decimals=1),
+        "round_large": torch.round(x * 9e3, decimals=2),
     }
 
 
@@ -545,6 +547,7 @@ def opaque(x: torch.Tensor, i: torch.Tensor) -> Results:
         "scatter": x.scatter(1, i, 0.5),
         "median": x.median(),
         "heads": F.scaled_dot_product_attention(x[None, :1], x[None, :, None], x[None, :, None]),
+        "labels": F.multilabel_margin_loss(x[:2], torch.cat([i, 0 * i - 1], 1).view(2, 8)),
         "erfc": torch.special.erfc(x),
         "digamma": torch.digamma(x.abs() + 1),
         "index_put": x.index_put((i[:, 0] % x.shape[0],), x[0]),
