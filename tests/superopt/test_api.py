@@ -13,6 +13,8 @@ import torch.nn.functional as F
 import superopt
 from superopt import api, pipeline
 from superopt.frontend import decompose
+from superopt.frontend.rules import RULES
+from superopt.ir import build as b
 from superopt.search.driver import Event
 
 FACTOR = 2.0
@@ -458,6 +460,16 @@ def test_a_plan_that_would_draw_other_numbers_is_not_used(folder, monkeypatch):
     fast = superopt.optimize(columns, budget_s=3, cache=folder)
     assert_drawn_alike(fast, columns, torch.randn(16, 64))
     assert fast.report().plans[0].why == "its random numbers would be others"
+
+
+def test_a_plan_of_another_program_is_not_used(folder, monkeypatch):
+    """What is lifted wrong is proven like the rest: the caller's tensors show it."""
+    monkeypatch.setitem(RULES, torch.ops.aten.relu.default, lambda call, x: b.abs_(x))
+    x = torch.randn(64, 256)
+    fast = superopt.optimize(lambda x: torch.relu(x * 2) + 1, budget_s=3, cache=folder)
+    with torch.no_grad():
+        assert torch.equal(fast(x), torch.relu(x * 2) + 1)
+    assert fast.report().plans[0].why == "its results on these inputs would be others"
 
 
 def test_an_error_of_the_program_is_the_programs_error(folder):
