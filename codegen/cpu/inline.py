@@ -122,7 +122,7 @@ class Plan:
 
     def _convert_before(self, operand: Node, product: Node) -> None:
         """Keep halves as floats where a loop around the product would convert them anew."""
-        while is_move(operand):
+        while is_move(operand) or operand.op is structural.RESHAPE:
             operand = operand.inputs[0]
         stays = self.program.loops_of[operand] < self.program.loops_of[product]
         if widens(operand) and stays and operand.tensor.elements <= CONVERTED:

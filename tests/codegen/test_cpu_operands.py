@@ -151,11 +151,15 @@ def test_halves_are_converted_once_where_many_rows_read_them(
     torch.testing.assert_close(got, left @ right.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_halves_that_a_loop_reads_again_are_converted_before_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", [False, True])
+def test_halves_that_a_loop_reads_again_are_converted_before_it(
+    tmp_path: Path, split: bool
+) -> None:
     g = BlockBuilder("halves", grid={}, loops={"n": 2})
-    x = g.load(b.input_("x", (20, 40), DType.BF16), 20, 40)
+    shape = (20, 2, 20) if split else (20, 40)
+    x = b.cast(g.load(b.input_("x", shape, DType.BF16), *shape), DType.F32)
     y = g.load(b.input_("y", (70, 40)), ("n", 35), 40)
-    scores = b.matmul(b.cast(x, DType.F32), b.transpose(y))
+    scores = b.matmul(b.reshape(x, (20, 40)) if split else x, b.transpose(y))
     g.store(b.accum_sum(b.reduce_sum(b.exp(scores), -1), "n"), (20, 1), 20, 1)
     graph = g.graph()
     before, loop = lower(graph, CpuConfig(contraction="pack"), "halves").text.split("for (long i_n")
