@@ -27,11 +27,16 @@ def heads(weight: Node) -> Node:
 
 scores = b.matmul(q, b.transpose(heads(narrow)))
 repeated = b.broadcast(b.reshape(b.matmul(tall, flat), (1, 40, 40)), (3, 40, 40))
+similar = b.matmul(b.exp(tall), b.exp(flat))
+wide = b.input_("wide", (6, 9))
 CHEAPER = {
     "scores": scores,
     "values": b.matmul(b.exp(scores), heads(b.input_("other", (24, 6)))),
     "left": b.matmul(b.matmul(tall, flat), tall),
     "repeated": b.matmul(b.input_("three", (3, 1, 40)), repeated),
+    "rows": b.reduce_sum(b.matmul(tall, flat), -1),
+    "tokens": b.reduce_sum(b.reshape(b.matmul(b.reshape(cache, (100, 6)), wide), (2, 50, 9)), -2),
+    "linear attention": b.div(b.matmul(similar, tall), b.add(b.reduce_sum(similar, -1), 1.0)),
     "chain": b.matmul(b.matmul(b.matmul(x, x), x), tall),
 }
 AS_CHEAP = {
@@ -77,4 +82,8 @@ def test_the_order_stays(name: str) -> None:
 def test_a_product_that_others_read_stays() -> None:
     keys = heads(narrow)
     plain = graph_of(b.matmul(q, b.transpose(keys)), keys)
+    assert reassociated(plain) == plain
+    # its sum costs less than the sum of its factors and another product
+    square = b.matmul(x, x)
+    plain = graph_of(b.reduce_sum(square, -1), square)
     assert reassociated(plain) == plain
