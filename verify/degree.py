@@ -73,14 +73,12 @@ def error_per_test(graph: Graph, half: int, p: int, q: int) -> float:
     """Bound the chance that a test passes although the programs differ.
 
     `graph` has the outputs of one program and then, from position `half` on, those of the
-    other; p and q are lower bounds of the primes. Where exponentials are exponents the difference
-    may vanish for their residues, or for those of what they are exponentials of.
+    other; p and q are lower bounds of the primes.
     """
     found = degrees(graph)
     needs = needed_residues(graph)
     exponentials = any(n.op in EXPONENTIAL for n in graph.nodes())
     nested = any("r" in needed for needed in needs.values())
-    chance = (1 / q + 2 / q if nested else 1 / q) if exponentials else 1 / p
     pairs = zip(graph.outputs[:half], graph.outputs[half:], strict=True)
     worst = max((_difference(found[a], found[b]) for a, b in pairs), default=0)
     # two unknown functions of different arguments look alike where the residues collide
@@ -88,7 +86,9 @@ def error_per_test(graph: Graph, half: int, p: int, q: int) -> float:
     for node in graph.nodes():
         if node.op in EXPONENTIAL and "r" in needs.get(node, ()):
             collisions += 2 * max(found[node].numerator + found[node].denominator, 1)
-    return worst * chance + collisions / p
+    missed = worst / (q if exponentials else p) + collisions / p
+    # it may vanish modulo q, or modulo r, which is half as large
+    return 3 * missed if nested else missed
 
 
 def _difference(a: Degree, b: Degree) -> int:

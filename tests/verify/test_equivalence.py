@@ -14,6 +14,7 @@ from superopt.ir.ops import tile
 from superopt.ir.ops.library import OpaqueAttrs
 from superopt.ir.types import DType, TensorType
 from superopt.verify.arithmetic import Exponential, Modulus, Permutation, draw_primes
+from superopt.verify.degree import error_per_test
 from superopt.verify.equivalence import Verdict, provable, verify_field
 from superopt.verify.field import FIELD, as_rational
 from superopt.verify.floating import verify_float
@@ -389,3 +390,13 @@ def test_what_degree_allows_no_proof_is_told_before() -> None:
     for _ in range(2):
         power = b.mul(power, power)
     assert not provable(b.kernel_graph("g", [X], [power]))
+
+
+def test_nested_exponentials_are_bounded_by_the_smallest_prime() -> None:
+    def error(x: Node) -> float:
+        graph = b.kernel_graph("g", [X], [x, x])
+        return error_per_test(graph, 1, 2 * 1009 + 1, 1009)
+
+    # of degree one each: variables modulo q = 1009, and modulo r = 504 as well
+    assert error(b.exp(X)) == pytest.approx(1 / 1009)
+    assert error(b.exp(b.exp(X))) == pytest.approx(1 / 1009 + 2 / 1009)
