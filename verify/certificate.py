@@ -20,7 +20,7 @@ from superopt.verify.equivalence import Piece, Verdict, verify_field
 from superopt.verify.floating import FloatError, FloatVerdict
 
 FORMAT = "superopt-certificate"
-VERSION = 2
+VERSION = 3
 
 
 class CertificateError(SuperoptError):
