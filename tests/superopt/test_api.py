@@ -1,10 +1,12 @@
 import copy
 import dataclasses
+import functools
 import pickle
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 
 import superopt
 from superopt import api, pipeline
-from superopt.frontend import decompose
+from superopt.frontend import decompose, lift
 from superopt.frontend.rules import RULES
 from superopt.ir import build as b
 from superopt.search.driver import Event
@@ -470,6 +472,26 @@ def test_a_plan_of_another_program_is_not_used(folder, monkeypatch):
     with torch.no_grad():
         assert torch.equal(fast(x), torch.relu(x * 2) + 1)
     assert fast.report().plans[0].why == "its results on these inputs would be others"
+
+
+def test_a_plan_may_round_otherwise_than_the_original():
+    """The original loses all digits: 10 000 less 10 000, in bfloat16."""
+
+    def variance(x):
+        return x.square().mean() - x.mean().square()
+
+    x = (torch.randn(1000, generator=torch.Generator().manual_seed(0)) + 100).bfloat16()
+    exact = variance(x.double()).bfloat16()
+    plan = SimpleNamespace(run=lambda x: [exact])
+    for original, agrees in ((variance, True), (torch.mean, False)):
+        request = SimpleNamespace(
+            graph=lift(variance, (x,)).graph,
+            tensors=(x,),
+            writes={},
+            original=functools.partial(original, x),
+        )
+        assert not torch.isclose(exact, original(x), rtol=0.1)
+        assert pipeline._agrees(request, plan, 0, x.device) == agrees
 
 
 def test_an_error_of_the_program_is_the_programs_error(folder):
