@@ -438,7 +438,8 @@ class Driver:
             return [] if whole is None else [(region, whole)]
         if whole is not None and whole.seconds < _CLEAR * self._library_s(variant, products):
             return [(region, whole if minor else self._climbed(region, whole, until))]
-        if len(products) > 1 and time.monotonic() < until:
+        # without a kernel for all of it products have one each, however late it is: a library may be slow
+        if len(products) > 1 and (whole is None or time.monotonic() < until):
             parts = self._kernels(subgraph, self._costs(subgraph, 1), until)
         else:
             parts = self._around(subgraph, until, minor)

@@ -118,8 +118,16 @@ def test_where_no_kernel_runs_the_original_stays() -> None:
     assert result.graph == PROGRAMS["norm_linear"]
 
 
-@pytest.mark.parametrize("wide", [True, False])
-def test_products_get_kernels_of_their_own_where_one_for_all_is_slow(wide: bool) -> None:
+@pytest.mark.parametrize(
+    ("wide", "budget_s", "found"),
+    [(3.0, 20.0, [1, 1]), (0.1, 20.0, [2]), (inf, 1e-3, [1, 1])],
+    ids=["slow", "fast", "missing and late"],
+)
+def test_products_get_kernels_of_their_own_where_one_for_all_is_no_good(
+    wide: float, budget_s: float, found: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_OVERRUN_S", inf)
+
     def products(graph: Graph) -> int:
         return sum(n.op is contraction.MATMUL for n in graph.nodes())
 
@@ -130,23 +138,22 @@ def test_products_get_kernels_of_their_own_where_one_for_all_is_slow(wide: bool)
             return [self.takes(g) for g in graphs]
 
         def takes(self, graph: Graph) -> float:
-            return 3.0 if wide and products(graph) > 1 else 0.1
+            return wide if products(graph) > 1 else 0.1
 
         def programs(self, graphs: Sequence[Graph]) -> list[float]:
             kernels = [[n for n in g.nodes() if n.op is library.CUSTOM] for g in graphs]
             return [
-                sum(self.takes(n.attrs.graph) for n in found) + products(g)
-                for g, found in zip(graphs, kernels, strict=True)
+                sum(self.takes(n.attrs.graph) for n in own) + products(g)
+                for g, own in zip(graphs, kernels, strict=True)
             ]
 
     x, up, down = b.input_("x", (10, 24)), b.input_("up", (24, 48)), b.input_("down", (48, 24))
     layers = b.add(b.matmul(b.maximum(b.matmul(x, up), 0.0), down), x)
-    result = run(b.kernel_graph("layers", [x, up, down], [layers]), Narrow())
+    result = run(b.kernel_graph("layers", [x, up, down], [layers]), Narrow(), budget_s=budget_s)
     assert result.verdict is not None
     blocks = [n.attrs.graph for n in result.graph.nodes() if n.op is library.CUSTOM]
     counts = [products(g) for g in blocks if products(g)]
-    assert sum(counts) == 2
-    assert counts == ([1, 1] if wide else [2])
+    assert counts == found
 
 
 def test_a_wrong_rule_ends_as_a_rejected_program(monkeypatch: pytest.MonkeyPatch) -> None:
