@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from superopt.search.driver import Driver, Event, search
 from superopt.search.partition import is_compute, partition
 from superopt.search.region import make_region
 from superopt.search.schedule import derive
-from superopt.verify.equivalence import provable, verify_field
+from superopt.verify.equivalence import Verdict, provable, verify_field
 from superopt.verify.floating import FloatTest
 from tests.search.programs import PROGRAMS
 from tests.verify.llama import llama
@@ -451,6 +452,19 @@ def test_a_proof_that_would_end_long_after_the_budget_is_not_begun() -> None:
     # a short one is made however late it is
     found.proof_s, found.started = 1.0, found.started - 1000.0
     assert found._first_proven(programs) is not None
+
+
+def test_a_busy_moment_foretells_no_long_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = PROGRAMS["norm_linear"]
+
+    def starved(*args: Any, **options: Any) -> Verdict:
+        time.sleep(0.5)
+        return verify_field(*args, **options)
+
+    monkeypatch.setattr(driver, "verify_field", starved)
+    found = Driver(graph, Target(), Predicted(), 5.0, 0, FloatTest(graph, seed=0))
+    assert found._equal(graph, graph)
+    assert 0 < found.proof_s < 0.5
 
 
 def attention() -> Node:
