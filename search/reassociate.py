@@ -1,9 +1,9 @@
 """Products in another order: (a b) c => a (b c) where that takes at most half of the operations.
 
 Keys that are a projection of a narrow cache cost a product per token; the projection can be applied
-to the few queries. And sum(a b) => sum(a) b, which leaves other readers of a product free to be reordered. Which operand comes first is not a matter of how dims are grouped and ordered in
-memory: products are taken as sums over indices, through the reshapes, permutations and broadcasts
-between them.
+to the few queries. And sum(a b) => sum(a) b, which leaves other readers of a product free to be
+reordered. How dims are grouped and ordered in memory plays no part: products are taken as sums over
+indices, through the reshapes, permutations and broadcasts between them.
 
 In: a kernel graph. Out: an equal one, up to rounding. A product that others read too stays.
 """

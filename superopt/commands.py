@@ -5,6 +5,7 @@ In: parsed options. Out: exit codes, and text or JSON lines on stdout.
 
 import argparse
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -148,11 +149,24 @@ def _program(
     if isinstance(found, type):
         raise UsageError(f"{text} is a class: name a function, or an instance of a module")
     if not callable(found):
-        raise UsageError(f"{text} is a {type(found).__name__}, not a function or module")
+        raise UsageError(f"{text} is of type {type(found).__name__}, not a function or module")
     if not specs:
         raise UsageError(f"say what {text} takes, once per argument: --input f32[16,4096]")
     args = tuple(parse_input(s, seed + i) for i, s in enumerate(specs))
+    _check_arguments(text, found, args)
     return found, args, {}, lift(found, args)
+
+
+def _check_arguments(text: str, found: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    called = found.forward if isinstance(found, torch.nn.Module) else found
+    try:
+        signature = inspect.signature(called)
+    except (TypeError, ValueError):
+        return  # what is written in C tells nobody; the call will
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        raise UsageError(f"{len(args)} inputs do not fit {text}{signature}: {error}") from error
 
 
 def _exported(path: Path) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Lifted]:

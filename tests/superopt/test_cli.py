@@ -26,6 +26,12 @@ def workplace(tmp_path_factory):
 
             class Norm(torch.nn.Module):
                 pass
+
+            class Shift(torch.nn.Module):
+                def forward(self, x):
+                    return x + 1
+
+            shift = Shift()
             """
         )
     )
@@ -232,6 +238,12 @@ def test_targets_cache_and_ops(capsys, artifact):
         ([], 2, ""),
         (["nonsense"], 2, "invalid choice"),
         (["optimize", "superopt_cli_program:norm", "-o", "o"], 2, "--input"),
+        (["optimize", "superopt_cli_program:norm", "-o", "o", "-i", "f32[2]"], 2, "argument: 'w'"),
+        (
+            ["optimize", "superopt_cli_program:shift", "-o", "o", "-i", "1", "-i", "2"],
+            2,
+            "too many",
+        ),
         (["optimize", "superopt_cli_program:none", "-o", "o", "-i", "f32[2]"], 2, "none"),
         (["optimize", "superopt_cli_program:number", "-o", "o", "-i", "f32[2]"], 2, "int"),
         (["optimize", "no_such_module:f", "-o", "o", "-i", "f32[2]"], 2, "no_such_module"),
