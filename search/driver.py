@@ -70,8 +70,10 @@ LAST_S: Final = 2.0
 """For what comes after the proof: the program is compared with the original."""
 _LAST_SHARE: Final = 0.6
 """The largest share of the budget that is kept for all this."""
-_OVERRUN_S: Final = 2.5
-"""By how much the proof may end after a small budget; shorter ones are made however late it is."""
+_OVERRUN_S: Final = 5.0
+_OVERRUN: Final = 1.5
+"""By how much, in seconds or in budgets, a proof may be thought to end too late: the machine may be busy, and
+what was found would be lost. Shorter proofs are made however late it is."""
 
 
 class Measurer(Protocol):
@@ -202,18 +204,11 @@ class Driver:
         self.statistics.hurried += over
         return over
 
-    def _too_late(self, *, found: bool = False) -> bool:
-        """Say whether a proof that begins now is long and would end long after the budget.
-
-        Once there is a program to prove (`found`) it may take longer: finding it took time too.
-        """
+    def _too_late(self) -> bool:
+        """Say whether a proof that begins now is long and would end long after the budget."""
         ending_s = self.proof_s + self.floats.predicted_s()
         late_s = time.monotonic() - self.started + ending_s - self.budget_s
-        # a machine that is busy for a while must not cost a search that had time enough
-        allowed_s = max(_OVERRUN_S, 2 * (self.budget_s - 2 * _OVERRUN_S))
-        if found:
-            allowed_s = 2 * max(_OVERRUN_S, self.budget_s)
-        if min(ending_s, late_s) <= allowed_s:
+        if min(ending_s, late_s) <= max(_OVERRUN_S, _OVERRUN * self.budget_s):
             return False
         self.statistics.stopped = "budget"
         self.statistics.hurried += 1
@@ -289,7 +284,7 @@ class Driver:
             if seconds == inf:
                 self._reject("it does not run")
                 continue
-            if self._too_late(found=True):
+            if self._too_late():
                 break
             try:
                 verdict = verify_field(
