@@ -1,12 +1,13 @@
 """The `superopt` command.
 
 In: arguments. Out: text on stdout (JSON lines with `--json`), progress on stderr, an exit code: 0 done, 1 not
-equivalent or an internal error, 2 usage, 3 unsupported, 4 verification failed, 130 interrupted.
+equivalent or an internal error, 2 usage, 3 unsupported, 4 verification failed, 130 interrupted, 141 output that nobody reads.
 PyTorch is imported by the verbs that need it, so that `--help` answers at once.
 """
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ USAGE: Final = 2
 UNSUPPORTED: Final = 3
 NOT_VERIFIED: Final = 4
 INTERRUPTED: Final = 130
+BROKEN_PIPE: Final = 141
 
 _PARTS: Final = {
     "original": "the program as lifted, a graph of operators",
@@ -42,6 +44,7 @@ examples:
 exit codes (with --json an error is a JSON line on stdout too):
   0 done   1 not equivalent, or an internal error   2 usage   3 unsupported
   4 verification failed   130 interrupted (what was found until then is kept)
+  141 nobody reads the output
 
 The cache folder is the user's cache directory, $SUPEROPT_CACHE_DIR, or --cache.
 """
@@ -61,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         code: int = getattr(commands, f"run_{options.verb}")(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever read our output (head) has seen enough; what is left must not fail at exit again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print("superopt: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -283,6 +284,15 @@ def test_an_interrupt_has_its_own_code(capsys, monkeypatch):
 
     monkeypatch.setattr(commands, "run_targets", interrupted)
     assert run(capsys, "targets")[0] == 130
+
+
+def test_output_that_nobody_reads_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "superopt", "ops"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_input_specs():
