@@ -316,7 +316,7 @@ def _take_to_gather(node: Node) -> Node | None:
     x = b.broadcast(x, (*before, *rows, x.shape[-1 - len(after)], *after))
     index = b.reshape(index, (*(1,) * len(before), *places, *(1,) * len(after)))
     index = b.broadcast(index, (*before, *places, *after))
-    return b.gather(x, index, -1 - len(after))
+    return b.reshape(b.gather(x, index, -1 - len(after)), node.shape)
 
 
 def _broadcast_into_elementwise(node: Node) -> Node | None:

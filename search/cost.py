@@ -18,7 +18,7 @@ from superopt.ir.ops.shapes import tensor
 from superopt.ir.target import Target
 from superopt.ir.types import DType
 from superopt.search.indices import Atom, IndexSpace
-from superopt.search.region import VIEWS, view_base, view_type
+from superopt.search.region import view_base, view_type
 from superopt.search.schedule import Role, Schedule
 from superopt.search.visible import visible
 
@@ -208,7 +208,7 @@ class KernelModel:
                 _product_flops(node, self._machine),
                 _runs_along(node.inputs[1]),
             )
-        elif node.op not in VIEWS and kind is not OpKind.LEAF:
+        elif node.op not in structural.VIEWS and kind is not OpKind.LEAF:
             rate = self._operations(node, present) / self._machine.vector_ops
             if kind is OpKind.REDUCTION:
                 counted = self._present[node.inputs[0]]
@@ -250,7 +250,8 @@ class KernelModel:
         along = self._along(node, strides.index(1)) if 1 in strides else frozenset[Atom]()
         size = node.tensor.dtype.size_bytes
         spread = 0
-        if self._schedule.loop in along and any(n.op is not contraction.MATMUL for n in users):
+        ahead = self._machine.kind == "cpu" and self._schedule.loop in along
+        if ahead and any(n.op is not contraction.MATMUL for n in users):
             # rows at a multiple of a page share few places: only what lies there competes for them
             spread = gcd(_PAGE_BYTES, *(s * size for s in strides if s > 1))
         return _Read(elements, self._set(along), spread, passes, size, unique, view_base(node))

@@ -18,7 +18,7 @@ from superopt.ir.ops import contraction, leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.target import Target
 from superopt.search.cost import library_cost
-from superopt.search.region import VIEWS, is_leaf, is_view, make_region
+from superopt.search.region import is_leaf, is_view, make_region
 from superopt.search.schedule import derive
 from superopt.search.tiling import best_tiles
 
@@ -191,7 +191,7 @@ def _producers(node: Node) -> list[Node]:
         current = stack.pop()
         if is_compute(current):
             result.append(current)
-        elif current.op in VIEWS or current.op is leaf.ITEM:
+        elif current.op in structural.VIEWS or current.op is leaf.ITEM:
             stack += current.inputs
     return list(dict.fromkeys(result))
 

@@ -12,8 +12,6 @@ from superopt.ir.ops import leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import TensorType, reshape_strides
 
-VIEWS = (structural.RESHAPE, structural.PERMUTE, structural.SLICE, structural.BROADCAST)
-
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,7 @@ def is_leaf(node: Node) -> bool:
             continue
         if not current.inputs:
             return False
-        if current.op.kind is not OpKind.ELEMENTWISE and current.op not in VIEWS:
+        if current.op.kind is not OpKind.ELEMENTWISE and current.op not in structural.VIEWS:
             return False
         seen.add(current)
         stack += current.inputs
@@ -55,10 +53,10 @@ def make_region(graph: Graph, members: Iterable[Node]) -> Region:
     feeds: set[Node] = set()
     for node in reversed(order):
         # a view is inside when it leads from one member to another
-        if node in chosen or (node.op in VIEWS and any(u in feeds for u in users[node])):
+        if node in chosen or (node.op in structural.VIEWS and any(u in feeds for u in users[node])):
             feeds.add(node)
     for node in order:
-        if node in feeds and node.op in VIEWS and node.inputs[0] in chosen:
+        if node in feeds and node.op in structural.VIEWS and node.inputs[0] in chosen:
             chosen.add(node)
     copied = _copied_views(order, chosen, users)
     chosen |= copied
@@ -86,7 +84,7 @@ def _copied_views(
     copied: set[Node] = set()
     for node in reversed(order):
         needed = any(u in chosen or u in copied for u in users[node])
-        if needed and node.op in VIEWS and node not in chosen and not is_view(node):
+        if needed and node.op in structural.VIEWS and node not in chosen and not is_view(node):
             copied.add(node)
     return copied
 
@@ -97,7 +95,7 @@ def view_type(node: Node) -> TensorType | None:
     The strides are those of the view; a broadcast dim has stride 0. The tensor at the end of the
     chain is a graph input (with its own strides) or a kernel's result (row-major).
     """
-    if node.op not in VIEWS:
+    if node.op not in structural.VIEWS:
         return node.tensor
     base = view_type(node.inputs[0])
     if base is None:
@@ -108,14 +106,14 @@ def view_type(node: Node) -> TensorType | None:
 
 def view_base(node: Node) -> Node:
     """Return the tensor that a chain of views looks at."""
-    while node.op in VIEWS:
+    while node.op in structural.VIEWS:
         node = node.inputs[0]
     return node
 
 
 def is_view(node: Node) -> bool:
     """Say whether `node` is free: a view of a tensor in memory."""
-    return node.op in VIEWS and view_type(node) is not None
+    return node.op in structural.VIEWS and view_type(node) is not None
 
 
 def _view_strides(node: Node, base: TensorType) -> tuple[int, ...] | None:

@@ -80,7 +80,8 @@ def optimize(function: Any = None, **options: Any) -> Any:
         function: a function over tensors, or a `torch.nn.Module`.
         **options: `budget_s`: seconds per input signature for all of it, lifting to proof (default 120);
             what has begun by then is finished, the first kernel or a proof. Nothing is tried where the
-            proof would end much later. `backend`: "auto", "cpu" or "triton". `verify`: True, or "strict" for a second, independent proof with an error
+            proof would end much later. `backend`: "auto", "cpu" or "triton". `verify`: True, or "strict" for
+            a second, independent proof with an error
             bound of 2**-120. `seed`: the same seed proposes the same candidates. `cache`: True (the
             user's cache folder), False, or a folder.
 

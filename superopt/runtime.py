@@ -28,7 +28,6 @@ from superopt.verify.memory import LARGE_BYTES, allocator
 from superopt.verify.opaque import restride
 from superopt.verify.reference import DTYPES, IR_DTYPES, TORCH, TorchDomain
 
-VIEWS: Final = (structural.RESHAPE, structural.PERMUTE, structural.SLICE, structural.BROADCAST)
 CPU: Final = torch.device("cpu")
 _ALIGNMENT: Final = 64
 _FOLD_LIMIT_BYTES: Final = 64 << 20
@@ -164,7 +163,7 @@ class _Writer:
                 continue
             if any(i not in self.folded for i in node.inputs) or node.op is leaf.ITEM:
                 continue
-            if node.op not in VIEWS and node.tensor.size_bytes > _FOLD_LIMIT_BYTES:
+            if node.op not in structural.VIEWS and node.tensor.size_bytes > _FOLD_LIMIT_BYTES:
                 continue
             args = [self.folded[i] for i in node.inputs]
             value = TORCH[node.op](node, args, self.domain)
@@ -181,7 +180,7 @@ class _Writer:
         for node in reversed(order):
             if node.op.kind is OpKind.GRAPH:
                 continue
-            if node.op in VIEWS:
+            if node.op in structural.VIEWS:
                 if node in wanted:
                     wanted.update(node.inputs)
                 continue
@@ -195,7 +194,7 @@ class _Writer:
     def _node(self, node: Node) -> None:
         if node.op.kind is OpKind.GRAPH:
             self._kernel(node)
-        elif node.op in VIEWS:
+        elif node.op in structural.VIEWS:
             self._view(node)
         elif node.op is leaf.ITEM:
             if node.inputs[0].op.kind is not OpKind.GRAPH:

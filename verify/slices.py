@@ -28,7 +28,6 @@ LARGE: Final = 1 << 19
 """Elements of float64 that several operators in turn still find in a cache."""
 _MOST: Final = 256
 """How many slices at most: each costs a walk over the graph."""
-_VIEWS: Final = (structural.RESHAPE, structural.BROADCAST, structural.PERMUTE, structural.SLICE)
 
 
 @final
@@ -145,7 +144,7 @@ def _has_shape(node: Node) -> bool:
 
 def _size(node: Node) -> int:
     """Return the elements of a value that is computed; views and leaves are none."""
-    free = node.op.kind is OpKind.LEAF or node.op in _VIEWS or not _has_shape(node)
+    free = node.op.kind is OpKind.LEAF or node.op in structural.VIEWS or not _has_shape(node)
     return 0 if free else prod(node.shape)
 
 

@@ -186,3 +186,6 @@ TAKE = declare(
     Op("take", _KIND, 2, AxisAttrs, _take, "x[…, index, …] along one axis; embedding, index_select")
 )
 GATHER = declare(Op("gather", _KIND, 2, AxisAttrs, _gather, "torch.gather(x, axis, index)"))
+
+VIEWS = (RESHAPE, PERMUTE, SLICE, BROADCAST)
+"""Ops whose result may be a tensor in memory seen in another way."""

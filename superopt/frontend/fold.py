@@ -21,7 +21,6 @@ from superopt.ir.ops.registry import OpKind
 from superopt.verify.draws import is_draw
 from superopt.verify.reference import run_reference
 
-_VIEWS = (structural.RESHAPE, structural.BROADCAST, structural.PERMUTE, structural.SLICE)
 _CHEAP = (
     elementwise.ADD,
     elementwise.SUB,
@@ -96,7 +95,7 @@ def _roots(outputs: tuple[Node, ...], constant: set[Node]) -> list[Node]:
     for node in (*edges, *outputs):
         if node not in constant:
             continue
-        while node.op in _VIEWS:
+        while node.op in structural.VIEWS:
             node = node.inputs[0]
         if node.op is not leaf.INPUT and not _is_pattern(node):
             found.setdefault(node)
@@ -110,7 +109,7 @@ def _is_pattern(root: Node) -> bool:
         return False
     return all(
         n.op in _CHEAP
-        or n.op in _VIEWS
+        or n.op in structural.VIEWS
         or (n.op.kind is OpKind.LEAF and n.op is not leaf.INPUT and n.op is not leaf.ITEM)
         for n in nodes
     )

@@ -31,6 +31,7 @@ label = b.input_("label", (5, 1), DType.I64)
 row = b.reduce_sum(x, -1)
 column = b.reduce_sum(y, -2)
 bias = b.input_("bias", (1, 6))
+place = b.input_("place", (), DType.I64)
 places, rows = b.input_("places", (3, 4), DType.I64), b.input_("rows", (6, 7, 17))
 sink = b.input_("sink", (5, 1))
 joined = b.concat([sink, x], -1)
@@ -57,6 +58,7 @@ FIRES = [
     (GATHER_BELOW_ELEMENTWISE, case([x, bias, label], b.gather(b.sub(x, bias), label, -1))),
     (TAKE_TO_GATHER, case([rows, places], b.take(rows, places, -2))),
     (TAKE_TO_GATHER, case([rows, places], b.take(rows, places, 0))),
+    (TAKE_TO_GATHER, case([rows, place], b.take(rows, place, 0))),
     (TAKE_TO_GATHER, case([rows, label], b.take(rows, b.reshape(label, (5,)), 1))),
     (TAKE_TO_GATHER, case([rows, places], b.take(b.transpose(rows), places, 0))),
     (REDUCE_IN_STAGES, case([deep], b.reduce_sum(deep, (-3, -2, -1)))),

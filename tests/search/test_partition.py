@@ -1,5 +1,6 @@
 """Partitions are legal and cover the program; the cost model orders what is plainly ordered."""
 
+from dataclasses import replace
 from math import inf
 from random import Random
 from unittest import mock
@@ -256,7 +257,7 @@ def test_no_group_contains_a_refused_one() -> None:
 def test_what_is_fetched_ahead_has_to_stay() -> None:
     """Rows at a multiple of a page compete for few places of a cache; a bias so wide takes few at once."""
 
-    def more(columns: int) -> float:
+    def more(columns: int, machine: Target = MACHINE) -> float:
         x, y, z = (
             b.input_(n, s)
             for n, s in [("x", (512, 16)), ("y", (16, columns)), ("z", (columns, 64))]
@@ -267,10 +268,13 @@ def test_what_is_fetched_ahead_has_to_stay() -> None:
         )
         schedules = derive(make_region(graph, [n for n in graph.nodes() if is_compute(n)]))
         (schedule,) = (s for s in schedules if s.loop and s.space.extent(s.loop) == columns)
-        model = KernelModel(schedule, MACHINE)
+        model = KernelModel(schedule, machine)
         sizes = {512: 512, columns: 64, 64: 64, 16: 16}
         tiles = {a: sizes[schedule.space.extent(a)] for a in schedule.roles}
         (rows,) = (a for a in schedule.grid if schedule.space.extent(a) == 512)
         return model.seconds(tiles) / model.seconds({**tiles, rows: 128})
 
     assert more(4096) > 1.02 * more(4096 + 64)
+    # a GPU fetches into registers and shared memory, which have no such places
+    gpu = replace(MACHINE, kind="cuda", inner_cache_bytes=1 << 19)
+    assert more(4096, gpu) == pytest.approx(more(4096 + 64, gpu), rel=0.02)
