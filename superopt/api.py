@@ -62,6 +62,7 @@ _Run = Callable[[Sequence[Any], Mapping[str, Any]], Any]
 _REPLANS: Final = 8
 _DIRECT: Final = 4
 _REFUSALS: Final = 16
+_is_compiling = torch.compiler.is_compiling
 
 
 @overload
@@ -137,6 +138,8 @@ class _Dispatcher:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve one call."""
+        if _is_compiling():  # a compiler around this one takes the original into its graph
+            return self.original(*args, **kwargs)
         if not kwargs:
             for direct in self.direct:
                 if direct.count == len(args) and direct.check(*args) and not altered():
@@ -178,7 +181,7 @@ class _Dispatcher:
         self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, wait: bool
     ) -> _Entry | None:
         """Make the plan for a signature; None when another thread is at it and `wait` is False."""
-        if torch.compiler.is_compiling() or not self.lock.acquire(blocking=wait):
+        if not self.lock.acquire(blocking=wait):
             return None
         try:
             entry = self.entries.get(key)

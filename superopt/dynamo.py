@@ -1,7 +1,7 @@
 """`torch.compile(backend="superopt")`: every captured subgraph through the same pipeline.
 
 In: an FX graph and example inputs, as Dynamo gives them. Out: a callable. A subgraph that cannot be lifted,
-has symbolic shapes, needs gradients, or is not made faster runs as Dynamo captured it, with one log
+has symbolic shapes (`dynamic=False` avoids them), needs gradients, or is not made faster runs as Dynamo captured it, with one log
 line that says why. `options={...}` takes the options of `superopt.optimize`, and `fallback="error"` to
 raise instead.
 """
@@ -17,12 +17,15 @@ from superopt.errors import Unsupported, unknown
 from superopt.frontend import lift_fx
 from superopt.ir.errors import SuperoptError
 from superopt.pipeline import make_options, make_plan
-from superopt.signature import signature
+from superopt.signature import refusal, signature
 from superopt.subject import Binding, make_request, preserved, shares_written
 
 logger = logging.getLogger("superopt")
 
 _FALLBACKS: Final = ("original", "error")
+_SYMBOLIC: Final = (
+    "a plan is for known sizes and numbers, and torch.compile(dynamic=False) makes one for each"
+)
 Compiled = Callable[..., Any]
 
 
@@ -41,7 +44,7 @@ def backend(
         with torch.no_grad():
             key = signature(example)
         if key is None:
-            raise Unsupported("its inputs are no plain tensors")
+            raise Unsupported(refusal(example, {}))
         lifted = lift_fx(graph_module, example)
         modules = list(graph_module.modules())
         with preserved(lifted):
@@ -68,9 +71,9 @@ def _examples(inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     found = []
     for value in inputs:
         if not isinstance(value, torch.Tensor):
-            raise Unsupported(f"it takes a {type(value).__name__}: symbolic shapes are not planned")
+            raise Unsupported(f"it takes a {type(value).__name__}: {_SYMBOLIC}")
         if not all(isinstance(d, int) for d in value.shape):
-            raise Unsupported("it has symbolic shapes")
+            raise Unsupported(f"its shapes are symbolic: {_SYMBOLIC}")
         if value.requires_grad and torch.is_grad_enabled():
             raise Unsupported("it needs gradients")
         found.append(_real(value))

@@ -5,6 +5,7 @@ In: a PyTorch program and example arguments, which fix shapes, element types and
 new values of changed buffers and arguments first and then the results.
 """
 
+import copy
 import inspect
 import logging
 import re
@@ -12,7 +13,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -243,7 +244,9 @@ def _advice(error: BaseException) -> str:
 
 
 def _first_lines(error: BaseException) -> str:
-    text = [line for line in str(error).splitlines() if line.strip()]
+    # what follows is advice for people who work on PyTorch
+    own = str(error).partition(" See https://github.com/pytorch/")[0]
+    text = [line for line in own.splitlines() if line.strip()]
     return " ".join(text[:2]) or type(error).__name__
 
 
@@ -258,6 +261,12 @@ def lift_fx(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -
     for value in example_inputs:
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             raise LiftError("symbolic sizes: compile with dynamic=False")
+    for node in graph_module.graph.nodes:
+        if node.target == "item" and node.args and node.args[0].op == "placeholder":
+            raise LiftError(
+                "a float argument changes from call to call: compile with dynamic=False"
+            )
+    graph_module = _with_effective_autocast(graph_module)
     from torch._guards import detect_fake_mode, tracing
 
     if detect_fake_mode(list(example_inputs)) is None:
@@ -266,6 +275,31 @@ def lift_fx(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -
 
     with tracing(None), unset_fake_temporarily():
         return lift(graph_module, [_stand_in(v) for v in example_inputs])
+
+
+def _with_effective_autocast(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Return a graph whose regions of autocast are in force while it is exported.
+
+    The functions by which Dynamo enters and leaves them are noted by export, and not called.
+    """
+    mode = torch.amp.autocast_mode
+    effective = {mode._enter_autocast: _enter_autocast, mode._exit_autocast: _exit_autocast}
+    if all(node.target not in effective for node in graph_module.graph.nodes):
+        return graph_module
+    graph = copy.deepcopy(graph_module.graph)
+    for node in graph.nodes:
+        node.target = effective.get(node.target, node.target)
+    return torch.fx.GraphModule(graph_module, graph)
+
+
+def _enter_autocast(device: str, dtype: Any, enabled: bool, cached: bool | None) -> ExitStack:
+    region = ExitStack()
+    region.enter_context(torch.autocast(device, dtype, enabled, cached))
+    return region
+
+
+def _exit_autocast(region: ExitStack) -> None:
+    region.close()
 
 
 def _stand_in(value: Any) -> Any:

@@ -442,6 +442,20 @@ def assert_drawn_alike(fast, eager, x):
         assert torch.equal(found[1][1], found[0][1])
 
 
+def test_a_compiler_around_an_optimized_program_sees_the_original(folder):
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU()).eval()
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        fast = superopt.optimize(module, budget_s=3, cache=folder).warmup(x)
+        outer = torch.compile(
+            torch.nn.Sequential(fast, torch.nn.ReLU()), backend="eager", fullgraph=True
+        )
+        torch.testing.assert_close(outer(x), module(x).relu())
+        exported = torch.export.export(fast, (x,)).module()
+        torch.testing.assert_close(exported(x), module(x))
+    torch.compiler.reset()
+
+
 def test_random_numbers_are_drawn_as_eager_draws_them(folder):
     fast, eager = superopt.optimize(Noisy(), budget_s=3, cache=folder), Noisy()
     assert_drawn_alike(fast, eager, torch.randn(16, 64))

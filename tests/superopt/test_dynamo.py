@@ -64,14 +64,32 @@ def test_symbolic_shapes_run_as_they_were(tmp_path, caplog):
         for rows in (3, 5):
             x = torch.randn(rows, 4)
             torch.testing.assert_close(fast(x), x * 2 + rows)
-    assert "symbolic" in caplog.text
+    assert "dynamic=False" in caplog.text
+
+
+def test_a_float_argument_that_changes_runs_as_it_was(tmp_path, caplog):
+    fast = compiled(lambda x, scale: x.exp() * scale, tmp_path, options={"budget_s": 0.1})
+    x = torch.randn(3, 4)
+    with caplog.at_level(logging.INFO, "superopt"):
+        for scale in (0.5, 1.5):
+            torch.testing.assert_close(fast(x, scale), x.exp() * scale)
+    assert "a float argument changes" in caplog.text
+
+
+def test_calls_under_autocast_run_as_they_were_and_say_so(tmp_path, caplog):
+    module = Block().eval()
+    fast = compiled(module, tmp_path, dynamic=False)
+    x = torch.randn(4, 64)
+    with caplog.at_level(logging.INFO, "superopt"), torch.no_grad(), torch.autocast("cpu"):
+        torch.testing.assert_close(fast(x)[0], module(x)[0])
+    assert "autocast is on" in caplog.text
 
 
 def test_fallback_error_raises_what_stood_in_the_way(tmp_path):
     fast = compiled(
         lambda x: x * 2 + x.shape[0], tmp_path, dynamic=True, options={"fallback": "error"}
     )
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="symbolic"):
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="known sizes"):
         fast(torch.randn(3, 4))
 
 

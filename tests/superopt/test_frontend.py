@@ -383,7 +383,8 @@ def test_exported_program_from_a_file(tmp_path: Path, runner: Any) -> None:
         runner.check(lifted, model(x), x)
 
 
-def test_fx_graph_from_torch_compile() -> None:
+def compiled_by_reference(subject: Any) -> tuple[Any, list[Any]]:
+    """Return what torch.compile makes with the reference executor, and the graphs that it lifts."""
     lifted_graphs = []
 
     def backend(module: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
@@ -398,15 +399,34 @@ def test_fx_graph_from_torch_compile() -> None:
 
         return call
 
+    torch._dynamo.reset()
+    return torch.compile(subject, backend=backend, dynamic=False), lifted_graphs
+
+
+def test_fx_graph_from_torch_compile() -> None:
     torch.manual_seed(0)
     block = LlamaBlock()
     x = randn(2, 7, 32)
-    torch._dynamo.reset()
     with torch.no_grad():
-        compiled = torch.compile(block, backend=backend, dynamic=False)
+        compiled, lifted_graphs = compiled_by_reference(block)
         torch.testing.assert_close(compiled(x), block(x))
     assert len(lifted_graphs) == 1
     assert nodes_of(lifted_graphs[0], composite.ATTENTION)
+
+
+def test_autocast_in_an_fx_graph_is_a_part_of_the_program() -> None:
+    linear = torch.nn.Linear(8, 8)
+
+    def program(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = linear(x)
+        return y.float().exp(), y
+
+    x = randn(4, 8)
+    with torch.no_grad():
+        compiled, lifted_graphs = compiled_by_reference(program)
+        torch.testing.assert_close(compiled(x), program(x), rtol=2e-2, atol=2e-2)
+    assert len(lifted_graphs) == 1
 
 
 # -- what cannot be lifted -----------------------------------------------------------------------
