@@ -54,6 +54,25 @@ def test_an_unstable_softmax_is_equal_and_rejected() -> None:
     assert "inf or NaN" in run(unstable, stable)
 
 
+def test_the_order_of_a_sum_may_decide_whether_it_overflows() -> None:
+    """A gated layer at the edge: the products fit float32, and so do some of their sums, by luck."""
+    gate, up, down = (b.input_(n, s) for n, s in zip("gud", [(64, 64)] * 3, strict=True))
+    h = b.mul(b.maximum(b.matmul(X, gate), 0.0), b.matmul(X, up))
+    original = b.kernel_graph("g", [X, gate, up, down], [b.matmul(h, down)])
+
+    def apart(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        x, gate, up, down = tensors
+        terms = (torch.relu(x @ gate) * (x @ up))[..., None] * down
+        return [terms.clamp(min=0).sum(1) + terms.clamp(max=0).sum(1)]
+
+    edge = draw_inputs(original, "overflow-edge", 1)
+    own, found = run_reference(original, edge)[0], apart(edge)[0]
+    assert bool((own.isfinite() & ~found.isfinite()).any())
+    assert verify_float(original, apart, seed=1).accurate
+    overflows = verify_float(original, lambda t: [apart(t)[0] * 1e10 * 1e-10], seed=1)
+    assert "inf or NaN" in overflows.reason
+
+
 def test_cancellation_in_a_variance_is_rejected() -> None:
     mean = b.mean(X, -1)
     centered = b.sub(X, mean)
