@@ -187,12 +187,15 @@ def _sign(args: list[str], node: Node, vector: bool) -> str:
 
 @LOWER.register(elementwise.ISNAN)
 def _isnan(args: list[str], node: Node, vector: bool) -> str:
-    return f"{args[0]} != {args[0]}" if node.inputs[0].tensor.dtype.is_float else "false"
+    return f"({args[0]} != {args[0]})"
 
 
 @LOWER.register(elementwise.ISINF)
 def _isinf(args: list[str], node: Node, vector: bool) -> str:
-    infinity = "__builtin_inf()" if node.inputs[0].tensor.dtype is DType.F64 else "__builtin_inff()"
+    dtype = node.inputs[0].tensor.dtype
+    if not dtype.is_float:
+        return f"({args[0]} != {args[0]})"
+    infinity = "__builtin_inf()" if dtype is DType.F64 else "__builtin_inff()"
     return f"so::abs({args[0]}) == {infinity}"
 
 

@@ -41,6 +41,8 @@ KEPT_WHOLE = (
     # and for NaN
     aten.multilabel_margin_loss_forward.default,
     aten.multi_margin_loss.default,
+    # and through float32 where it is of integers
+    aten.threshold.default,
     # they raise where there is no result, which no other operator does
     aten.linalg_solve.default,
     aten.linalg_inv.default,

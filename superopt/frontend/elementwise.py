@@ -12,6 +12,7 @@ from superopt.frontend.rules import (
     Scalar,
     as_dtype,
     common_dtype,
+    rounded,
     rule,
     to,
     wide,
@@ -195,8 +196,10 @@ def _divided(op: Op, x: Operand, y: Operand, dtype: DType) -> Node:
 
 
 def _division(op: Op, *targets: Any) -> None:
+    number = as_dtype if op is e.FLOORDIV else rounded
+
     def lift(call: Call, x: Operand, y: Operand) -> Node:
-        return _divided(op, x, y, call.dtype)
+        return _divided(op, number(x, call.dtype), number(y, call.dtype), call.dtype)
 
     rule(*targets)(lift)
 
@@ -242,7 +245,7 @@ def _compare(op: Op, name: str) -> None:
 
     def lift(call: Call, x: Operand, y: Operand) -> Node:
         dtype = common_dtype(x, y)
-        return elementwise_op(op, as_dtype(x, dtype), as_dtype(y, dtype))
+        return elementwise_op(op, rounded(x, dtype), rounded(y, dtype))
 
     rule(packet.Tensor, packet.Scalar)(lift)
 
@@ -325,20 +328,20 @@ def _pow(call: Call, x: Operand, y: Operand) -> Node:
 
 @rule(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
 def _where(call: Call, condition: Node, x: Operand, y: Operand) -> Node:
-    return b.where(to(condition, DType.BOOL), as_dtype(x, call.dtype), as_dtype(y, call.dtype))
+    return b.where(to(condition, DType.BOOL), rounded(x, call.dtype), rounded(y, call.dtype))
 
 
 @rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def _masked_fill(call: Call, x: Node, mask: Node, value: Operand) -> Node:
-    return b.where(mask, as_dtype(value, call.dtype), x)
+    return b.where(mask, rounded(value, call.dtype), x)
 
 
 @rule(aten.clamp.default, aten.clamp.Tensor)
 def _clamp(call: Call, x: Node, low: Operand | None = None, high: Operand | None = None) -> Node:
     result = to(x, call.dtype)
     if low is not None:
-        result = b.maximum(result, as_dtype(low, call.dtype))
-    return result if high is None else b.minimum(result, as_dtype(high, call.dtype))
+        result = b.maximum(result, rounded(low, call.dtype))
+    return result if high is None else b.minimum(result, rounded(high, call.dtype))
 
 
 @rule(aten.clamp_min.default, aten.clamp_min.Tensor)
@@ -362,6 +365,14 @@ def _hardtanh(call: Call, x: Node, low: Scalar, high: Scalar) -> Node:
 @rule(aten.relu.default)
 def _relu(call: Call, x: Node) -> Node:
     return b.maximum(x, as_dtype(0, call.dtype))
+
+
+@rule(aten.threshold.default)
+def _threshold(call: Call, x: Node, limit: Scalar, value: Scalar) -> Node:
+    inner = wide(call.dtype)
+    y = to(x, inner)
+    below = b.le(y, as_dtype(limit, inner))
+    return to(b.where(below, as_dtype(value, inner), y), call.dtype)
 
 
 @rule(aten.leaky_relu.default)

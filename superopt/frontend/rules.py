@@ -107,6 +107,22 @@ def as_dtype(operand: Operand, dtype: DType) -> Node:
     return b.constant(operand, dtype)
 
 
+def nearest(value: Scalar, dtype: DType) -> Scalar:
+    """Return the number of a type of 16 bits that a number becomes in a tensor of that type.
+
+    Kernels compute in float32 and would take it as it is. Steps show that: 0.1 is not below 0.1, and
+    remainders are others.
+    """
+    if wide(dtype) is dtype:
+        return value
+    return float(torch.tensor(value, dtype=DTYPES[dtype]))
+
+
+def rounded(operand: Operand, dtype: DType) -> Node:
+    """Return a tensor cast to `dtype`, a number as PyTorch has it where it makes a tensor of it."""
+    return as_dtype(operand if isinstance(operand, Node) else nearest(operand, dtype), dtype)
+
+
 def to(x: Node, dtype: DType) -> Node:
     """Cast as PyTorch does; anything that is not zero is true."""
     return b.cast(x, dtype)

@@ -6,7 +6,18 @@ from typing import Any
 
 import torch
 
-from superopt.frontend.rules import Call, Decline, Scalar, as_dtype, axes_of, one_axis, rule, to
+from superopt.frontend.rules import (
+    Call,
+    Decline,
+    Scalar,
+    as_dtype,
+    axes_of,
+    nearest,
+    one_axis,
+    rounded,
+    rule,
+    to,
+)
 from superopt.ir import build as b
 from superopt.ir.node import Node
 from superopt.ir.ops import leaf
@@ -183,7 +194,7 @@ def _pad(call: Call, x: Node, widths: Sequence[int], value: Scalar) -> Node:
         axis, before, after = -1 - i, widths[2 * i], widths[2 * i + 1]
         size = x.shape[axis]
         x = b.slice_(x, axis, max(-before, 0), size - max(-after, 0))
-        x = b.pad(x, axis, max(before, 0), max(after, 0), float(value))
+        x = b.pad(x, axis, max(before, 0), max(after, 0), float(nearest(value, call.dtype)))
     return x
 
 
@@ -282,7 +293,7 @@ def _full(call: Call, _like: Any, second: Any, *rest: Any) -> Node:
 
 @rule(aten.scalar_tensor.default)
 def _scalar_tensor(call: Call, value: Scalar, *_: Any) -> Node:
-    return as_dtype(value, call.dtype)
+    return rounded(value, call.dtype)
 
 
 @rule(
@@ -306,7 +317,7 @@ def _ones(call: Call, *_: Any) -> Node:
 def _filled(call: Call, value: Scalar) -> Node:
     if not isinstance(value, bool | int | float):
         raise Decline("filled with a value known only at run time")
-    return b.full(call.shape, value, call.dtype)
+    return b.full(call.shape, nearest(value, call.dtype), call.dtype)
 
 
 @rule(aten.eye.default, aten.eye.m)

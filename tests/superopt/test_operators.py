@@ -1,0 +1,138 @@
+"""Many operators in one compiled kernel, by values at which they go wrong, equal eager PyTorch."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from superopt.codegen import cpu
+from superopt.codegen.errors import CodegenError
+from superopt.frontend import lift
+from superopt.ir.node import topological
+from superopt.ir.semantics import expand
+from superopt.ir.target import Target
+from superopt.runtime import build_program
+from superopt.search.emit import block_graph, place
+from superopt.search.partition import is_compute
+from superopt.search.region import make_region, substitute
+from superopt.search.schedule import derive
+from superopt.search.tiling import best_tiles
+
+pytestmark = pytest.mark.skipif(cpu.find_compiler() is None, reason="no C++ compiler")
+
+Operators = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+NUMBERS = (0.1, 0.3, -0.7)
+
+
+def in_one_kernel(
+    operators: Operators, inputs: Sequence[torch.Tensor], folder: Path
+) -> list[torch.Tensor]:
+    """Return the results of operators on the same operands, of one kernel that computes all of them."""
+
+    def program(*operands: torch.Tensor) -> list[torch.Tensor]:
+        return [operator(*operands) for operator in operators.values()]
+
+    graph = expand(lift(program, inputs).graph)
+    machine = Target()
+    region = make_region(graph, [n for n in topological(graph.outputs) if is_compute(n)])
+    schedule = derive(region)[0]
+    block = block_graph(schedule, best_tiles(schedule, machine, 1)[0][1], "operators")
+    (kernel,) = cpu.compile_many([cpu.lower(block, cpu.CpuConfig(), block.name)], folder)
+    assert not isinstance(kernel, CodegenError), kernel
+    placed = zip(region.outputs, place(schedule, block, region.inputs), strict=True)
+    found = build_program(substitute(graph, dict(placed)), {block.digest(): kernel}).run(*inputs)
+    return list(found)
+
+
+def check(
+    operators: Operators, inputs: Sequence[torch.Tensor], folder: Path, *, near: float = 0.0
+) -> None:
+    found = in_one_kernel(operators, inputs, folder)
+    for (name, operator), got in zip(operators.items(), found, strict=True):
+        want = operator(*inputs)
+        exact = not want.is_floating_point()
+        torch.testing.assert_close(
+            got,
+            want,
+            rtol=0 if exact else 2 * torch.finfo(want.dtype).eps,
+            atol=0 if exact else near,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def special(dtype: torch.dtype) -> torch.Tensor:
+    """Return the values of a type that operators go wrong at, and some between them."""
+    if not dtype.is_floating_point:
+        held = torch.iinfo(dtype)
+        near = [0, 1, -1, 2, -2, 3, 7, -7, 31, 32, 100, held.max, held.min, held.max - 1]
+        return torch.tensor([v for v in near if held.min <= v <= held.max], dtype=dtype)
+    held = torch.finfo(dtype)
+    tiny = held.smallest_normal
+    ends = [math.nan, math.inf, 0.0, tiny, tiny / 4, held.max, held.max / 3, 1 + held.eps]
+    middle = [*(n / 8 for n in range(30)), 0.1, 0.3, 0.7, 20.0, 88.8, 100.0, 1e4]
+    values = torch.tensor([*ends, *middle], dtype=torch.float64)
+    return torch.cat([values, -values]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_numbers_are_rounded_where_they_become_tensors(dtype: torch.dtype, tmp_path: Path) -> None:
+    operators = {}
+    named = (
+        torch.remainder,
+        torch.fmod,
+        torch.eq,
+        torch.ne,
+        torch.lt,
+        torch.le,
+        torch.gt,
+        torch.ge,
+    )
+    for n in NUMBERS:
+        operators |= {f"{f.__name__} {n}": lambda x, f=f, n=n: f(x, n) for f in named}
+        operators |= {
+            f"divided by {n}": lambda x, n=n: x / n,
+            f"floor {n}": lambda x, n=n: torch.div(x, n, rounding_mode="floor"),
+            f"threshold {n}": lambda x, n=n: F.threshold(x, n, 5.0),
+            f"hardshrink {n}": lambda x, n=n: F.hardshrink(x, abs(n)),
+            f"where {n}": lambda x, n=n: torch.where(x > n, n, x) == x,
+            f"masked {n}": lambda x, n=n: x.masked_fill(x > 0, n) >= n,
+            f"full {n}": lambda x, n=n: torch.where(x > 0, torch.full_like(x, n), x) == x,
+            f"clamp {n}": lambda x, n=n: torch.clamp(x, n) == n,
+        }
+    check(operators, [special(dtype).nan_to_num(0, 0, 0).clamp(-100, 100)], tmp_path)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_activations_at_the_ends(dtype: torch.dtype, tmp_path: Path) -> None:
+    """What is left of 1 + erf(x) or 1 + tanh(x) where they are -1 would be multiplied by x."""
+    names = "relu relu6 elu selu celu leaky_relu gelu silu mish softplus softsign hardswish sigmoid tanh"
+    operators = {n: getattr(F, n) for n in (*names.split(), "hardsigmoid", "logsigmoid")}
+    operators["gelu by tanh"] = lambda x: F.gelu(x, approximate="tanh")
+    ends = torch.tensor([-8.0, -20.0, -104.0, -1e4, 9.0, 30.0, 1e4], dtype=dtype)
+    x = torch.cat([special(dtype).nan_to_num(0, 1, -1).clamp(-4, 4), ends])
+    check(operators, [x], tmp_path, near=1e-6)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integers(dtype: torch.dtype, tmp_path: Path) -> None:
+    operators = {
+        "isnan": torch.isnan,
+        "isinf": torch.isinf,
+        "isfinite": torch.isfinite,
+        "threshold": lambda x: F.threshold(x, 3, 20),
+        "threshold of a fraction": lambda x: F.threshold(x, 2.0, 5.0),
+        "half": lambda x: x > 0.5,
+        "remainder": lambda x: x % 3,
+        "floor": lambda x: x // 7,
+        "shift": lambda x: x >> 3,
+        "clamp": lambda x: x.clamp(2, 5),
+        "square": lambda x: x * x,
+        "float": lambda x: x.float(),
+    }
+    check(operators, [special(dtype)], tmp_path)
