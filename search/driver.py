@@ -47,6 +47,7 @@ from superopt.verify.equivalence import Verdict, provable, verify_field
 from superopt.verify.floating import HARDEST, FloatTest
 from superopt.verify.reference import TorchDomain
 from superopt.verify.slices import evaluate, slices
+from superopt.verify.threads import suitable
 
 _CLEAR: Final = 0.7
 """A kernel this much faster than its products alone are in a library needs no comparison."""
@@ -371,9 +372,12 @@ class Driver:
     def _accurate(self, variant: Graph) -> bool:
         device = self.measurer.device
         sliced, domain = slices(variant, device), TorchDomain(device=device)
-        verdict = self.floats.check(
-            lambda tensors: evaluate(variant, sliced, tensors, domain), HARDEST
-        )
+
+        def evaluated(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            with suitable():
+                return evaluate(variant, sliced, tensors, domain)
+
+        verdict = self.floats.check(evaluated, HARDEST)
         if not verdict.accurate:
             self._tell("inaccurate", f"a variant would be inaccurate: {verdict.reason}")
         return verdict.accurate

@@ -38,6 +38,7 @@ from superopt.verify.needs import (
 )
 from superopt.verify.ranges import Integers, integer_ranges
 from superopt.verify.sweep import OUTPUT_SKIPS, SKIPS, Claim, Sweep, partners
+from superopt.verify.threads import suitable
 
 DEFAULT_ERROR_BOUND = 2.0**-60
 MAX_TESTS = 64
@@ -144,7 +145,7 @@ def verify_field(
         GraphError: the graphs do not take inputs of the same types.
     """
     context = nullcontext() if device in (None, torch.get_default_device()) else device
-    with context:
+    with context, suitable():
         return _verified(original, candidate, seed, error_bound)
 
 

@@ -28,6 +28,7 @@ from superopt.verify.opaque import duplicate, spread
 from superopt.verify.ranges import Integers, draw_integers, integer_ranges
 from superopt.verify.reference import DTYPES, TorchDomain, run_reference
 from superopt.verify.slices import evaluate, slices
+from superopt.verify.threads import suitable
 
 RunCandidate = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
@@ -207,7 +208,8 @@ class FloatTest:
         reason = refused = ""
         for distribution in distributions:
             begun = time.perf_counter()
-            inputs = draw_inputs(self.original, distribution, self.seed, self.device)
+            with suitable():
+                inputs = draw_inputs(self.original, distribution, self.seed, self.device)
             drawn = time.perf_counter()
             reference = self._reference(distribution, inputs)
             reference_s = time.perf_counter() - drawn
@@ -219,10 +221,11 @@ class FloatTest:
                 found = list(run_candidate([on(i, self.device) for i in inputs]))
             reason = _shape_mismatch(reference.own, found)
             if not reason:
-                pair, reason = _worst(reference, found)
-                if reason.endswith(_NOT_FINITE):
-                    exact = self._in_float64(inputs, _Edges(self.device))[: len(found)]
-                    pair, reason = _worst(replace(reference, exact=exact), found)
+                with suitable():
+                    pair, reason = _worst(reference, found)
+                    if reason.endswith(_NOT_FINITE):
+                        exact = self._in_float64(inputs, _Edges(self.device))[: len(found)]
+                        pair, reason = _worst(replace(reference, exact=exact), found)
                 errors.append(FloatError(distribution, *pair))
             self._candidate_s[distribution] = time.perf_counter() - begun - reference_s
             if reason:
@@ -245,8 +248,9 @@ class FloatTest:
         if distribution not in self._references:
             rounding = _Rounding(self.device, self.seed)
             try:
-                exact = self._in_float64(inputs, TorchDomain(torch.float64, self.device))
-                moved = self._in_float64(rounding.all_moved(self.original, inputs), rounding)
+                with suitable():
+                    exact = self._in_float64(inputs, TorchDomain(torch.float64, self.device))
+                    moved = self._in_float64(rounding.all_moved(self.original, inputs), rounding)
                 with self._drawing():
                     own = run_reference(self.original, inputs)
             except (RuntimeError, ValueError, IndexError) as error:

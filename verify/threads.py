@@ -1,0 +1,66 @@
+"""How many threads tests compute with: one alone where other programs keep the processors.
+
+Threads that compute a tensor together wait for each other after every operation. Where another program
+has the processor of one, all of them wait until the scheduler takes it back: milliseconds, in
+operations of microseconds. One thread goes on with its share.
+
+Results do not depend on it, but for the rounding of sums in float64. Programs and kernels that are timed,
+or tested as they will run, keep the threads that they were given.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+from typing import Final
+
+import torch
+
+_PACE_S: Final = 0.01
+"""For how long each way is tried: longer than the scheduler lets another program run."""
+_VALID_S: Final = 2.0
+"""How long the answer holds."""
+_ELEMENTS: Final = 1 << 17
+_judged: Final[dict[int, tuple[float, bool]]] = {}
+
+
+@contextmanager
+def suitable() -> Iterator[None]:
+    """Compute with the threads that PyTorch has, or with one where it is faster alone now."""
+    given = torch.get_num_threads()
+    if given == 1 or torch.get_default_device().type != "cpu" or not _crowded(given):
+        yield
+        return
+    torch.set_num_threads(1)
+    # threads that use PyTorch for the first time take what was set last: not what is for this one
+    other = Thread(target=torch.set_num_threads, args=(given,))
+    other.start()
+    other.join()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(given)
+
+
+def _crowded(threads: int) -> bool:
+    """Say whether one thread computes faster than so many do."""
+    judged_s, crowded = _judged.get(threads, (-_VALID_S, False))
+    if time.monotonic() - judged_s >= _VALID_S:
+        try:
+            crowded = _pace(1) < _pace(threads)
+        finally:
+            torch.set_num_threads(threads)
+        _judged[threads] = (time.monotonic(), crowded)
+    return crowded
+
+
+def _pace(threads: int) -> float:
+    """Return the seconds that an operation takes on so many threads."""
+    torch.set_num_threads(threads)
+    values = torch.zeros(_ELEMENTS)
+    values.add_(1.0)
+    started, count = time.perf_counter(), 0
+    while (taken := time.perf_counter() - started) < _PACE_S:
+        values.add_(1.0)
+        count += 1
+    return taken / count
