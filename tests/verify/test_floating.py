@@ -65,11 +65,11 @@ def test_the_order_of_a_sum_may_decide_whether_it_overflows() -> None:
         terms = (torch.relu(x @ gate) * (x @ up))[..., None] * down
         return [terms.clamp(min=0).sum(1) + terms.clamp(max=0).sum(1)]
 
-    edge = draw_inputs(original, "overflow-edge", 1)
+    edge = draw_inputs(original, "overflow-edge", 3)
     own, found = run_reference(original, edge)[0], apart(edge)[0]
     assert bool((own.isfinite() & ~found.isfinite()).any())
-    assert verify_float(original, apart, seed=1).accurate
-    overflows = verify_float(original, lambda t: [apart(t)[0] * 1e10 * 1e-10], seed=1)
+    assert verify_float(original, apart, seed=3).accurate
+    overflows = verify_float(original, lambda t: [apart(t)[0] * 1e10 * 1e-10], seed=3)
     assert "inf or NaN" in overflows.reason
 
 
