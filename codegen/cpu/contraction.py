@@ -273,7 +273,8 @@ class Product:
     def _packed(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent) -> None:
         config = self.context.config
         if a.element != "float":
-            a = self._copied_rows(a, m, k)
+            along = a.column == 1
+            a = self._copied_rows(a, m, k) if along else _swapped(self._pack(_swapped(a), k, m))
         rows, vectors = self._register_tile(m, n)
         # stretches of about one length: a short last one costs a pass over the result like any other
         depth = -(-k.full // max(1, round(k.full / _PANEL_DEPTH)))

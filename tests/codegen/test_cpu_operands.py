@@ -1,12 +1,13 @@
 """What C++ kernels do to tiles on their way into loops: shared divisors, transposed operands of products."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from superopt.codegen.cpu.compile import find_compiler
-from superopt.codegen.cpu.config import CpuConfig, configs
+from superopt.codegen.cpu.config import Contraction, CpuConfig, configs
 from superopt.codegen.cpu.divide import shared_divisions
 from superopt.codegen.cpu.kernel import Kernel, compile_many
 from superopt.codegen.cpu.lower import lower
@@ -17,6 +18,7 @@ from superopt.ir.node import topological
 from superopt.ir.ops import elementwise
 from superopt.ir.types import DType
 from superopt.verify.reference import DTYPES, run_reference
+from tests.codegen.meaning import check, launched, tensor
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
@@ -195,3 +197,25 @@ def test_columns_that_merge_are_read_where_they_lie(tmp_path: Path, dtype: DType
     kernel(left.data_ptr(), right.data_ptr(), got.data_ptr(), also.data_ptr())
     torch.testing.assert_close(got, first, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(also, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("contraction", ["pack", "dot"])
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
+def test_products_of_halves_that_lie_either_way(
+    tmp_path: Path, dtype: DType, contraction: Contraction
+) -> None:
+    """What runs along the rows of the left operand is not what a copy of its rows would take."""
+    m, n, k = 13, 37, 21
+    g = BlockBuilder("layouts", grid={"m": 1})
+    for number, (left, right) in enumerate(product((True, False), repeat=2)):
+        a = b.input_(f"a{number}", (m, k), dtype, strides=(k, 1) if left else (1, m))
+        c = b.input_(f"c{number}", (k, n), dtype, strides=(n, 1) if right else (1, k))
+        found = b.matmul(*(b.cast(g.load(x, *x.shape), DType.F32) for x in (a, c)))
+        g.store(found, (m, n), m, n)
+    graph = g.graph()
+    source = lower(graph, CpuConfig(contraction=contraction), graph.name)
+    (kernel,) = compile_many([source], tmp_path)
+    assert isinstance(kernel, Kernel), kernel
+    generator = torch.Generator().manual_seed(1)
+    inputs = [tensor(i, generator) for i in graph.inputs]
+    check(graph, inputs, launched(kernel, graph, inputs))
