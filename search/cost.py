@@ -70,7 +70,9 @@ def library_cost(node: Node, machine: Target) -> float:
 
 def _product_flops(node: Node, machine: Target) -> float:
     """Return the rate of large products of the type of `node`."""
-    half = node.tensor.dtype in (DType.F16, DType.BF16)
+    dtype = node.tensor.dtype
+    # CPUs have products of bfloat16 alone
+    half = dtype is DType.BF16 or (dtype is DType.F16 and machine.kind == "cuda")
     return machine.half_flops if half else machine.peak_flops
 
 

@@ -2,7 +2,8 @@
 
 Tiles keep the order of the tensors' dims, one tile dim per atom (and one of size 1 for a dim
 without atoms). Broadcasts stay lazy: a tile has size 1 along an atom that its value does not
-vary over. 16-bit floats are computed in float32 between load and store.
+vary over. 16-bit floats are computed in float32 between load and store, but operands of products are
+rounded as in the program: processors multiply 16-bit floats faster.
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,18 @@ def _atom_strides(schedule: Schedule, node: Node) -> TensorType:
 
 def _wide(dtype: DType) -> DType:
     return DType.F32 if dtype in _HALF else dtype
+
+
+def _rounded(value: Node, operand: Node) -> Node:
+    """Return the wide tile of a 16-bit operand of a product, rounded where it is not what memory holds."""
+    dtype, source = operand.tensor.dtype, value
+    while source.op.kind is OpKind.STRUCTURAL and len(source.inputs) == 1:
+        source = source.inputs[0]
+    if dtype not in _HALF or (
+        source.op is elementwise.CAST and source.inputs[0].tensor.dtype is dtype
+    ):
+        return value
+    return b.cast(b.cast(value, dtype), DType.F32)
 
 
 @final
@@ -251,7 +264,8 @@ class _Emitter:
             ]
             return make(op, aligned, node.attrs)
         if op is contraction.MATMUL:
-            return self._matmul(operands, layouts, layout)
+            rounded = [_rounded(v, i) for v, i in zip(operands, node.inputs, strict=True)]
+            return self._matmul(rounded, layouts, layout)
         if op.kind is OpKind.REDUCTION:
             return self._reduce(node, operands[0], layouts[0], layout)
         return self._structural(node, operands, layouts, layout)

@@ -105,6 +105,12 @@ def vector_bytes() -> int:
     return {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
 
 
+def multiplies_bf16() -> bool:
+    """Say whether kernels for this processor can multiply bfloat16 as it is."""
+    compiler = cpu.find_compiler()
+    return compiler is not None and compiler.multiplies_bf16
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class CpuBackend:
@@ -112,6 +118,7 @@ class CpuBackend:
 
     folder: Path
     vector_bytes: int = field(default_factory=vector_bytes)
+    multiplies_bf16: bool = field(default_factory=multiplies_bf16)
 
     @property
     def name(self) -> str:

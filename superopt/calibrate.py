@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import torch
 
-from superopt.backends import Timer, timer, vector_bytes, wall
+from superopt.backends import Timer, multiplies_bf16, timer, vector_bytes, wall
 from superopt.cache import write_atomically
 from superopt.ir.errors import SuperoptError
 from superopt.ir.target import Target
@@ -124,13 +124,18 @@ def _measure() -> Target:
         cores=cores,
         vector_lanes=vector_bytes() // 4,
         peak_flops=peak_flops,
-        half_flops=peak_flops,  # kernels compute in float32
+        half_flops=_half_flops(matrix) if multiplies_bf16() else peak_flops,
         vector_ops=vector_ops,
         memory_bandwidth=memory.numel() * 4 / read_s,
         cache_bandwidth=4 * vector_ops,
         inner_cache_bytes=known.get(2, plain.inner_cache_bytes),
         outer_cache_bytes=known.get(3, plain.outer_cache_bytes),
     )
+
+
+def _half_flops(matrix: torch.Tensor) -> float:
+    half = matrix.bfloat16()
+    return 2 * 1024**3 / _best(lambda: torch.mm(half, half), 16)
 
 
 def _best(call: Callable[[], object], count: int, timed: Timer = wall) -> float:

@@ -40,6 +40,7 @@ _COMPILE_LIMIT_S: Final = 120.0
 _PROBE_LIMIT_S: Final = 20.0
 _BUILDING: Final = "building-"
 _STALE_S: Final = 3600.0
+_BF16_MACROS: Final = ("__AMX_BF16__", "__AVX512BF16__")
 _running: Final[set["subprocess.Popen[str]"]] = set()
 # No -ffast-math, whole or in part: NaN, infinity and signed zero keep PyTorch's meaning. Contraction
 # to FMA only removes a rounding; errno is never read. Integers wrap around, as in PyTorch.
@@ -66,6 +67,8 @@ class Compiler:
     command: tuple[str, ...]
     version: str
     flags: tuple[str, ...]
+    multiplies_bf16: bool = False
+    """Whether the processor has products of bfloat16, and this compiler knows them."""
 
     @property
     def openmp(self) -> bool:
@@ -182,7 +185,11 @@ def _probe(command: tuple[str, ...]) -> Compiler | None:
             _run(arguments, "void probe(){\n#pragma omp parallel\n;}", limit_s=_PROBE_LIMIT_S)
             with contextlib.suppress(OSError):
                 ctypes.CDLL(str(output))
-                return Compiler(command, version.stdout.strip().splitlines()[0], candidate)
+                macros = _run(
+                    [*command, *candidate, "-dM", "-E", "-x", "c++", "-"], limit_s=_PROBE_LIMIT_S
+                )
+                has = macros is not None and any(m in macros.stdout for m in _BF16_MACROS)
+                return Compiler(command, version.stdout.strip().splitlines()[0], candidate, has)
     return None
 
 

@@ -7,9 +7,11 @@ what to run untuned.
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final
 
+from superopt.ir.coordinates import is_move
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, topological
 from superopt.ir.ops import contraction, elementwise, structural, tile
+from superopt.ir.types import DType
 
 Contraction = Literal["auto", "pack", "dot"]
 _AVX512_BYTES = 64
@@ -27,6 +29,11 @@ class VectorTarget(Protocol):
         """Width of a vector register."""
         ...
 
+    @property
+    def multiplies_bf16(self) -> bool:
+        """Whether the processor has products of bfloat16."""
+        ...
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,7 @@ class CpuConfig:
     that are contiguous along the contracted dim: transpose them tile by tile ("pack"), run along
     them ("dot"), or go by the shape ("auto"). Weights that few rows use are read `stream_rows` rows
     at a time (more where they are short), the next ones being fetched meanwhile (`prefetch`). `unroll` is the number of partial sums of a reduction along a row. `store_past` writes outputs
-    past the caches.
+    past the caches. `pairs` multiplies bfloat16 as it is (runtime/gemm_bf16.h) and not as floats.
     """
 
     rows: int = 6
@@ -50,6 +57,7 @@ class CpuConfig:
     stream_rows: int = 8
     unroll: int = 4
     store_past: bool = False
+    pairs: bool = False
 
 
 def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]:
@@ -69,7 +77,35 @@ def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]
             found.append(replace(first, contraction="dot", dot_columns=4))
     if rows <= _SKINNY:
         found += [replace(found[0], stream_rows=16), replace(found[0], prefetch=False)]
+    if target is not None and target.multiplies_bf16 and any(is_half(p) for p in products):
+        paired = [replace(c, pairs=True) for c in found]
+        # register tiles are for the products in floats, if there are any
+        found = (
+            [*paired, found[0]] if not all(is_half(p) for p in products) else [paired[0], found[0]]
+        )
     return list(dict.fromkeys(found))
+
+
+def is_half(product: Node) -> bool:
+    """Say whether both operands of a product are bfloat16, widened."""
+    sources = [source(i) for i in product.inputs]
+    return all(widens(s) and s.inputs[0].tensor.dtype is DType.BF16 for s in sources)
+
+
+def source(operand: Node) -> Node:
+    """Return what an operand of a product is a rearrangement of."""
+    while is_move(operand) or operand.op is structural.RESHAPE:
+        operand = operand.inputs[0]
+    return operand
+
+
+def widens(node: Node) -> bool:
+    """Recognize a cast of 16-bit floats to float: loads do it on the way."""
+    return (
+        node.op is elementwise.CAST
+        and node.tensor.dtype is DType.F32
+        and node.inputs[0].tensor.dtype in (DType.F16, DType.BF16)
+    )
 
 
 def _tile(rows: int, vectors: int, *, wide: bool) -> CpuConfig:

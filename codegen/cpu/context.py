@@ -18,7 +18,7 @@ from superopt.ir.ops import tile
 from superopt.ir.tiles import DimSource
 from superopt.ir.types import DType, contiguous_strides
 
-_LINE_FLOATS = 16
+_LINE_BYTES = 64
 _ALIAS_BYTES = 4096
 
 
@@ -93,19 +93,28 @@ class Context:
         return f"{stem}{self.counter}"
 
     def allocate(
-        self, shape: tuple[int, ...], dtype: DType, stem: str, *, dense: bool = False
+        self,
+        shape: tuple[int, ...],
+        dtype: DType,
+        stem: str,
+        *,
+        dense: bool = False,
+        half: bool = False,
     ) -> View:
-        """Reserve scratch memory; rows whose starts would share cache sets get a line more."""
-        kept = DType.F32 if dtype in (DType.F16, DType.BF16) else dtype
+        """Reserve scratch memory; rows whose starts would share cache sets get a line more.
+
+        16-bit floats are kept as floats, but for `half`.
+        """
+        kept = DType.F32 if dtype in (DType.F16, DType.BF16) and not half else dtype
         row = shape[-1] if shape else 1
         rows = 1
         for extent in shape[:-1]:
             rows *= extent
         if not dense and rows > 1 and row * kept.size_bytes % _ALIAS_BYTES == 0:
-            row += _LINE_FLOATS
+            row += _LINE_BYTES // kept.size_bytes
         strides = contiguous_strides((*shape[:-1], row)) if shape else ()
         name = self.fresh(stem)
-        element = scalar_type(dtype)
+        element = element_type(dtype) if half else scalar_type(dtype)
         self.declarations.append(
             f"{element}* const {name} = reinterpret_cast<{element}*>(memory + {self.scratch_bytes});"
         )

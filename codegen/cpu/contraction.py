@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from superopt.codegen.cpu.bands import Band, unseen_outside, zero_outside
+from superopt.codegen.cpu.config import widens
 from superopt.codegen.cpu.context import Context, Extent, View
-from superopt.codegen.cpu.inline import CONVERTED, Plan, widens
+from superopt.codegen.cpu.inline import CONVERTED, Plan
 from superopt.codegen.errors import CodegenError
 from superopt.ir.coordinates import is_move
 from superopt.ir.node import Node
@@ -33,6 +34,7 @@ _STRETCH, _LINE, _CACHE_WAY = 256, 16, 1024  # floats: a quarter of the sets, a 
 _LINE_BYTES, _PAGE_BYTES = 64, 4096
 _ELEMENT_BYTES = {"so::bf16": 2, "so::f16": 2}
 _DOT_PARTS = 8  # groups of rows that gemm_dot has under way
+_DEPTH, _PANEL = 32, 32  # of a tile, and columns in pairs: see runtime/gemm_bf16.h
 
 
 @final
@@ -226,12 +228,52 @@ class Product:
             c = replace(c, row=c.column, column=c.row)
         if c.column != 1 and n.full > 1:
             raise CodegenError("the result of a product must be contiguous along its columns")
+        if self.context.config.pairs and a.element == b.element == "so::bf16":
+            self._pairs(a, b, c, m, n, k)
+            return
         if b.column == 1 or n.full == 1 != b.row:
             self._broadcast(a, b, c, m, n, k)
         elif b.row == 1 and self._runs_along(a, m, k):
             self._dot(a, b, c, m, n, k)
         else:
             self._packed(a, b, c, m, n, k)
+
+    def _pairs(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent) -> None:
+        """Multiply bfloat16: the rows of one operand as they lie, the other one in pairs."""
+        flag = _flag(self.accumulate)
+        whole = k.known and k.full % _DEPTH == 0
+        # what is transposed: all columns and, in pairs, rows; or all of the matrix
+        few = m.full * (n.full + k.full // 2) < n.full * k.full // 2
+        if few and b.row == 1 and whole:
+            packed = self._in_pairs(_swapped(a), m, k)
+            fetch = int(self.context.config.prefetch and not b.in_scratch)
+            self.context.write(
+                f"gemm_pairs_transposed<{flag}, {fetch}>({n.text}, {m.text}, {k.text}, {b.text}, "
+                f"{b.column}L, {packed}, {c.text}, {c.row}L);"
+            )
+            return
+        if a.column != 1 or not whole:
+            depth = -(-k.full // _DEPTH) * _DEPTH
+            view = self.context.allocate((m.full, depth), DType.BF16, "rows", half=True)
+            self.context.write(
+                f"pack_rows_bf16({a.text}, {a.row}L, {a.column}L, {k.text}, {m.text}, "
+                f"{view.pointer}, {view.strides[0]}L);"
+            )
+            a = _Matrix(view.pointer, view.element, view.strides[0], 1, True)
+        packed = self._in_pairs(b, n, k)
+        self.context.write(
+            f"gemm_pairs<{flag}>({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {packed}, "
+            f"{c.text}, {c.row}L{self._bands()});"
+        )
+
+    def _in_pairs(self, b: _Matrix, n: Extent, k: Extent) -> str:
+        """Copy a matrix [k, n] as pairs of rows; return where it is."""
+        size = (-(-k.full // _DEPTH) * _DEPTH, -(-n.full // _PANEL) * _PANEL)
+        view = self.context.allocate(size, DType.BF16, "pairs", dense=True, half=True)
+        self.context.write(
+            f"pack_pairs({b.text}, {b.column}L, {b.row}L, {n.text}, {k.text}, {view.pointer});"
+        )
+        return view.pointer
 
     def _runs_along(self, a: _Matrix, m: Extent, k: Extent) -> bool:
         if a.column != 1 and k.full != 1:

@@ -238,6 +238,8 @@ class Environment:
             self.lines.append(f"store_strided({address}, {step}L, {value}{count});")
         elif self.count:
             self.lines.append(f"store_n({address}, {value}{count});")
+        elif view.element == "so::bf16" and view.in_scratch and not self.pair:
+            self.lines.append(f"store_operand({address}, {value});")
         elif self.pair and not self.pair.odd:
             self.pair.even.append(value)
         else:

@@ -8,6 +8,7 @@ it, or when computing it again would cost more than keeping it.
 from dataclasses import dataclass, field
 from typing import final
 
+from superopt.codegen.cpu.config import is_half, source, widens
 from superopt.codegen.cpu.expressions import can_be_vector
 from superopt.codegen.tile_program import TileProgram
 from superopt.ir.coordinates import adds_ones, is_move
@@ -60,22 +61,17 @@ _COMPARISONS = frozenset(
 )
 
 
-def widens(node: Node) -> bool:
-    """Recognize a cast of 16-bit floats to float: loads do it on the way."""
-    return (
-        node.op is elementwise.CAST
-        and node.tensor.dtype is DType.F32
-        and node.inputs[0].tensor.dtype in (DType.F16, DType.BF16)
-    )
-
-
 @final
 @dataclass(slots=True)
 class Plan:
     """Decisions on every value of one tile program."""
 
     program: TileProgram
+    pairs: bool = False
+    """Whether products of bfloat16 take it as it is."""
     memory: set[Node] = field(default_factory=set)
+    halves: set[Node] = field(default_factory=set)
+    """Values in memory that stay in 16 bits: only such products read them."""
     users: dict[Node, list[Node]] = field(default_factory=dict)
     cost: dict[Node, int] = field(default_factory=dict)
     ranges: dict[Node, tuple[int, int]] = field(default_factory=dict)
@@ -105,8 +101,12 @@ class Plan:
 
     def _operands(self, node: Node) -> None:
         if node.op is contraction.MATMUL:
+            paired = self.pairs and is_half(node)
             for operand in node.inputs:
-                self._convert_before(operand, node)
+                if paired:
+                    self._keep_half(operand)
+                else:
+                    self._convert_before(operand, node)
                 base = self.operand_base(operand)
                 if base.op is not tile.LOAD:
                     self.memory.add(base)
@@ -120,10 +120,16 @@ class Plan:
             if base.op is not tile.LOAD:
                 self.memory.add(base)
 
+    def _keep_half(self, operand: Node) -> None:
+        """Keep an operand that is computed as the halves that it is rounded to."""
+        half = source(operand).inputs[0]
+        if half.op is elementwise.CAST:
+            self.halves.add(half)
+            self.memory.add(half)
+
     def _convert_before(self, operand: Node, product: Node) -> None:
         """Keep halves as floats where a loop around the product would convert them anew."""
-        while is_move(operand) or operand.op is structural.RESHAPE:
-            operand = operand.inputs[0]
+        operand = source(operand)
         stays = self.program.loops_of[operand] < self.program.loops_of[product]
         if widens(operand) and stays and operand.tensor.elements <= CONVERTED:
             self.memory.add(operand)

@@ -15,7 +15,7 @@ from math import prod
 from typing import final
 
 from superopt.codegen.cpu.bands import hidden
-from superopt.codegen.cpu.config import CpuConfig
+from superopt.codegen.cpu.config import CpuConfig, widens
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
 from superopt.codegen.cpu.contraction import Product, merged_runs, splits
 from superopt.codegen.cpu.divide import shared_divisions
@@ -28,8 +28,8 @@ from superopt.codegen.errors import CodegenError
 from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
 from superopt.ir.coordinates import identity_coords
 from superopt.ir.graph import Graph
-from superopt.ir.node import Node
-from superopt.ir.ops import contraction, structural, tile
+from superopt.ir.node import Node, rebuild, rewrite
+from superopt.ir.ops import contraction, elementwise, structural, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.threads import inline_threads
 from superopt.ir.tiles import DimSource, is_accumulator
@@ -57,7 +57,8 @@ def lower(graph: Graph, config: CpuConfig, name: str) -> Source:
         CodegenError: an op or a combination of loops has no C++ form here; the caller keeps the
             library's kernel.
     """
-    program = tile_program(shared_divisions(inline_threads(graph)))
+    inlined = inline_threads(graph)
+    program = tile_program(shared_divisions(inlined if config.pairs else unrounded(inlined)))
     for node in program.graph.nodes():
         if node.op in LOWER.unsupported:
             raise CodegenError(f"{node.op.name}: {LOWER.unsupported[node.op]}")
@@ -72,7 +73,7 @@ class _Kernel:
         self.graph = graph = program.graph
         self.name = name
         self.context = Context(program, config)
-        self.plan = Plan(program)
+        self.plan = Plan(program, config.pairs)
         self.fused = FusedLoop(self.context, self.plan)
         self.inputs = {n: f"in{i}_{_word(n.attrs.name)}" for i, n in enumerate(graph.inputs)}
         self.outputs = [f"out{i}" for i in range(len(graph.outputs))]
@@ -86,11 +87,23 @@ class _Kernel:
         context = self.context
         self._declare_extents(())
         self._items(context.program.items)
+        self._drop_dead_stores()
         if context.scratch_bytes > _SCRATCH_LIMIT_BYTES:
             size = context.scratch_bytes >> 20
             raise CodegenError(f"the tiles of {self.name} take {size} MiB per thread")
         text = self._text()
         return Source(text, "superopt_kernel", len(self.inputs) + len(self.outputs))
+
+    def _drop_dead_stores(self) -> None:
+        """Leave out stores to scratch that nobody reads: values that one pass over rows makes and uses."""
+        lines = self.context.lines
+        for declaration in list(self.context.declarations):
+            name = declaration.partition("const ")[2].partition(" ")[0]
+            uses = [i for i, line in enumerate(lines) if re.search(rf"\b{name}\b", line)]
+            if all(re.match(rf" *store\w*\({name} ", lines[i]) for i in uses):
+                self.context.declarations.remove(declaration)
+                for i in reversed(uses):
+                    del lines[i]
 
     # -- the frame -----------------------------------------------------------------------------
 
@@ -106,6 +119,7 @@ class _Kernel:
             f"// {self.name}: generated from the block graph {graph.digest()[:16]}",
             *(f"//   {line}" for line in str(graph).splitlines()),
             '#include "tile.h"',
+            *(['#include "gemm_bf16.h"'] if context.config.pairs else []),
             "",
             "using namespace so;",
             "",
@@ -219,7 +233,10 @@ class _Kernel:
     def _view(self, node: Node, stem: str, *, dense: bool = False) -> View:
         view = self.context.views.get(node)
         if view is None:
-            view = self.context.allocate(node.shape, node.tensor.dtype, stem, dense=dense)
+            half = node in self.plan.halves
+            view = self.context.allocate(
+                node.shape, node.tensor.dtype, stem, dense=dense, half=half
+            )
             self.context.views[node] = view
         return view
 
@@ -369,7 +386,8 @@ class _Kernel:
         if dense is not None and node not in self.context.views:
             order = [i for i in range(len(node.shape)) if i != dense] + [dense]
             shape = tuple(node.shape[i] for i in order)
-            view = self.context.allocate(shape, node.tensor.dtype, "tile")
+            half = node in self.plan.halves
+            view = self.context.allocate(shape, node.tensor.dtype, "tile", half=half)
             strides = tuple(view.strides[order.index(i)] for i in range(len(order)))
             self.context.views[node] = replace(view, strides=strides)
         view = self._view(node, "tile")
@@ -539,6 +557,26 @@ class _Kernel:
                 self.fused.flush()
                 start += part.shape[axis]
         self.fused.flush()
+
+
+def unrounded(graph: Graph) -> Graph:
+    """Return the block graph without the roundings of operands that products in floats do not need."""
+
+    def step(node: Node, inputs: tuple[Node, ...]) -> Node:
+        if node.op is contraction.MATMUL:
+            inputs = tuple(map(_unrounded, inputs))
+        return rebuild(node, inputs)
+
+    return graph.with_outputs(rewrite(graph.outputs, step))
+
+
+def _unrounded(operand: Node) -> Node:
+    if operand.op in (structural.PERMUTE, structural.RESHAPE, structural.BROADCAST):
+        return rebuild(operand, (_unrounded(operand.inputs[0]),))
+    if widens(operand) and operand.inputs[0].op is elementwise.CAST:
+        (value,) = operand.inputs[0].inputs
+        return value if value.tensor.dtype is DType.F32 else operand
+    return operand
 
 
 def _runs_over(source: DimSource, loop: str) -> bool:

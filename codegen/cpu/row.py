@@ -339,7 +339,9 @@ class Row:
         if member.kind in ("write", "store"):
             env.store(member.view, at[: len(member.view.strides)], value)
             if member.kind == "write":
-                env.cache[(member.node, at)] = value
+                exact = source is member.source
+                kept = value if exact else f"so::round_to<{member.view.element}>({value})"
+                env.cache[(member.node, at)] = kept
         elif member.kind == "reduce":
             self._reduce(member, env, value, total)
         elif member.kind == "scan":
@@ -355,10 +357,12 @@ class Row:
         """Return what a member reads, before a rounding to 16 bits that its store does anyway."""
         assert member.source is not None
         source = member.source
-        stored = member.kind == "store" and member.view.element == element_type(source.tensor.dtype)
+        stores = member.kind in ("store", "write")
+        stored = stores and member.view.element == element_type(source.tensor.dtype)
         narrows = source.op is elementwise.CAST and source.inputs[0].tensor.dtype is DType.F32
         if stored and narrows and source.tensor.dtype in (DType.F16, DType.BF16):
-            return source if source in self.context.views else source.inputs[0]
+            kept = source in self.context.views and source is not member.node
+            return source if kept else source.inputs[0]
         return source
 
     def _reduce(self, member: Member, env: Environment, value: str, total: str | None) -> None:

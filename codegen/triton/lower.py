@@ -34,6 +34,7 @@ _SUMS: Final = (contraction.REDUCE_SUM, tile.ACCUM_SUM, tile.ACCUM_RESCALED)
 _PRODUCTS: Final = (contraction.REDUCE_PROD, tile.ACCUM_PROD)
 _MINIMA: Final = (contraction.REDUCE_MIN, contraction.ARGMIN, tile.ACCUM_MIN)
 _SMALL: Final = (DType.I8, DType.I16, DType.U8, DType.BOOL)
+_REARRANGING: Final = (structural.PERMUTE, structural.RESHAPE, structural.BROADCAST)
 
 
 @final
@@ -41,14 +42,12 @@ _SMALL: Final = (DType.I8, DType.I16, DType.U8, DType.BOOL)
 class TritonConfig:
     """What can be tuned in a kernel beside its tile sizes.
 
-    `warps` per block and `stages` of the software pipeline are Triton's. `narrow` rounds a float32
-    operand of a product to 16 bits where the other operand comes from 16-bit memory, so that tensor
-    cores do it; `precision` is that of float32 products (see `tl.dot`).
+    `warps` per block and `stages` of the software pipeline are Triton's; `precision` is that of
+    float32 products (see `tl.dot`).
     """
 
     warps: int = 4
     stages: int = 2
-    narrow: bool = True
     precision: Precision = "ieee"
 
 
@@ -71,13 +70,12 @@ class Source:
 @final
 @dataclass(frozen=True, slots=True)
 class _Operand:
-    """An operand of a product: a tile, to be rounded to `kind`, or an `exact` copy of one of that kind.
+    """An operand of a product: a tile, or an `exact` copy of one of 16 bits, which is read in its place.
 
     `text` is what stands for it once it is masked.
     """
 
     node: Node
-    kind: str | None = None
     exact: bool = False
     text: str = ""
 
@@ -104,7 +102,7 @@ def configs(graph: Graph) -> list[TritonConfig]:
 
 def _half(node: Node) -> str | None:
     """Return the 16-bit type that `node` is an exact float32 copy of a tile of."""
-    while node.op is structural.PERMUTE or (node.op is structural.RESHAPE and is_view(node)):
+    while node.op in _REARRANGING:
         node = node.inputs[0]
     if node.op is not elementwise.CAST or node.tensor.dtype is not DType.F32:
         return None
@@ -428,17 +426,13 @@ class _Kernel:
         """Return the operands of a product, in 16 bits where memory holds no more."""
         left, right = _half(a), _half(b)
         if left is not None and right is not None and left == right:
-            return _Operand(a, left, exact=True), _Operand(b, right, exact=True)
-        if self.config.narrow and left is not None and right is None:
-            return _Operand(a, left, exact=True), _Operand(b, left)
-        if self.config.narrow and right is not None and left is None:
-            return _Operand(a, right), _Operand(b, right, exact=True)
+            return _Operand(a, exact=True), _Operand(b, exact=True)
         return _Operand(a), _Operand(b)
 
     def whole(self, operand: "_Operand") -> str:
         """Return an operand in its own shape."""
         if operand.text or not operand.exact:
-            return operand.text or self.narrowed(operand, self.names[operand.node])
+            return operand.text or self.names[operand.node]
         views, node = [], operand.node
         while node.op is not elementwise.CAST:
             views.append(node)
@@ -463,6 +457,8 @@ class _Kernel:
                     p for p in node.attrs.perm if node.inputs[0].shape[p] != 1
                 )
             node = node.inputs[0]
+        if operand.exact and node.op is not elementwise.CAST:
+            return f"tl.reshape({self.whole(operand)}, {shape})"
         node = node.inputs[0] if operand.exact else node
         shape = shape[::-1] if swapped else shape
         text = self.names[node]
@@ -470,10 +466,7 @@ class _Kernel:
             text = self.matrices[node]
         elif len(node.shape) > 2:
             text = f"tl.reshape({text}, {shape})"
-        return self.narrowed(operand, f"tl.trans({text})" if swapped else text)
-
-    def narrowed(self, operand: "_Operand", text: str) -> str:
-        return text if operand.exact or operand.kind is None else f"{text}.to({operand.kind})"
+        return f"tl.trans({text})" if swapped else text
 
     def zeroed(self, node: Node, operand: "_Operand", edges: _Dims) -> "_Operand":
         """Return an operand of a product with zeros where one of the operands does not exist."""

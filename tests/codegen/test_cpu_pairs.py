@@ -1,0 +1,167 @@
+"""Products of bfloat16 as it is: the runtime's three ways, and kernels that use them."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from superopt.codegen.cpu.compile import compile_source, find_compiler, load_kernel
+from superopt.codegen.cpu.config import CpuConfig, configs
+from superopt.ir import build as b
+from superopt.ir.build import BlockBuilder, accum_sum
+from superopt.ir.graph import Graph
+from superopt.ir.types import DType
+from tests.block_graphs import BLOCK_GRAPHS
+from tests.codegen.test_cpu_lower import attention, check
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+
+PAIRS = CpuConfig(pairs=True)
+EXTENTS = [
+    (1, 1, 1),
+    (3, 5, 7),
+    (16, 16, 32),
+    (33, 40, 64),
+    (7, 65, 33),
+    (70, 31, 96),
+    (32, 100, 2),
+]
+WAYS = {
+    "native": (64, ""),
+    "dot products": (64, "#define SO_HAS_TILES 0\n"),
+    "floats": (32, "#define SO_HAS_TILES 0\n"),
+    "narrow": (16, "#define SO_HAS_TILES 0\n"),
+}
+CANARY = 12345.0
+
+
+class Multiplies:
+    vector_bytes = 64
+    multiplies_bf16 = True
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+def build(folder: Path, way: str):
+    width, head = WAYS[way]
+    source = f"""#define SO_VECTOR_BYTES {width}
+{head}#include "tile.h"
+#include "gemm_bf16.h"
+using namespace so;
+SO_KERNEL superopt_kernel(const void* va, const void* vb, float* c, const long* e) {{
+  const long m = e[0], n = e[1], k = e[2], depth = round_up(k, DEPTH);
+  auto a = (const bf16*)va, b = (const bf16*)vb;
+  static bf16 rows[128 * 128], pairs[128 * 128];
+  if (e[3] < 2) {{
+    pack_rows_bf16(a, e[4], e[5], k, m, rows, depth);
+    pack_pairs(b, e[7], e[6], n, k, pairs);
+    if (e[3]) gemm_pairs<true>(m, n, k, rows, depth, pairs, c, e[8]);
+    else gemm_pairs<false>(m, n, k, rows, depth, pairs, c, e[8]);
+  }} else {{
+    pack_rows_bf16(b, e[7], e[6], k, n, rows, depth);
+    pack_pairs(a, e[4], e[5], m, k, pairs);
+    if (e[3] == 3) gemm_pairs_transposed<true, 1>(n, m, k, rows, depth, pairs, c, e[8]);
+    else gemm_pairs_transposed<false, 0>(n, m, k, rows, depth, pairs, c, e[8]);
+  }}
+}}
+"""
+    return load_kernel(compile_source(source, folder), 4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_any_extent_and_strides(folder: Path, way: str) -> None:
+    kernel = build(folder, way)
+    random = torch.Generator().manual_seed(1)
+    for m, n, k in EXTENTS:
+        a = torch.randn(m, k, generator=random).bfloat16()
+        w = torch.randn(k, n, generator=random).bfloat16()
+        want = a.double() @ w.double()
+        for left in (a, a.T.contiguous().T):
+            for right in (w, w.T.contiguous().T, w.repeat_interleave(2, 1)[:, ::2]):
+                for transposed in (False, True):
+                    c = torch.full((m + 1, n + 3), CANARY)
+                    for added in (0, 1):
+                        numbers = [m, n, k, added + 2 * transposed, *left.stride(), *right.stride()]
+                        e = np.array([*numbers, n + 3], dtype=np.int64)
+                        kernel(left.data_ptr(), right.data_ptr(), c.data_ptr(), e.ctypes.data)
+                        assert (c[:m, :n] - (1 + added) * want).abs().max() < 2e-5 * k**0.5
+                    assert (c[m:] == CANARY).all()
+                    assert (c[:, n:] == CANARY).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_not_a_number_is_none(folder: Path, way: str) -> None:
+    kernel = build(folder, way)
+    a, w = torch.ones(5, 40).bfloat16(), torch.ones(40, 6).bfloat16()
+    a[1, 3], a[2, 4], w[7, 2] = torch.nan, torch.inf, -torch.inf
+    for kind in (0, 2):
+        c = torch.zeros(5, 6)
+        e = np.array([5, 6, 40, kind, *a.stride(), *w.stride(), 6], dtype=np.int64)
+        kernel(a.data_ptr(), w.data_ptr(), c.data_ptr(), e.ctypes.data)
+        torch.testing.assert_close(c, a.float() @ w.float(), equal_nan=True)
+
+
+def rounded(x):
+    return b.cast(b.cast(x, DType.BF16), DType.F32)
+
+
+def gated(rows: int, inner: int, columns: int, *, transposed: bool, norm: bool = True) -> Graph:
+    """A product of what is computed and rounded, summed over a loop."""
+    x = b.input_("x", (rows, inner), DType.BF16)
+    w = b.input_("w", (columns, inner) if transposed else (inner, columns), DType.BF16)
+    g = BlockBuilder(
+        "gated", grid={"m": -(-rows // 16), "n": -(-columns // 48)}, loops={"k": -(-inner // 64)}
+    )
+    xt = b.cast(g.load(x, ("m", 16), ("k", 64)), DType.F32)
+    dims = (("n", 48), ("k", 64)) if transposed else (("k", 64), ("n", 48))
+    wt = b.cast(g.load(w, *dims), DType.F32)
+    left = rounded(b.mul(xt, b.sigmoid(xt)))
+    y = accum_sum(b.matmul(left, b.transpose(wt) if transposed else wt), "k")
+    if norm:
+        y = b.div(y, b.sqrt(accum_sum(b.reduce_sum(b.mul(left, left), -1), "k")))
+    g.store(b.cast(y, DType.BF16), (rows, columns), ("m", 16), ("n", 48))
+    return g.graph()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(16, 64, 96), (13, 100, 70), (40, 192, 48)])
+def test_operands_that_are_computed(folder: Path, shape, transposed: bool) -> None:
+    text = check(gated(*shape, transposed=transposed), folder, config=PAIRS).text
+    assert "gemm_pairs" in text
+    assert "so::bf16* const tile" in text
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(2, 64, 64, 32, 32, 32), (3, 41, 50, 17, 16, 32)])
+def test_attention(folder: Path, shape, causal: bool) -> None:
+    graph = attention(*shape, causal=causal, dtype=DType.BF16)
+    assert "gemm_pairs" in check(graph, folder, config=PAIRS).text
+
+
+@pytest.mark.parametrize("name", ["attention-bf16", "gated-mlp-bf16", "batched-products-bf16"])
+def test_block_graphs(folder: Path, name: str) -> None:
+    assert "gemm_pairs" in check(BLOCK_GRAPHS[name](), folder, config=PAIRS).text
+
+
+def test_products_in_floats_need_no_roundings(folder: Path) -> None:
+    graph = gated(16, 64, 96, transposed=False, norm=False)
+    assert "round_to" not in check(graph, folder, config=CpuConfig()).text
+
+
+def test_what_one_pass_makes_and_uses_is_not_stored(folder: Path) -> None:
+    text = check(attention(1, 64, 64, 32, 32, 32, dtype=DType.BF16), folder, config=PAIRS).text
+    for name in set(re.findall(r"\w+(?= = reinterpret_cast)", text)):
+        uses = [line for line in text.splitlines() if re.search(rf"\b{name}\b", line)]
+        assert any(f"store({name} " not in u and "reinterpret_cast" not in u for u in uses), name
+
+
+def test_configurations() -> None:
+    half, plain = gated(16, 64, 96, transposed=False), attention(1, 32, 32, 32, 32, 32)
+    assert [c.pairs for c in configs(half, Multiplies())] == [True, False]
+    assert not any(c.pairs for c in configs(half))
+    assert not any(c.pairs for c in configs(plain, Multiplies()))
