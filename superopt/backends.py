@@ -105,10 +105,10 @@ def vector_bytes() -> int:
     return {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
 
 
-def multiplies_bf16() -> bool:
-    """Say whether kernels for this processor can multiply bfloat16 as it is."""
+def bf16_products() -> str:
+    """Say how kernels for this processor can multiply bfloat16 as it is: "tiles", "dots" or ""."""
     compiler = cpu.find_compiler()
-    return compiler is not None and compiler.multiplies_bf16
+    return "" if compiler is None else compiler.bf16
 
 
 @final
@@ -118,7 +118,7 @@ class CpuBackend:
 
     folder: Path
     vector_bytes: int = field(default_factory=vector_bytes)
-    multiplies_bf16: bool = field(default_factory=multiplies_bf16)
+    bf16: str = field(default_factory=bf16_products)
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import torch
 
-from superopt.backends import Timer, multiplies_bf16, timer, vector_bytes, wall
+from superopt.backends import Timer, bf16_products, timer, vector_bytes, wall
 from superopt.cache import write_atomically
 from superopt.ir.errors import SuperoptError
 from superopt.ir.target import Target
@@ -124,7 +124,7 @@ def _measure() -> Target:
         cores=cores,
         vector_lanes=vector_bytes() // 4,
         peak_flops=peak_flops,
-        half_flops=_half_flops(matrix) if multiplies_bf16() else peak_flops,
+        half_flops=_half_flops(matrix) if bf16_products() == "tiles" else peak_flops,
         vector_ops=vector_ops,
         memory_bandwidth=memory.numel() * 4 / read_s,
         cache_bandwidth=4 * vector_ops,

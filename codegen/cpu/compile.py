@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Final, final
+from typing import Final, Literal, final
 
 from superopt.codegen.errors import CodegenError, CompileError, NoCompiler
 
@@ -40,7 +40,6 @@ _COMPILE_LIMIT_S: Final = 120.0
 _PROBE_LIMIT_S: Final = 20.0
 _BUILDING: Final = "building-"
 _STALE_S: Final = 3600.0
-_BF16_MACROS: Final = ("__AMX_BF16__", "__AVX512BF16__")
 _running: Final[set["subprocess.Popen[str]"]] = set()
 # No -ffast-math, whole or in part: NaN, infinity and signed zero keep PyTorch's meaning. Contraction
 # to FMA only removes a rounding; errno is never read. Integers wrap around, as in PyTorch.
@@ -58,6 +57,8 @@ _BASE_FLAGS: Final = (
     "-w",
 )
 
+Products = Literal["", "dots", "tiles"]
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,8 @@ class Compiler:
     command: tuple[str, ...]
     version: str
     flags: tuple[str, ...]
-    multiplies_bf16: bool = False
-    """Whether the processor has products of bfloat16, and this compiler knows them."""
+    bf16: Products = ""
+    """How the processor multiplies bfloat16 as it is, if this compiler knows: tiles (AMX), dots (AVX-512)."""
 
     @property
     def openmp(self) -> bool:
@@ -185,12 +186,16 @@ def _probe(command: tuple[str, ...]) -> Compiler | None:
             _run(arguments, "void probe(){\n#pragma omp parallel\n;}", limit_s=_PROBE_LIMIT_S)
             with contextlib.suppress(OSError):
                 ctypes.CDLL(str(output))
-                macros = _run(
-                    [*command, *candidate, "-dM", "-E", "-x", "c++", "-"], limit_s=_PROBE_LIMIT_S
-                )
-                has = macros is not None and any(m in macros.stdout for m in _BF16_MACROS)
-                return Compiler(command, version.stdout.strip().splitlines()[0], candidate, has)
+                bf16 = _bf16_products([*command, *candidate])
+                return Compiler(command, version.stdout.strip().splitlines()[0], candidate, bf16)
     return None
+
+
+def _bf16_products(command: list[str]) -> Products:
+    found = _run([*command, "-dM", "-E", "-x", "c++", "-"], limit_s=_PROBE_LIMIT_S)
+    if found is None or "__AVX512BF16__" not in found.stdout:
+        return ""
+    return "tiles" if "__AMX_BF16__" in found.stdout else "dots"
 
 
 def _run(

@@ -30,8 +30,8 @@ class VectorTarget(Protocol):
         ...
 
     @property
-    def multiplies_bf16(self) -> bool:
-        """Whether the processor has products of bfloat16."""
+    def bf16(self) -> str:
+        """How the processor multiplies bfloat16 as it is: "tiles", "dots", or "" if it does not."""
         ...
 
 
@@ -77,12 +77,13 @@ def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]
             found.append(replace(first, contraction="dot", dot_columns=4))
     if rows <= _SKINNY:
         found += [replace(found[0], stream_rows=16), replace(found[0], prefetch=False)]
-    if target is not None and target.multiplies_bf16 and any(is_half(p) for p in products):
+    if target is not None and target.bf16 and any(is_half(p) for p in products):
         paired = [replace(c, pairs=True) for c in found]
-        # register tiles are for the products in floats, if there are any
-        found = (
-            [*paired, found[0]] if not all(is_half(p) for p in products) else [paired[0], found[0]]
-        )
+        if all(is_half(p) for p in products):
+            del paired[1:]  # register tiles are for products in floats
+        # dot products are no faster than floats on all processors
+        tiles = target.bf16 == "tiles"
+        found = [*paired, found[0]] if tiles else [found[0], paired[0], *found[1:]]
     return list(dict.fromkeys(found))
 
 

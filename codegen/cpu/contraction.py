@@ -245,7 +245,10 @@ class Product:
         # what is transposed: all columns and, in pairs, rows; or all of the matrix
         few = m.full * (n.full + k.full // 2) < n.full * k.full // 2
         if few and b.row == 1 and whole:
-            packed = self._in_pairs(_swapped(a), m, k)
+            packed = self._pairs_of(m, k)
+            self.context.write(
+                f"pack_pairs({a.text}, {a.row}L, {a.column}L, {m.text}, {k.text}, {packed});"
+            )
             fetch = int(self.context.config.prefetch and not b.in_scratch)
             self.context.write(
                 f"gemm_pairs_transposed<{flag}, {fetch}>({n.text}, {m.text}, {k.text}, {b.text}, "
@@ -260,20 +263,16 @@ class Product:
                 f"{view.pointer}, {view.strides[0]}L);"
             )
             a = _Matrix(view.pointer, view.element, view.strides[0], 1, True)
-        packed = self._in_pairs(b, n, k)
+        panel = self._pairs_of(Extent(_PANEL, "", ""), k)
         self.context.write(
-            f"gemm_pairs<{flag}>({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {packed}, "
-            f"{c.text}, {c.row}L{self._bands()});"
+            f"gemm_pairs<{flag}>({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {b.text}, "
+            f"{b.column}L, {b.row}L, {panel}, {c.text}, {c.row}L{self._bands()});"
         )
 
-    def _in_pairs(self, b: _Matrix, n: Extent, k: Extent) -> str:
-        """Copy a matrix [k, n] as pairs of rows; return where it is."""
+    def _pairs_of(self, n: Extent, k: Extent) -> str:
+        """Return room for a matrix [k, n] as pairs of rows."""
         size = (-(-k.full // _DEPTH) * _DEPTH, -(-n.full // _PANEL) * _PANEL)
-        view = self.context.allocate(size, DType.BF16, "pairs", dense=True, half=True)
-        self.context.write(
-            f"pack_pairs({b.text}, {b.column}L, {b.row}L, {n.text}, {k.text}, {view.pointer});"
-        )
-        return view.pointer
+        return self.context.allocate(size, DType.BF16, "pairs", dense=True, half=True).pointer
 
     def _runs_along(self, a: _Matrix, m: Extent, k: Extent) -> bool:
         if a.column != 1 and k.full != 1:

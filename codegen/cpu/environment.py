@@ -229,6 +229,8 @@ class Environment:
             self.lines.append(f"store({address}, {value});")
             return
         self._touch(view, step)
+        if view.element == "so::bf16" and view.in_scratch:
+            self.touched.gain -= 2  # an instruction of its own rounds operands of products
         if view.dtype.is_integer:
             self.lines.append(f"store_integers({address}, {value}, {step}L{count});")
             return

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler
 
 class Narrow:
     vector_bytes = 32
-    multiplies_bf16 = False
+    bf16 = ""
 
 
 @pytest.mark.parametrize(

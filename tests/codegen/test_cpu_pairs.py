@@ -1,6 +1,7 @@
 """Products of bfloat16 as it is: the runtime's three ways, and kernels that use them."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,10 @@ WAYS = {
 CANARY = 12345.0
 
 
-class Multiplies:
-    vector_bytes = 64
-    multiplies_bf16 = True
+@dataclass
+class Processor:
+    vector_bytes: int
+    bf16: str
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +61,8 @@ SO_KERNEL superopt_kernel(const void* va, const void* vb, float* c, const long* 
   static bf16 rows[128 * 128], pairs[128 * 128];
   if (e[3] < 2) {{
     pack_rows_bf16(a, e[4], e[5], k, m, rows, depth);
-    pack_pairs(b, e[7], e[6], n, k, pairs);
-    if (e[3]) gemm_pairs<true>(m, n, k, rows, depth, pairs, c, e[8]);
-    else gemm_pairs<false>(m, n, k, rows, depth, pairs, c, e[8]);
+    if (e[3]) gemm_pairs<true>(m, n, k, rows, depth, b, e[7], e[6], pairs, c, e[8]);
+    else gemm_pairs<false>(m, n, k, rows, depth, b, e[7], e[6], pairs, c, e[8]);
   }} else {{
     pack_rows_bf16(b, e[7], e[6], k, n, rows, depth);
     pack_pairs(a, e[4], e[5], m, k, pairs);
@@ -162,6 +163,8 @@ def test_what_one_pass_makes_and_uses_is_not_stored(folder: Path) -> None:
 
 def test_configurations() -> None:
     half, plain = gated(16, 64, 96, transposed=False), attention(1, 32, 32, 32, 32, 32)
-    assert [c.pairs for c in configs(half, Multiplies())] == [True, False]
+    tiles, dots = Processor(64, "tiles"), Processor(64, "dots")
+    assert [c.pairs for c in configs(half, tiles)] == [True, False]
+    assert [c.pairs for c in configs(half, dots)[:3]] == [False, True, False]
     assert not any(c.pairs for c in configs(half))
-    assert not any(c.pairs for c in configs(plain, Multiplies()))
+    assert not any(c.pairs for c in configs(plain, tiles))

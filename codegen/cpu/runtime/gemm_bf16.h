@@ -28,6 +28,7 @@ namespace so {
 
 constexpr long PANEL = 32;  // columns
 constexpr long DEPTH = 32;  // k that one tile holds
+constexpr long STRETCH = 12;  // steps of k over which the rows of a panel stay in the first cache
 constexpr long FEW = 4;     // columns that are no square worth transposing
 
 constexpr long round_up(long x, long unit) { return (x + unit - 1) / unit * unit; }
@@ -179,17 +180,23 @@ SO_NOINLINE void micro_pairs(long k, const bf16* a, long am, const bf16* b, floa
 #pragma GCC unroll 32
     for (int j = 0; j < NV; ++j) sum[i][j] = vf{};
 #pragma GCC unroll 1
-  for (long x = 0; x < k; x += 2, b += 2 * PANEL) {
+  for (long x = 0; x + 1 < k; x += 2, b += 2 * PANEL) {
     vu right[NV];
 #pragma GCC unroll 32
     for (int j = 0; j < NV; ++j) right[j] = load_raw<vu>(b + 2 * j * VL);
 #pragma GCC unroll 32
     for (int i = 0; i < MR; ++i) {
-      const bf16* at = a + i * am + x;
-      const uint32_t left = x + 1 < k ? load_raw<uint32_t>(at) : at->bits;
+      const uint32_t left = load_raw<uint32_t>(a + i * am + x);
 #pragma GCC unroll 32
       for (int j = 0; j < NV; ++j) sum[i][j] = add_pairs(sum[i][j], left, right[j]);
     }
+  }
+  if (k % 2) {
+#pragma GCC unroll 32
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 32
+      for (int j = 0; j < NV; ++j)
+        sum[i][j] = add_pairs(sum[i][j], a[i * am + k - 1].bits, load_raw<vu>(b + 2 * j * VL));
   }
 #pragma GCC unroll 32
   for (int i = 0; i < MR; ++i)
@@ -200,7 +207,7 @@ SO_NOINLINE void micro_pairs(long k, const bf16* a, long am, const bf16* b, floa
 template <bool ACCUMULATE, bool TRANSPOSED>
 SO_NOINLINE void multiply_pairs(long m, long n, long k, const bf16* a, long am, const bf16* b, float* c,
                                 long cm) {
-  constexpr int MR = 64 / VL >= 4 ? 8 : 4;
+  constexpr int MR = VL == 16 ? 12 : 4;
   for (long j = 0; j < n; j += PANEL, b += round_up(k, DEPTH) * PANEL)
     for (long i = 0; i < m; i += MR) {
       float out[MR][PANEL];
@@ -310,32 +317,44 @@ SO_NOINLINE void tile_block_of(long rows, long columns, long steps, const bf16* 
 }
 #endif
 
-// C[m,n] (+)= A[m,k] B[k,n]: A's rows have round_up(k, DEPTH) elements, those past k finite. in, out: where
-// A and C count, as in gemm_nn.
-template <bool ACCUMULATE, class IN = Whole, class OUT = Whole>
-SO_NOINLINE void gemm_pairs(long m, long n, long k, const bf16* a, long am, const bf16* b, float* c,
-                            long cm, IN in = {}, OUT out = {}) {
+// One panel of B, `n` columns in pairs, against all rows of A.
+template <bool ACCUMULATE, class IN>
+SO_NOINLINE void panel_pairs(long m, long n, long k, const bf16* a, long am, const bf16* b, float* c,
+                             long cm, long top, long bottom, IN in) {
 #if SO_HAS_TILES
   if (tiles_allowed()) {
     const long steps = round_up(k, DEPTH) / DEPTH;
-    long shaped_rows = 0, shaped_columns = 0;
-    for (long j = 0; j < n; j += 32, b += steps * DEPTH * PANEL)
-      for (long i = 0; i < m; i += 32) {
-        const long rows = min_of(32, m - i), columns = min_of(32, n - j);
-        if (i + rows <= out.top(j) || i >= out.bottom(j + columns)) continue;
-        const long from = max_of(0, in.left(i)) / DEPTH;
-        const long to = max_of(from, min_of(steps, (in.right(i + rows) + DEPTH - 1) / DEPTH));
-        if (ACCUMULATE && from == to) continue;
-        if (rows != shaped_rows || columns != shaped_columns)
-          shape_tiles(shaped_rows = rows, shaped_columns = columns);
-        tile_block_of<0>(rows, columns, to - from, a + i * am + from * DEPTH, am,
-                         b + from * DEPTH * PANEL, c + i * cm + j, cm, ACCUMULATE, nullptr);
+    const long parts = max_of(1, (steps + STRETCH / 2) / STRETCH), stretch = (steps + parts - 1) / parts;
+    long shaped = 0;
+    for (long t = 0; t == 0 || t < steps; t += stretch)  // a sum of nothing is written too
+      for (long i = top / 32 * 32; i < min_of(m, bottom); i += 32) {
+        const long rows = min_of(32, m - i);
+        const bool add = ACCUMULATE || t > 0;
+        const long from = max_of(t, in.left(i) / DEPTH);
+        const long to = min_of(min_of(steps, t + stretch), (in.right(i + rows) + DEPTH - 1) / DEPTH);
+        if (add && from >= to) continue;
+        if (rows != shaped) shape_tiles(shaped = rows, n);
+        tile_block_of<0>(rows, n, to - from, a + i * am + from * DEPTH, am, b + from * DEPTH * PANEL,
+                         c + i * cm, cm, add, nullptr);
       }
     __asm__ volatile("tilerelease" ::);
     return;
   }
 #endif
   multiply_pairs<ACCUMULATE, false>(m, n, k, a, am, b, c, cm);
+}
+
+// C[m,n] (+)= A[m,k] B[k,n] for B of any strides, made into pairs panel by panel; `panel` has room for one.
+// A's rows have round_up(k, DEPTH) elements, those past k finite. in, out: where A and C count, as in gemm_nn.
+template <bool ACCUMULATE, class T, class IN = Whole, class OUT = Whole>
+SO_INLINE void gemm_pairs(long m, long n, long k, const bf16* a, long am, const T* b, long bn, long bk,
+                          bf16* panel, float* c, long cm, IN in = {}, OUT out = {}) {
+  for (long j = 0; j < n; j += PANEL) {
+    const long columns = min_of(PANEL, n - j), top = max_of(0, out.top(j)), bottom = out.bottom(j + columns);
+    if (top >= min_of(m, bottom)) continue;
+    pack_pairs(b + j * bn, bn, bk, columns, k, panel);
+    panel_pairs<ACCUMULATE>(m, columns, k, a, am, panel, c + j, cm, top, bottom, in);
+  }
 }
 
 // The same with C[n,m] = transposed: few columns n (rows of the result), many rows of A, read once as
