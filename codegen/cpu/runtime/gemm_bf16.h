@@ -1,9 +1,9 @@
 // Products of bfloat16 matrices, summed in float32: by matrix tiles (AMX), by dot products of pairs
 // (AVX-512 BF16), or in floats.
 //
-// In:  A, rows contiguous along k, as it lies in memory; B in pairs, as `pack_pairs` leaves it:
+// In:  A, rows contiguous along k, as it lies in memory; B of any strides, which is made into pairs:
 //      panels of PANEL columns, in each for every two k a row of pairs (B[k, n], B[k + 1, n]), zero
-//      where there is no k or no column.
+//      where there is no k; columns that B does not have are never looked at.
 // Out: C, float32, contiguous along n; or C transposed (`gemm_pairs_transposed`), for few columns:
 //      then the matrix with many rows, the weights, is A and is read where it lies.
 // Extents are arbitrary; nothing outside of the operands is touched.
@@ -26,24 +26,18 @@
 
 namespace so {
 
-constexpr long PANEL = 32;  // columns
-constexpr long DEPTH = 32;  // k that one tile holds
+constexpr long PANEL = 32;    // columns
+constexpr long DEPTH = 32;    // k that one tile holds
 constexpr long STRETCH = 12;  // steps of k over which the rows of a panel stay in the first cache
-constexpr long FEW = 4;     // columns that are no square worth transposing
+constexpr long FEW = 4;       // columns that are no square worth transposing
 
 constexpr long round_up(long x, long unit) { return (x + unit - 1) / unit * unit; }
 
 // ---- Packing ------------------------------------------------------------------------------------
 
-// A pair per lane: the first one's bits below, the second one's above.
-SO_INLINE vu pair_up(vu low, vu high) { return low | (high << 16); }
 SO_INLINE vu load_bits(const bf16* p) { return extend(load_raw<vh>(p)); }
-SO_INLINE vu load_bits(const float* p) { return round_bf16(load<vf>(p)) >> 16; }
-template <class T> SO_INLINE vu load_bits_n(const T* p, long count) {
-  return bit_cast<vu>(load_n<vf>(p, (int)count, 0.0f)) >> 16;  // of bfloat16: exact
-}
-template <> vu load_bits_n(const float* p, long count) {
-  return round_bf16(load_n<vf>(p, (int)count, 0.0f)) >> 16;
+SO_INLINE vu load_bits_n(const bf16* p, long count) {
+  return bit_cast<vu>(load_n<vf>(p, (int)count, 0.0f)) >> 16;
 }
 
 // What only products read, rounded; the instruction, too, takes denormals for 0.
@@ -57,21 +51,19 @@ SO_INLINE void store_operand(bf16* p, vf x) {
 }
 
 // B contiguous along n: two rows are interleaved.
-template <class T>
-SO_NOINLINE void pack_pairs_rows(const T* from, long stride_k, long n, long k, bf16* to) {
+SO_NOINLINE void pack_pairs_rows(const bf16* from, long stride_k, long n, long k, bf16* to) {
   const long depth = round_up(k, DEPTH);
   for (long p = 0; p < n; p += PANEL, to += depth * PANEL)
     for (long x = 0; x < depth; x += 2)
       for (long j = 0; j < PANEL; j += VL) {
-        uint32_t* out = reinterpret_cast<uint32_t*>(to + x * PANEL) + j;
-        const T* low = from + x * stride_k + p + j;
-        vu pair = {};
+        const bf16* low = from + x * stride_k + p + j;
         const long count = min_of(VL, n - p - j);
+        vu pair = {};
         if (x + 1 < k && count == VL)
-          pair = pair_up(load_bits(low), load_bits(low + stride_k));
+          pair = load_bits(low) | load_bits(low + stride_k) << 16;
         else if (x < k && count > 0)
-          pair = pair_up(load_bits_n(low, count), x + 1 < k ? load_bits_n(low + stride_k, count) : vu{});
-        memcpy(out, &pair, sizeof(pair));
+          pair = load_bits_n(low, count) | (x + 1 < k ? load_bits_n(low + stride_k, count) << 16 : vu{});
+        memcpy(to + x * PANEL + 2 * j, &pair, sizeof(pair));
       }
 }
 
@@ -115,44 +107,29 @@ SO_NOINLINE void pack_pairs_few(const bf16* from, long stride_n, long n, long k,
   }
 }
 
-SO_INLINE uint16_t bits_of(bf16 x) { return x.bits; }
-SO_INLINE uint16_t bits_of(float x) { return narrow(x, bf16{}); }
-
 // B[k,n] with any strides into pairs: room for round_up(k, DEPTH) * round_up(n, PANEL) elements.
-template <class T>
-SO_INLINE void pack_pairs(const T* from, long stride_n, long stride_k, long n, long k, bf16* to) {
+SO_INLINE void pack_pairs(const bf16* from, long stride_n, long stride_k, long n, long k, bf16* to) {
   if (stride_n == 1) return pack_pairs_rows(from, stride_k, n, k, to);
-  if constexpr (sizeof(T) == 2)
-    if (stride_k == 1)
-      return n <= FEW ? pack_pairs_few(from, stride_n, n, k, to)
-                      : pack_pairs_columns(from, stride_n, n, k, to);
+  if (stride_k == 1)
+    return n <= FEW ? pack_pairs_few(from, stride_n, n, k, to)
+                    : pack_pairs_columns(from, stride_n, n, k, to);
   const long depth = round_up(k, DEPTH);
   for (long p = 0; p < n; p += PANEL, to += depth * PANEL)
     for (long x = 0; x < depth; ++x)
-      for (long j = 0; j < PANEL; ++j) {
-        const bool inside = x < k && p + j < n;
-        to[(x / 2 * PANEL + j) * 2 + x % 2].bits =
-            inside ? bits_of(from[(p + j) * stride_n + x * stride_k]) : 0;
-      }
+      for (long j = 0; j < min_of(PANEL, n - p); ++j)
+        to[x / 2 * 2 * PANEL + 2 * j + x % 2] =
+            x < k ? from[(p + j) * stride_n + x * stride_k] : bf16{0};
 }
 
-// to[x, i] = from[x, i] as bfloat16, zero for n <= i < round_up(n, DEPTH).
-template <class T>
-SO_NOINLINE void pack_rows_bf16(const T* from, long stride_k, long stride_n, long n, long k, bf16* to,
+// to[x, i] = from[x, i], zero for n <= i < round_up(n, DEPTH).
+SO_NOINLINE void pack_rows_bf16(const bf16* from, long stride_k, long stride_n, long n, long k, bf16* to,
                                 long ld_to) {
-  const long depth = round_up(n, DEPTH);
   for (long x = 0; x < k; ++x, from += stride_k, to += ld_to) {
-    if (stride_n == 1) {
-      long i = 0;
-      for (; i + VL <= n; i += VL) {
-        const vh bits = low_halves(load_bits(from + i));
-        memcpy(to + i, &bits, sizeof(bits));
-      }
-      for (; i < n; ++i) to[i].bits = bits_of(from[i]);
-    } else {
-      for (long i = 0; i < n; ++i) to[i].bits = bits_of(from[i * stride_n]);
-    }
-    for (long i = n; i < depth; ++i) to[i].bits = 0;
+    if (stride_n == 1)
+      memcpy(to, from, n * sizeof(bf16));
+    else
+      for (long i = 0; i < n; ++i) to[i] = from[i * stride_n];
+    for (long i = n; i < round_up(n, DEPTH); ++i) to[i] = bf16{0};
   }
 }
 
@@ -346,8 +323,8 @@ SO_NOINLINE void panel_pairs(long m, long n, long k, const bf16* a, long am, con
 
 // C[m,n] (+)= A[m,k] B[k,n] for B of any strides, made into pairs panel by panel; `panel` has room for one.
 // A's rows have round_up(k, DEPTH) elements, those past k finite. in, out: where A and C count, as in gemm_nn.
-template <bool ACCUMULATE, class T, class IN = Whole, class OUT = Whole>
-SO_INLINE void gemm_pairs(long m, long n, long k, const bf16* a, long am, const T* b, long bn, long bk,
+template <bool ACCUMULATE, class IN = Whole, class OUT = Whole>
+SO_INLINE void gemm_pairs(long m, long n, long k, const bf16* a, long am, const bf16* b, long bn, long bk,
                           bf16* panel, float* c, long cm, IN in = {}, OUT out = {}) {
   for (long j = 0; j < n; j += PANEL) {
     const long columns = min_of(PANEL, n - j), top = max_of(0, out.top(j)), bottom = out.bottom(j + columns);
