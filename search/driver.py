@@ -274,9 +274,7 @@ class Driver:
         return found
 
     def _provable_alone(self, region: Region, choice: _Choice) -> bool:
-        part = extract(region, "part")
-        kernel = part.with_outputs(place(choice.schedule, choice.graph, part.inputs))
-        return self._equal(part, kernel)
+        return self._equal(extract(region, "part"), _alone(region, choice))
 
     def _first_proven(self, programs: Sequence[Graph]) -> tuple[Graph, Verdict, float] | None:
         """Return the fastest program that is proven and accepted, with its verdict and seconds."""
@@ -437,7 +435,7 @@ class Driver:
             whole = self.tune(region, now + share * (until - now), minor)
         if not products:
             return [] if whole is None else [(region, whole)]
-        if whole is not None and whole.seconds < _CLEAR * self._library_s(variant, products):
+        if whole is not None and self._clear(region, whole, variant, products):
             return [(region, whole if minor else self._climbed(region, whole, until))]
         # without a kernel for all of it products have one each, however late it is: a library may be slow
         if len(products) > 1 and (whole is None or time.monotonic() < until):
@@ -446,7 +444,7 @@ class Driver:
             parts = self._around(subgraph, until, minor)
         if whole is None:
             return _moved(variant, region, parts)
-        fused = subgraph.with_outputs(place(whole.schedule, whole.graph, subgraph.inputs))
+        fused = _alone(region, whole)
         custom_s, parts_s = self.measurer.programs([fused, _replaced(subgraph, parts)])
         self._tell(
             "compared", f"one kernel {custom_s * 1e3:.3f} ms, its parts {parts_s * 1e3:.3f} ms"
@@ -470,10 +468,13 @@ class Driver:
                 parts.append((inner, choice))
         return parts
 
-    def _library_s(self, variant: Graph, products: Sequence[Node]) -> float:
-        """Return the seconds of products alone, each by the library."""
-        alone = [extract(make_region(variant, [n]), "product") for n in products]
-        return sum(self.measurer.programs([graph])[0] for graph in alone)
+    def _clear(
+        self, region: Region, whole: _Choice, variant: Graph, products: Sequence[Node]
+    ) -> bool:
+        """Say whether a kernel is that much faster than its products alone are in the library."""
+        library = extract(make_region(variant, products), "products")
+        custom_s, library_s = self.measurer.programs([_alone(region, whole), library])
+        return custom_s < _CLEAR * library_s
 
     # -- tuning one kernel ---------------------------------------------------------------------
 
@@ -554,8 +555,12 @@ class Driver:
             graphs.append((schedule, tiles, graph))
         fresh = [g for _, _, g in graphs if g.digest() not in self.timed]
         started = time.monotonic()
-        for graph, seconds in zip(fresh, self.measurer.kernels(fresh), strict=True):
-            self.timed[graph.digest()] = seconds
+        # a busy machine is by half slower in one batch than in another: the best so far is timed with each
+        beside = [best.graph] if best is not None and fresh else []
+        times = self.measurer.kernels([*beside, *fresh])
+        slower = times.pop(0) / best.seconds if best is not None and beside else 1.0
+        for graph, seconds in zip(fresh, times, strict=True):
+            self.timed[graph.digest()] = seconds / slower
             self.statistics.measured += 1
         if fresh:
             self.kernel_s = (time.monotonic() - started) / len(fresh)
@@ -619,6 +624,12 @@ def _worth(graph: Graph, group: Group) -> bool:
         return True
     (node,) = group
     return node.op.kind in (OpKind.ELEMENTWISE, OpKind.REDUCTION, OpKind.CONTRACTION)
+
+
+def _alone(region: Region, choice: _Choice) -> Graph:
+    """Return the program that is one kernel, over the inputs of its region."""
+    part = extract(region, "part")
+    return part.with_outputs(place(choice.schedule, choice.graph, part.inputs))
 
 
 def _replaced(graph: Graph, parts: Sequence[tuple[Region, _Choice]]) -> Graph:

@@ -290,7 +290,6 @@ def _search(
     def accept(program: Graph) -> str:
         """Tune the kernels and test them as they will run."""
         _tune(program, clock, deadline - floats.predicted_s() - LAST_S, on_event)
-        clock.ensure(program)
         plain = clock.program(program)
         floating[program] = floats.check(lambda tensors: list(plain.run(*tensors)))
         reason = floating[program].reason
@@ -330,13 +329,17 @@ def _search(
 def _tune(graph: Graph, clock: Clock, deadline: float, on_event: OnEvent) -> None:
     """Try the register tiles and the like of every kernel of the chosen program."""
     taken_s = _TUNING_S
-    for node in topological(graph.outputs):
+    nodes = topological(graph.outputs)
+    blocks = dict.fromkeys(n.attrs.graph for n in nodes if n.op.kind is OpKind.GRAPH)
+    clock.ensure(graph)
+    # there may be time for some: first those that take longest
+    for block in sorted(blocks, key=lambda b: -clock.compiled[b.digest()].seconds):
         started = time.monotonic()
-        if node.op.kind is OpKind.GRAPH and started + taken_s < deadline:
-            best = clock.tune(node.attrs.graph, _CONFIGURATIONS)
+        if started + taken_s < deadline:
+            best = clock.tune(block, _CONFIGURATIONS)
             taken_s = max(taken_s, time.monotonic() - started)
             if best is not None:
-                text = f"{node.attrs.graph.name}: {best.seconds * 1e3:.3f} ms"
+                text = f"{block.name}: {best.seconds * 1e3:.3f} ms"
                 on_event(Event("tuned", text, {"config": best.source.config}))
 
 

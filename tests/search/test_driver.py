@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import inf
+from itertools import cycle
+from math import inf, prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +78,35 @@ def test_a_batch_is_not_of_one_kind() -> None:
     assert far not in driver._diverse([*near, far], 3)
 
 
+@pytest.mark.parametrize("speeds", [(1.0, 3.0), (3.0, 1.0), (1.0, 2.0, 0.3)])
+def test_a_slow_moment_of_the_machine_decides_nothing(speeds: tuple[float, ...]) -> None:
+    class Drifting(Predicted):
+        """The machine has another speed in every batch; kernels of many blocks are fast."""
+
+        def __init__(self, *speeds: float) -> None:
+            super().__init__()
+            self.speeds = cycle(speeds)
+
+        def kernels(self, graphs: Sequence[Graph]) -> list[float]:
+            speed = next(self.speeds)
+            return [speed / prod(a.count for a in g.grid) for g in graphs]
+
+    x = b.input_("x", (256, 512))
+    graph = b.kernel_graph("g", [x], [b.exp(b.sub(x, b.reduce_max(x, -1)))])
+    region = make_region(graph, [n for n in graph.nodes() if is_compute(n)])
+
+    def tuned(*speeds: float) -> driver._Choice | None:
+        clock = Drifting(*speeds)
+        search_ = Driver(graph, Target(), clock, 1000.0, 0, FloatTest(graph, seed=0))
+        return search_.tune(region, time.monotonic() + 1000.0, minor=False)
+
+    steady, drifting = tuned(1.0), tuned(*speeds)
+    assert steady is not None
+    assert drifting is not None
+    assert drifting.graph == steady.graph
+    assert drifting.seconds == pytest.approx(steady.seconds * speeds[0])
+
+
 class SlowProducts(Predicted):
     """A library multiplies faster than any kernel does."""
 
@@ -84,6 +114,10 @@ class SlowProducts(Predicted):
         own = (any(n.op.kind is OpKind.CONTRACTION for n in g.nodes()) for g in graphs)
         times = zip(super().kernels(graphs), own, strict=True)
         return [1e3 if slow else seconds for seconds, slow in times]
+
+    def programs(self, graphs: Sequence[Graph]) -> list[float]:
+        kernels = [[n.attrs.graph for n in g.nodes() if n.op is library.CUSTOM] for g in graphs]
+        return [max([1.0, *self.kernels(own)]) for own in kernels]
 
 
 def test_every_part_around_products_has_a_kernel_however_late_it_is(

@@ -1,5 +1,6 @@
 """The search's clock: what it refuses before a compiler sees it."""
 
+from ctypes import c_float
 from math import inf
 from typing import Any
 
@@ -82,3 +83,38 @@ def test_kernels_are_prepared_together_without_what_is_malformed() -> None:
     clock.prepare([kernel("first", True), kernel("malformed", False), kernel("second", True)])
     assert backend.batches == [["first", "second"]]
     assert clock.compiled == {}
+
+
+def test_what_was_timed_before_is_timed_again_beside_the_rest() -> None:
+    class Slowing(NoCompiler):
+        """Every call takes a second longer than the one before; all kernels are of one kind."""
+
+        def __init__(self) -> None:
+            self.compiled = self.timings = 0
+
+        def variants(self, graph: Graph, count: int) -> list[Any]:
+            return [KernelSource("cpu", graph.name, "", "", "f", 2, {})]
+
+        def load(self, sources: list[KernelSource], limit_s: float = inf) -> list[Any]:
+            self.compiled += len(sources)
+            return [negate for _ in sources]
+
+        def timed(self, call: Any, repeats: int) -> float:
+            self.timings += 1
+            return float(self.timings)
+
+    def negate(source: int, result: int) -> None:
+        values = (c_float * 8).from_address(source)
+        (c_float * 8).from_address(result)[:] = [-v for v in values]
+
+    def kernel(name: str, size: int) -> Graph:
+        g = b.BlockBuilder(name, grid={"m": 8 // size})
+        g.store(b.neg(g.load(b.input_("x", (8,)), ("m", size))), (8,), ("m", size))
+        return g.graph()
+
+    clock = Clock(backend := Slowing(), {})  # type: ignore[arg-type]
+    first, second = kernel("first", 2), kernel("second", 4)
+    (alone_s,) = clock.kernels([first])
+    again_s, beside_s = clock.kernels([first, second])
+    assert backend.compiled == 2
+    assert alone_s < again_s < beside_s
