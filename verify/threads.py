@@ -20,13 +20,15 @@ _PACE_S: Final = 0.01
 """For how long each way is tried: longer than the scheduler lets another program run."""
 _VALID_S: Final = 2.0
 """How long the answer holds."""
+_SLOWER: Final = 2.0
+"""How much slower threads together must be. On a busy machine it is hundreds of times, on a quiet one they are faster."""
 _ELEMENTS: Final = 1 << 17
 _judged: Final[dict[int, tuple[float, bool]]] = {}
 
 
 @contextmanager
 def suitable() -> Iterator[None]:
-    """Compute with the threads that PyTorch has, or with one where it is faster alone now."""
+    """Compute with the threads that PyTorch has, or with one where it is far faster alone now."""
     given = torch.get_num_threads()
     if given == 1 or torch.get_default_device().type != "cpu" or not _crowded(given):
         yield
@@ -43,11 +45,11 @@ def suitable() -> Iterator[None]:
 
 
 def _crowded(threads: int) -> bool:
-    """Say whether one thread computes faster than so many do."""
+    """Say whether one thread computes far faster than so many do."""
     judged_s, crowded = _judged.get(threads, (-_VALID_S, False))
     if time.monotonic() - judged_s >= _VALID_S:
         try:
-            crowded = _pace(1) < _pace(threads)
+            crowded = _SLOWER * _pace(1) < _pace(threads)
         finally:
             torch.set_num_threads(threads)
         _judged[threads] = (time.monotonic(), crowded)

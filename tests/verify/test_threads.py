@@ -32,7 +32,7 @@ def wanted(
     """Make one thread the slower or the faster way; return how many there should be."""
     crowded = request.param == "crowded"
     monkeypatch.setattr(threads, "_judged", {})
-    monkeypatch.setattr(threads, "_pace", lambda count: count if crowded else 1 / count)
+    monkeypatch.setattr(threads, "_pace", lambda count: 10.0**count if crowded else 1.0)
     return 1 if crowded else 2
 
 
