@@ -473,7 +473,7 @@ def test_a_plan_that_would_draw_other_numbers_is_not_used(folder, monkeypatch):
         return F.softmax(F.dropout(x.t() * 2, 0.3, training=True), -1) * x.t()
 
     monkeypatch.setattr(decompose, "_dropout", careless)
-    fast = superopt.optimize(columns, budget_s=3, cache=folder)
+    fast = superopt.optimize(columns, budget_s=30, cache=folder)
     assert_drawn_alike(fast, columns, torch.randn(16, 64))
     assert fast.report().plans[0].why == "its random numbers would be others"
 
@@ -482,10 +482,10 @@ def test_a_plan_of_another_program_is_not_used(folder, monkeypatch):
     """What is lifted wrong is proven like the rest: the caller's tensors show it."""
     monkeypatch.setitem(RULES, torch.ops.aten.relu.default, lambda call, x: b.abs_(x))
     x = torch.randn(64, 256)
-    fast = superopt.optimize(lambda x: torch.relu(x * 2) + 1, budget_s=3, cache=folder)
+    fast = superopt.optimize(lambda x: torch.relu(x * 2) + 1, budget_s=30, cache=folder)
     with torch.no_grad():
         assert torch.equal(fast(x), torch.relu(x * 2) + 1)
-    assert fast.report().plans[0].why == "its results on these inputs would be others"
+    assert fast.report().plans[0].why.startswith("its results on these inputs would be")
 
 
 def test_a_plan_may_round_otherwise_than_the_original():
@@ -505,6 +505,27 @@ def test_a_plan_may_round_otherwise_than_the_original():
             original=functools.partial(original, x),
         )
         assert not torch.isclose(exact, original(x), rtol=0.1)
+        assert pipeline._agrees(request, plan, 0, x.device) == agrees
+
+
+def test_a_program_of_16_bits_is_compared_as_far_as_it_rounds():
+    """Each row loses digits; the original rounds like the graph, but by other numbers."""
+
+    def variances(x):
+        return x.square().mean(-1) - x.mean(-1).square()
+
+    x = (torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)) + 3).bfloat16()
+    exact, own = variances(x.double()), variances(x)
+    for factor, agrees in ((1.0, True), (20.0, False)):
+        original = exact + factor * (own.double() - exact).roll(1)
+        request = SimpleNamespace(
+            graph=lift(variances, (x,)).graph,
+            tensors=(x,),
+            writes={},
+            original=lambda value=original: value.bfloat16(),
+        )
+        plan = SimpleNamespace(run=lambda x: [own])
+        assert not pipeline._resemble([own], [request.original()])
         assert pipeline._agrees(request, plan, 0, x.device) == agrees
 
 
