@@ -11,6 +11,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -218,6 +219,19 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
+def _backend_of(plan: Plan, options: Options, device: torch.device) -> Backend:
+    """Return the backend that a plan's kernels were made for."""
+    folder = Cache(options.folder()).kernels
+    names = list(dict.fromkeys(kernel.backend for kernel in plan.kernels.values()))
+    wanted = names[0] if names and options.backend == "auto" else options.backend
+    if wanted in NAMES:
+        with suppress(Unsupported):  # it may be for another device
+            backend = backend_named(wanted, folder, device)
+            if all(name == backend.name for name in names):
+                return backend
+    raise PlanError(f"the plan was made for the {' and '.join(names)} backend: optimize again")
+
+
 def restore(
     plan: Plan, options: Options, tensors: Sequence[torch.Tensor], *, as_graph: bool = False
 ) -> Planned:
@@ -230,10 +244,7 @@ def restore(
     """
     if plan.program is None:
         return Planned(plan, None)
-    backend = backend_named(options.backend, Cache(options.folder()).kernels, device_of(tensors))
-    for kernel in plan.kernels.values():
-        if kernel.backend != backend.name:
-            raise PlanError(f"the plan was made for the {kernel.backend} backend: optimize again")
+    backend = _backend_of(plan, options, device_of(tensors))
     entries = backend.load(list(plan.kernels.values()))
     loaded: dict[str, Callable[..., None]] = {}
     for (digest, source), entry in zip(plan.kernels.items(), entries, strict=True):

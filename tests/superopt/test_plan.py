@@ -1,7 +1,10 @@
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from superopt import pipeline
 from superopt.errors import PlanError
 from superopt.ir import build as b
 from superopt.plan import FORMAT, KernelSource, OutputSpec, Plan, StoredTensor, seal, unseal
@@ -74,3 +77,22 @@ def test_a_missing_field_is_a_damaged_plan():
     del body["outputs"]
     with pytest.raises(PlanError, match="damaged"):
         Plan.from_json(seal(json.dumps(body)))
+
+
+def test_a_plan_is_restored_by_the_backend_that_made_it(monkeypatch):
+    mine, cpu = SimpleNamespace(name="mine"), torch.device("cpu")
+    monkeypatch.setattr(pipeline, "NAMES", (*pipeline.NAMES, "mine"))
+    plain = pipeline.backend_named
+    monkeypatch.setattr(
+        pipeline, "backend_named", lambda name, *a: mine if name == "mine" else plain(name, *a)
+    )
+    options = pipeline.make_options({"cache": False})
+
+    def found(*names):
+        kernels = {str(i): SimpleNamespace(backend=name) for i, name in enumerate(names)}
+        return pipeline._backend_of(SimpleNamespace(kernels=kernels), options, cpu).name
+
+    assert (found(), found("cpu"), found("mine", "mine")) == ("cpu", "cpu", "mine")
+    for names in (("triton",), ("cpu", "mine"), ("gone",)):
+        with pytest.raises(PlanError, match=f"for the {' and '.join(names)} backend"):
+            found(*names)
