@@ -12,13 +12,19 @@ import torch
 from superopt.ir.build import kernel_graph
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, topological
-from superopt.ir.ops import elementwise, leaf, structural
+from superopt.ir.ops import elementwise, leaf, library, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 from superopt.verify.needs import COMPARISONS
 from superopt.verify.reference import DTYPES, run_reference
 
 _FAR: Final = 64
+_STARTS: Final = {
+    "aten._embedding_bag.default": 2,
+    "aten._embedding_bag_forward_only.default": 2,
+}
+"""Operators and which of their operands says where bags begin. The first is to begin at 0 and none before the
+one ahead of it, so all begin there."""
 
 
 @final
@@ -57,8 +63,10 @@ def integer_ranges(graph: Graph) -> Mapping[str, Integers]:
             indices.append((node.inputs[1], node.inputs[0].shape[node.attrs.axis]))
             _limit(*indices[-1], limits)
         elif node.op.kind is OpKind.LIBRARY:
-            for operand in node.inputs:
-                unknown.update(_limit(operand, _smallest_dim(node), limits))
+            starts = _STARTS.get(node.attrs.target) if node.op is library.OPAQUE else None
+            for place, operand in enumerate(node.inputs):
+                extent = 1 if place == starts else _smallest_dim(node)
+                unknown.update(_limit(operand, extent, limits))
         elif node.op is elementwise.POW:
             _limit(node.inputs[1], _FAR, limits)  # PyTorch refuses negative ones of integers
     found = {}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from superopt.frontend import lift
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
 from superopt.ir.interpret import interpret
@@ -151,6 +152,15 @@ def test_complex_results_may_round(error: float) -> None:
         return [torch.fft.rfft(x * 1.5 + x * 1.5 * (1 + error))]
 
     assert bool(verify_float(graph, other, seed=0)) is (error == 0.0)
+
+
+def test_bags_of_an_embedding_begin_where_they_may() -> None:
+    module = torch.nn.EmbeddingBag(30, 4)
+    places = torch.arange(8), torch.tensor([0, 3, 5])
+    graph = lift(lambda i, starts: module(i, starts).exp(), places).graph
+    verdict = verify_float(graph, lambda t: run_reference(graph, t), seed=0)
+    assert verdict.accurate, verdict.reason
+    assert len(verdict.errors) == len(DISTRIBUTIONS)
 
 
 def largest(scores: Node) -> Node:
