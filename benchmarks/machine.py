@@ -153,7 +153,9 @@ def _cpu_model() -> str:
 
 
 def _vector_extension() -> str:
-    return torch.backends.cpu.get_cpu_capability()
+    compiler = find_compiler()
+    tiles = " and AMX" if compiler and compiler.bf16 == "tiles" else ""
+    return f"{torch.backends.cpu.get_cpu_capability()}{tiles}"
 
 
 def _compiler() -> str | None:

@@ -138,7 +138,7 @@ def markdown(document: dict[str, Any]) -> str:
     facts, (memory, peak) = document["machine"], roofs(document)
     dtype = document["workloads"][0]["dtype"]
     lines = [
-        f"**{dtype}**: {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}; "
+        f"**{dtype}**: {facts['cpu']}, {facts['vector']}, {facts['threads']} threads, torch {facts['torch']}; "
         f"medians in milliseconds, all contenders in turn in one run; "
         f"{memory / 1e9:.1f} GB/s and {peak / 1e9:.0f} GFLOP/s measured there{call_text(document)}.",
         "",

@@ -39,14 +39,15 @@ _CACHES: Final = Path("/sys/devices/system/cpu/cpu0/cache")
 
 @cache
 def processor() -> str:
-    """Name the processor, its instruction sets and the number of threads in use."""
+    """Name the processor and its instruction sets, products of bfloat16 among them."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         lines = [x for x in text.splitlines() if x.startswith(("model name", "CPU part"))]
         name = lines[0].partition(":")[2].strip() if lines else platform.processor()
     except OSError:
         name = platform.processor()
-    return f"{platform.machine()} {name} {torch.backends.cpu.get_cpu_capability()}"
+    products = f", {bf16_products()}" if bf16_products() else ""
+    return f"{platform.machine()} {name} {torch.backends.cpu.get_cpu_capability()}{products}"
 
 
 def target_name(device: torch.device = CPU) -> str:

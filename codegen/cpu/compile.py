@@ -40,6 +40,8 @@ _COMPILE_LIMIT_S: Final = 120.0
 _PROBE_LIMIT_S: Final = 20.0
 _BUILDING: Final = "building-"
 _STALE_S: Final = 3600.0
+_ARCH_PRCTL: Final = 158  # of x86-64; ARCH_REQ_XCOMP_PERM of XTILEDATA
+_REQUEST_STATE, _TILE_DATA = 0x1023, 18
 _running: Final[set["subprocess.Popen[str]"]] = set()
 # No -ffast-math, whole or in part: NaN, infinity and signed zero keep PyTorch's meaning. Contraction
 # to FMA only removes a rounding; errno is never read. Integers wrap around, as in PyTorch.
@@ -195,7 +197,15 @@ def _bf16_products(command: list[str]) -> Products:
     found = _run([*command, "-dM", "-E", "-x", "c++", "-"], limit_s=_PROBE_LIMIT_S)
     if found is None or "__AVX512BF16__" not in found.stdout:
         return ""
-    return "tiles" if "__AMX_BF16__" in found.stdout else "dots"
+    return "tiles" if "__AMX_BF16__" in found.stdout and _tiles_allowed() else "dots"
+
+
+def _tiles_allowed() -> bool:
+    """Ask Linux for the state of matrix tiles, as kernels do: a container or an old system may refuse."""
+    try:
+        return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA) == 0)
+    except (OSError, AttributeError):
+        return False
 
 
 def _run(
