@@ -23,6 +23,7 @@ from typing import Any, Final, final
 import numpy as np
 import torch
 
+from superopt.errors import Unsupported
 from superopt.provenance import (
     is_installed,
     is_trusted,
@@ -476,6 +477,10 @@ class _Walk:
         if any(module is m for m in self.guards.modules):
             self.note("a module again")
             return
+        if not {"training", *_TABLES} <= module.__dict__.keys():
+            # torch.compile and TorchScript put something in a module's place that only looks like one
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise Unsupported(f"a module is compiled already ({kind}): give it as it was before")
         if not self.guards.modules:
             for hooks in _GLOBAL_HOOKS:
                 self.hooks(getattr(torch.nn.modules.module, hooks, None), depth)

@@ -456,6 +456,17 @@ def test_a_compiler_around_an_optimized_program_sees_the_original(folder):
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.compile, torch.jit.script])
+def test_modules_that_are_compiled_already_run_as_they_were(folder, compiled, caplog):
+    inner = torch.nn.Linear(8, 8)
+    module = torch.nn.Sequential(compiled(inner), torch.nn.GELU())
+    x = torch.randn(4, 8)
+    fast = superopt.optimize(module, budget_s=1, cache=folder).warmup(x)
+    assert "is compiled already" in str(fast.report())
+    assert "internal error" not in caplog.text
+
+
 def test_random_numbers_are_drawn_as_eager_draws_them(folder):
     fast, eager = superopt.optimize(Noisy(), budget_s=3, cache=folder), Noisy()
     assert_drawn_alike(fast, eager, torch.randn(16, 64))
