@@ -19,6 +19,11 @@
 #define SO_HAS_TILES 0
 #endif
 #endif
+#if SO_VECTOR_BYTES == 64 && defined(__AVX512BF16__)
+#define SO_HAS_DOTS 1
+#else
+#define SO_HAS_DOTS 0
+#endif
 #if SO_HAS_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -40,10 +45,12 @@ SO_INLINE vu load_bits_n(const bf16* p, long count) {
   return bit_cast<vu>(load_n<vf>(p, (int)count, 0.0f)) >> 16;
 }
 
-// What only products read, rounded; the instruction, too, takes denormals for 0.
+// What only products read, rounded; the instruction, too, takes denormals for 0. (Assembler: names and types
+// of its builtin differ between compilers.)
 SO_INLINE void store_operand(bf16* p, vf x) {
-#if SO_USE_512 && defined(__AVX512BF16__)
-  const auto bits = __builtin_ia32_cvtneps2bf16_v16sf(x);
+#if SO_HAS_DOTS
+  vh bits;
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(x));
   memcpy(p, &bits, sizeof(bits));
 #else
   store(p, x);
@@ -135,17 +142,15 @@ SO_NOINLINE void pack_rows_bf16(const bf16* from, long stride_k, long stride_n, 
 
 // ---- Without tiles ------------------------------------------------------------------------------
 
-#if SO_USE_512 && defined(__AVX512BF16__)
-typedef int16_t vpairs SO_VECTOR(64);
 SO_INLINE vf add_pairs(vf sum, uint32_t a, vu b) {
-  return __builtin_ia32_dpbf16ps_v16sf(sum, bit_cast<vpairs>(broadcast_i((int32_t)a)), bit_cast<vpairs>(b));
-}
+#if SO_HAS_DOTS
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(broadcast_i((int32_t)a)), "v"(b));
+  return sum;
 #else
-SO_INLINE vf add_pairs(vf sum, uint32_t a, vu b) {
   sum += splat<vf>(bit_cast<float>(a << 16)) * bit_cast<vf>(b << 16);
   return sum + splat<vf>(bit_cast<float>(a & 0xffff0000u)) * bit_cast<vf>(b & 0xffff0000u);
-}
 #endif
+}
 
 // Rows of C that one call computes, of one panel.
 template <int MR>
