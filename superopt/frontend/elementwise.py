@@ -12,6 +12,7 @@ from superopt.frontend.rules import (
     Scalar,
     as_dtype,
     common_dtype,
+    keep_rounding,
     rounded,
     rule,
     to,
@@ -140,6 +141,9 @@ def _arithmetic(op: Op, x: Operand, y: Operand, dtype: DType) -> Node:
         if op not in table and op not in (e.AND, e.OR, e.XOR):
             raise Decline("arithmetic on bool")
         op = table.get(op, op)
+    for operand in (x, y):
+        if isinstance(operand, Node):
+            keep_rounding(operand, dtype)
     return elementwise_op(op, as_dtype(x, dtype), as_dtype(y, dtype))
 
 
@@ -413,6 +417,7 @@ def _gelu(call: Call, x: Node, approximate: str) -> Node:
 
 @rule(aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 def _to_copy(call: Call, x: Node, *_: Any) -> Node:
+    keep_rounding(x, call.dtype)
     return to(x, call.dtype)
 
 

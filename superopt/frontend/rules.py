@@ -13,6 +13,7 @@ import torch
 
 from superopt.ir import build as b
 from superopt.ir.node import Node
+from superopt.ir.ops import elementwise, structural
 from superopt.ir.types import DType, TensorType
 from superopt.verify.reference import DTYPES, IR_DTYPES
 
@@ -126,6 +127,22 @@ def rounded(operand: Operand, dtype: DType) -> Node:
 def to(x: Node, dtype: DType) -> Node:
     """Cast as PyTorch does; anything that is not zero is true."""
     return b.cast(x, dtype)
+
+
+def keep_rounding(x: Node, dtype: DType) -> None:
+    """Decline to widen to `dtype` what was rounded to 16 bits just before.
+
+    Kernels compute 16-bit floats in float32 between load and store. That drops a rounding of which the program
+    wants to know the error, as `x - x.bfloat16().float()` does.
+    """
+    base = x
+    while base.op in structural.VIEWS:
+        base = base.inputs[0]
+    narrowed = base.op is elementwise.CAST and wide(base.tensor.dtype) is not base.tensor.dtype
+    if narrowed and dtype.is_float and wide(dtype) is dtype:
+        before = base.inputs[0].tensor.dtype
+        if before.is_float and wide(before) is before:
+            raise Decline("the error of a rounding to 16 bits")
 
 
 def wide(dtype: DType) -> DType:

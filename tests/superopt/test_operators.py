@@ -12,6 +12,7 @@ from superopt.codegen import cpu
 from superopt.codegen.errors import CodegenError
 from superopt.frontend import lift
 from superopt.ir.node import topological
+from superopt.ir.ops import library
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
 from superopt.runtime import build_program
@@ -136,3 +137,15 @@ def test_integers(dtype: torch.dtype, tmp_path: Path) -> None:
         "float": lambda x: x.float(),
     }
     check(operators, [special(dtype)], tmp_path)
+
+
+def test_the_error_of_a_rounding_is_known() -> None:
+    """A kernel would compute it from what was not rounded: nothing."""
+
+    def error(x: torch.Tensor) -> list[torch.Tensor]:
+        narrow = (x * 2).bfloat16()
+        return [x * 2 - narrow.float(), x * 2 - narrow, narrow.view(-1).float()]
+
+    graph = lift(error, [torch.ones(3, 5)]).graph
+    opaque = [n for n in graph.nodes() if n.op is library.OPAQUE]
+    assert len(opaque) == 3
