@@ -61,7 +61,7 @@ def library_cost(node: Node, machine: Target) -> float:
     flops = node.op.flops(tuple(i.type for i in node.inputs), node.type) if node.op.flops else 0
     rate = _product_flops(node, machine) * machine.library_efficiency
     if node.op.kind not in (OpKind.CONTRACTION, OpKind.LIBRARY):
-        rate = machine.vector_ops * machine.cores
+        rate = machine.vector_ops * machine.cores / _SLOW.get(node.op, 1.0)
     busy, waiting = flops / rate, moved / machine.memory_bandwidth
     if node.op is contraction.MATMUL and machine.kind == "cpu" and _runs_along(node.inputs[1]):
         busy += _transposition_s(node.inputs[1].tensor.elements / machine.cores, machine)

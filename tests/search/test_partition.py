@@ -278,3 +278,16 @@ def test_what_is_fetched_ahead_has_to_stay() -> None:
     # a GPU fetches into registers and shared memory, which have no such places
     gpu = replace(MACHINE, kind="cuda", inner_cache_bytes=1 << 19)
     assert more(4096, gpu) == pytest.approx(more(4096 + 64, gpu), rel=0.02)
+
+
+def test_dear_operators_are_dear_in_the_library_too() -> None:
+    """A sigmoid looked cheaper alone than in the kernel that reads it, which counts what it takes."""
+    x = b.input_("x", (1 << 20,))
+    assert library_cost(b.sigmoid(x), MACHINE) > 1.5 * library_cost(b.neg(x), MACHINE)
+    logits, target = (
+        b.input_("logits", (64, 4099), DType.BF16),
+        b.input_("t", (64, 4099), DType.BF16),
+    )
+    p = b.sigmoid(logits)
+    loss = b.reduce_sum(b.add(b.mul(p, target), b.mul(b.sub(1.0, p), b.sub(1.0, target))), -1)
+    assert len(partition(b.kernel_graph("loss", [logits, target], [loss]), MACHINE)) == 1
