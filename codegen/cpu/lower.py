@@ -96,14 +96,15 @@ class _Kernel:
 
     def _drop_dead_stores(self) -> None:
         """Leave out stores to scratch that nobody reads: values that one pass over rows makes and uses."""
-        lines = self.context.lines
-        for declaration in list(self.context.declarations):
-            name = declaration.partition("const ")[2].partition(" ")[0]
-            uses = [i for i, line in enumerate(lines) if re.search(rf"\b{name}\b", line)]
-            if all(re.match(rf" *store\w*\({name} ", lines[i]) for i in uses):
-                self.context.declarations.remove(declaration)
-                for i in reversed(uses):
-                    del lines[i]
+        read: set[str] = set()
+        stores = [re.match(r" *store\w*\((\w+) ", line) for line in self.context.lines]
+        for line, store in zip(self.context.lines, stores, strict=True):
+            read.update(re.findall(r"\w+", line[store.end() if store else 0 :]))
+        names = {d.partition("const ")[2].partition(" ")[0]: d for d in self.context.declarations}
+        dead = names.keys() - read
+        self.context.declarations[:] = [d for name, d in names.items() if name not in dead]
+        kept = zip(self.context.lines, stores, strict=True)
+        self.context.lines[:] = [line for line, s in kept if s is None or s[1] not in dead]
 
     # -- the frame -----------------------------------------------------------------------------
 
