@@ -62,6 +62,21 @@ _Run = Callable[[Sequence[Any], Mapping[str, Any]], Any]
 _REPLANS: Final = 8
 _DIRECT: Final = 4
 _REFUSALS: Final = 16
+_OPERATORS: Final = (
+    "__len__",
+    "__bool__",
+    "__iter__",
+    "__reversed__",
+    "__contains__",
+    "__getitem__",
+    "__setitem__",
+    "__delitem__",
+    "__add__",
+    "__mul__",
+    "__enter__",
+    "__exit__",
+)
+"""What Python looks up in the class of an object, past `__getattr__`."""
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -419,10 +434,17 @@ class OptimizedModule(torch.nn.Module, _Planning):
     """A module with a plan per input signature.
 
     It shares the state of the original (parameters, buffers, children, attributes, hooks), so that
-    `state_dict`, `to`, `train` and assignments act on both.
+    `state_dict`, `to`, `train` and assignments act on both. Where the original has a length, items or other
+    operators, so has this.
     """
 
     __slots__ = ("_superopt",)
+
+    def __new__(cls, module: torch.nn.Module, *args: Any) -> "OptimizedModule":
+        """Make an instance of a class with the operators of the module's."""
+        found = {n: _delegated(n) for n in _OPERATORS if hasattr(type(module), n)}
+        made = type(cls.__name__, (cls,), {"__slots__": (), **found}) if found else cls
+        return object.__new__(made)
 
     def __init__(
         self, module: torch.nn.Module, options: Options, on_event: OnEvent = silent
@@ -459,3 +481,10 @@ class OptimizedModule(torch.nn.Module, _Planning):
     def extra_repr(self) -> str:
         """Say what this is."""
         return f"superopt: {len(self.plans)} plans"
+
+
+def _delegated(name: str) -> Function:
+    def operate(self: OptimizedModule, *args: Any) -> Any:
+        return getattr(self.original, name)(*args)
+
+    return operate

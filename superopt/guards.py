@@ -52,6 +52,8 @@ from superopt.watch import (
 _PRIVATE: Final = frozenset(torch.nn.Module().__dict__)
 WRAPS: Final = "_superopt_wraps"
 """What classes have whose instances compute the same as their `original`."""
+_COMPILED: Final = "_torchdynamo_orig_callable"
+"""Under which name a function that `torch.compile` made keeps the one that it was given."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
 _TABLES: Final = ("_parameters", "_buffers", "_modules")
 _GLOBAL_HOOKS: Final = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -544,5 +546,11 @@ def _slots(kind: type) -> list[str]:
 
 
 def _unwrapped(value: Any) -> Any:
-    """Return what superopt was asked to optimize: it computes the same."""
-    return value.original if getattr(type(value), WRAPS, False) else value
+    """Return what superopt or `torch.compile` was asked to make faster: it computes the same."""
+    while True:
+        if isinstance(value, types.FunctionType) and _COMPILED in vars(value):
+            value = vars(value)[_COMPILED]
+        elif getattr(type(value), WRAPS, False):
+            value = value.original
+        else:
+            return value

@@ -456,6 +456,33 @@ def test_a_compiler_around_an_optimized_program_sees_the_original(folder):
     torch.compiler.reset()
 
 
+def normed(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def test_functions_that_are_compiled_already_are_seen_through(folder):
+    compiled = torch.compile(normed, backend="eager")
+    x = torch.randn(64, 48)
+    for function in (compiled, lambda x: compiled(x) * 2):
+        fast = superopt.optimize(function, budget_s=3, cache=folder)
+        torch.testing.assert_close(fast(x), function(x))
+        assert planned(fast) == [True]
+    torch.compiler.reset()
+
+
+def test_an_optimized_container_is_a_container(folder):
+    linear, gelu = torch.nn.Linear(8, 8), torch.nn.GELU()
+    fast = superopt.optimize(torch.nn.Sequential(linear, gelu), cache=folder)
+    assert (len(fast), fast[0], list(fast), gelu in fast) == (2, linear, [linear, gelu], True)
+    fast[1] = linear
+    del fast[0]
+    twin = pickle.loads(pickle.dumps(fast))
+    assert len(fast.original) == len(twin) == len(copy.deepcopy(fast)) == 1
+    single = superopt.optimize(linear, cache=folder)
+    assert single
+    assert not hasattr(single, "__len__")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("compiled", [torch.compile, torch.jit.script])
 def test_modules_that_are_compiled_already_run_as_they_were(folder, compiled, caplog):
