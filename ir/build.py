@@ -124,11 +124,14 @@ def where(condition: Node, yes: Operand, no: Operand) -> Node:
     return elementwise_op(elementwise.WHERE, condition, yes, no)
 
 
-def cast(x: Node, dtype: DType) -> Node:
-    """Return `x` in another element type (`x` itself when it has that type)."""
+def cast(x: Node, dtype: DType, *, rounds: bool = False) -> Node:
+    """Return `x` in another element type (`x` itself when it has that type).
+
+    `rounds`: to 16-bit floats, as the program asks (`elementwise.CastAttrs`).
+    """
     if x.tensor.dtype is dtype:
         return x
-    return make(elementwise.CAST, (x,), elementwise.CastAttrs(dtype))
+    return make(elementwise.CAST, (x,), elementwise.CastAttrs(dtype, rounds))
 
 
 def matmul(a: Node, b: Node) -> Node:

@@ -97,10 +97,9 @@ def _axis_text(axis: Axis) -> str:
 def _attrs_text(attrs: Any, indent: str, notes: Notes) -> str:
     if attrs is None:
         return ""
-    parts = [
-        f"{f.name}={_value_text(getattr(attrs, f.name), indent, notes)}" for f in fields(attrs)
-    ]
-    return f" {{{', '.join(parts)}}}"
+    values = [(f, getattr(attrs, f.name)) for f in fields(attrs)]
+    parts = [f"{f.name}={_value_text(v, indent, notes)}" for f, v in values if v != f.default]
+    return f" {{{', '.join(parts)}}}" if parts else ""
 
 
 _ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r"}

@@ -37,6 +37,11 @@ class DType(Enum):
         return self in (DType.F64, DType.F32, DType.F16, DType.BF16)
 
     @property
+    def is_half(self) -> bool:
+        """True for the floating-point types of 16 bits."""
+        return self in (DType.F16, DType.BF16)
+
+    @property
     def is_integer(self) -> bool:
         """True for the integer types (bool excluded)."""
         return self in (DType.I64, DType.I32, DType.I16, DType.I8, DType.U8)

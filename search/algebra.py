@@ -139,22 +139,27 @@ def _after_reduction(node: Node, count: int) -> bool:
     return False
 
 
-def _factors(node: Node) -> _Product:
-    """Flatten a product through mul, div, float casts and views that keep the last dims apart."""
+def _factors(node: Node, *, widened: bool = False) -> _Product:
+    """Flatten a product through mul, div, float casts and views that keep the last dims apart.
+
+    `widened`: more than 16 bits are read of it, so that its roundings stay where the program has them.
+    """
     if node.op is elementwise.MUL:
-        left, right = (_factors(i) for i in node.inputs)
+        left, right = (_factors(i, widened=widened) for i in node.inputs)
         return _Product(left.above + right.above, left.below + right.below)
     if node.op is elementwise.DIV:
-        left, right = (_factors(i) for i in node.inputs)
+        left, right = (_factors(i, widened=widened) for i in node.inputs)
         return _Product(left.above + right.below, left.below + right.above)
     if node.op is elementwise.CAST and node.inputs[0].tensor.dtype.is_float:
-        inner = _factors(node.inputs[0])
         dtype = node.tensor.dtype
+        if widened and node.attrs.rounds:
+            return _Product([node], [])
+        inner = _factors(node.inputs[0], widened=widened or not dtype.is_half)
         return _Product(
             [b.cast(n, dtype) for n in inner.above], [b.cast(n, dtype) for n in inner.below]
         )
     if node.op in (structural.PERMUTE, structural.RESHAPE):
-        inner = _factors(node.inputs[0])
+        inner = _factors(node.inputs[0], widened=widened)
         if len(inner.above) + len(inner.below) > 1:
             above = [_through_view(node, n) for n in inner.above]
             below = [_through_view(node, n) for n in inner.below]

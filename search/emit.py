@@ -30,7 +30,6 @@ _CLOSES = {
     contraction.REDUCE_MIN: tile.ACCUM_MIN,
     contraction.REDUCE_PROD: tile.ACCUM_PROD,
 }
-_HALF = (DType.F16, DType.BF16)
 _LETTERS = "ijklmnopqrstuvwxyzabcdefgh"
 
 
@@ -83,7 +82,7 @@ def _atom_strides(schedule: Schedule, node: Node) -> TensorType:
 
 
 def _wide(dtype: DType) -> DType:
-    return DType.F32 if dtype in _HALF else dtype
+    return DType.F32 if dtype.is_half else dtype
 
 
 def _rounded(value: Node, operand: Node) -> Node:
@@ -91,7 +90,7 @@ def _rounded(value: Node, operand: Node) -> Node:
     dtype, source = operand.tensor.dtype, value
     while source.op.kind is OpKind.STRUCTURAL and len(source.inputs) == 1:
         source = source.inputs[0]
-    if dtype not in _HALF or (
+    if not dtype.is_half or (
         source.op is elementwise.CAST and source.inputs[0].tensor.dtype is dtype
     ):
         return value
@@ -257,7 +256,9 @@ class _Emitter:
             return self._iota(node, number)
         layouts = [self._layout(i) for i in node.inputs]
         if op is elementwise.CAST:
-            return b.cast(operands[0], _wide(node.attrs.dtype))
+            dtype, rounds = node.attrs.dtype, node.attrs.rounds
+            value = b.cast(operands[0], dtype, rounds=True) if rounds else operands[0]
+            return b.cast(value, _wide(dtype))
         if op.kind is OpKind.ELEMENTWISE:
             aligned = [
                 self._align(v, have, layout) for v, have in zip(operands, layouts, strict=True)
@@ -448,6 +449,8 @@ class _Emitter:
         s = self.schedule
         number = s.passes.number[node] if node in s.passes.varies else None
         value = self._value(node, number)
+        if value.op is elementwise.CAST and value.inputs[0].tensor.dtype is node.tensor.dtype:
+            value = value.inputs[0]
         slots = _slots(self._layout(node))
         shape = tuple(1 if a is None else self.tiles[a] for a in slots)
         value = b.cast(b.broadcast(value, shape), node.tensor.dtype)

@@ -575,8 +575,10 @@ def _unrounded(operand: Node) -> Node:
     if operand.op in (structural.PERMUTE, structural.RESHAPE, structural.BROADCAST):
         return rebuild(operand, (_unrounded(operand.inputs[0]),))
     if widens(operand) and operand.inputs[0].op is elementwise.CAST:
-        (value,) = operand.inputs[0].inputs
-        return value if value.tensor.dtype is DType.F32 else operand
+        (half,) = operand.inputs
+        (value,) = half.inputs
+        kept = half.attrs.rounds or value.tensor.dtype is not DType.F32
+        return operand if kept else value
     return operand
 
 

@@ -20,7 +20,6 @@ Rule = Callable[[Node, list[str]], str]
 LOWER: Final[RuleTable[Rule | str]] = RuleTable("triton", "add it to codegen/triton/expressions.py")
 """Expressions of elementwise ops; for the other ops, where they are lowered."""
 
-HALF: Final = (DType.F16, DType.BF16)
 TYPES: Final = {
     DType.F64: "tl.float64",
     DType.F32: "tl.float32",
@@ -183,15 +182,15 @@ def literal(value: float | int | bool, dtype: DType) -> str:
 
 def _formatted(form: str, node: Node, operands: list[str]) -> str:
     result = node.tensor.dtype
-    if any(i.tensor.dtype in HALF for i in node.inputs):
+    if any(i.tensor.dtype.is_half for i in node.inputs):
         operands = [
-            o if i.op is leaf.CONSTANT or i.tensor.dtype not in HALF else f"{o}.to(tl.float32)"
+            o if i.op is leaf.CONSTANT or not i.tensor.dtype.is_half else f"{o}.to(tl.float32)"
             for o, i in zip(operands, node.inputs, strict=True)
         ]
     text = form.format(*operands)
     # what is made of plain numbers alone has their type
     numbers = any(i.op is leaf.CONSTANT for i in node.inputs)
-    if result in HALF or (numbers and result not in (DType.F32, DType.F64, DType.BOOL)):
+    if result.is_half or (numbers and result not in (DType.F32, DType.F64, DType.BOOL)):
         return f"({text}).to({TYPES[result]})"
     return text
 
@@ -219,7 +218,7 @@ def _by_class(node: Node, operands: list[str]) -> str:
 
 @LOWER.register(e.SIGN)
 def _sign(node: Node, operands: list[str]) -> str:
-    kind = "tl.float32" if node.tensor.dtype in HALF else TYPES[node.tensor.dtype]
+    kind = "tl.float32" if node.tensor.dtype.is_half else TYPES[node.tensor.dtype]
     return _formatted(f"(({{0}} > 0).to({kind}) - ({{0}} < 0).to({kind}))", node, operands)
 
 
@@ -256,10 +255,10 @@ def _power(node: Node, operands: list[str]) -> str:
 def _cast(node: Node, operands: list[str]) -> str:
     to, of = node.tensor.dtype, node.inputs[0].tensor.dtype
     if to is DType.BOOL:
-        wide = ".to(tl.float32)" if of in HALF else ""
+        wide = ".to(tl.float32)" if of.is_half else ""
         return f"({operands[0]}{wide} != 0)"
     # PyTorch goes through float32 between 16-bit floats and everything else
-    through = DType.F32 not in (of, to) and (of in HALF or to in HALF)
+    through = DType.F32 not in (of, to) and (of.is_half or to.is_half)
     return f"{operands[0]}{'.to(tl.float32)' if through else ''}.to({TYPES[to]})"
 
 

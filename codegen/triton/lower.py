@@ -12,7 +12,7 @@ from typing import Final, Literal, final
 
 from superopt.codegen.errors import CodegenError
 from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
-from superopt.codegen.triton.expressions import HALF, LOWER, TYPES, functions_of, literal
+from superopt.codegen.triton.expressions import LOWER, TYPES, functions_of, literal
 from superopt.codegen.triton.moves import MOVES, block, is_view, move
 from superopt.codegen.triton.writer import Writer, along, padded, word
 from superopt.ir.graph import Axis, Graph
@@ -107,7 +107,7 @@ def _half(node: Node) -> str | None:
     if node.op is not elementwise.CAST or node.tensor.dtype is not DType.F32:
         return None
     kind = node.inputs[0].tensor.dtype
-    return TYPES[kind] if kind in HALF else None
+    return TYPES[kind] if kind.is_half else None
 
 
 def launch_options(config: TritonConfig) -> dict[str, int | bool]:
@@ -226,7 +226,7 @@ class _Kernel:
         narrow = []
         for state in loop.states:
             dtype = self.dtype(state)
-            if state.tensor.dtype in HALF and state.op in (*_SUMS, *_PRODUCTS):
+            if state.tensor.dtype.is_half and state.op in (*_SUMS, *_PRODUCTS):
                 narrow.append(state)
                 dtype = "tl.float32"
             start = f"tl.full({block(state.shape)}, {self.identity(state)}, {dtype})"
@@ -283,7 +283,7 @@ class _Kernel:
             if source is not None and any(a == loop for a, _ in source.map.axes):
                 edges.append((i, node.inputs[0].shape[i], source))
         value = self.masked(node.inputs[0], value, edges, self.identity(node))
-        if node.tensor.dtype in HALF:
+        if node.tensor.dtype.is_half:
             value = f"{value}.to(tl.float32)"
         if op is tile.ACCUM_RESCALED:
             before, now = self.scales(node)
@@ -303,7 +303,7 @@ class _Kernel:
         if op in _PRODUCTS:
             return f"{state} * {value}"
         function = "_min" if op in _MINIMA else "_max"
-        if node.tensor.dtype in HALF:
+        if node.tensor.dtype.is_half:
             return f"{function}({state}.to(tl.float32), {value}).to({self.dtype(node)})"
         return f"{function}({state}, {value})"
 
@@ -318,7 +318,7 @@ class _Kernel:
             before, now = f"{before}_{node.attrs.power}", f"{now}_{node.attrs.power}"
         if self.writer.known(key, before) is None:
             power = "" if node.attrs.power == 1 else f"{float(node.attrs.power)} * "
-            wide = ".to(tl.float32)" if shift.tensor.dtype in HALF else ""
+            wide = ".to(tl.float32)" if shift.tensor.dtype.is_half else ""
             # a maximum of nothing yet is -inf: shifts are relative to 0 then
             finite = f'tl.where({top}{wide} > float("-inf"), {top}{wide}, 0.0)'
             self.writer.put(f"{before} = tl.exp({power}({top}_before{wide} - {finite}))")
@@ -495,7 +495,7 @@ class _Kernel:
         value = self.masked(x, self.names[x], edges, self.identity(node))
         if x.tensor.dtype in _SMALL:
             return f"({value}).to(tl.int32)"
-        return f"({value}).to(tl.float32)" if x.tensor.dtype in HALF else value
+        return f"({value}).to(tl.float32)" if x.tensor.dtype.is_half else value
 
     def reduction(self, node: Node) -> str:
         axes = [len(node.shape) + a for a in node.attrs.axes]
@@ -530,8 +530,8 @@ class _Kernel:
         (x,) = node.inputs
         axis, kind = len(x.shape) + node.attrs.axis, node.attrs.kind
         value = self.names[x]
-        if x.tensor.dtype in (*_SMALL, *HALF):
-            value = f"{value}.to({'tl.float32' if x.tensor.dtype in HALF else 'tl.int32'})"
+        if x.tensor.dtype in _SMALL or x.tensor.dtype.is_half:
+            value = f"{value}.to({'tl.float32' if x.tensor.dtype.is_half else 'tl.int32'})"
         if kind in ("sum", "prod"):
             text = f"tl.cum{kind}({value}, {axis})"
         else:

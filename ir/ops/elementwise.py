@@ -12,9 +12,14 @@ from superopt.ir.types import DType, TensorType, Type
 @final
 @dataclass(frozen=True, slots=True)
 class CastAttrs:
-    """Target element type of a cast (torch's conversion rules)."""
+    """Target element type of a cast (torch's conversion rules).
+
+    `rounds`: the program itself asks for a rounding to 16-bit floats, which a kernel keeps. Other casts to them say
+    how the result of an operator is stored: a kernel that does not store it may go on in float32.
+    """
 
     dtype: DType
+    rounds: bool = False
 
 
 def _arithmetic(types: tuple[Type, ...], attrs: Any) -> Type:
@@ -53,6 +58,8 @@ def _select(types: tuple[Type, ...], attrs: Any) -> Type:
 
 
 def _cast(types: tuple[Type, ...], attrs: CastAttrs) -> Type:
+    if attrs.rounds and not attrs.dtype.is_half:
+        raise GraphError(f"only a cast to 16-bit floats rounds, this one goes to {attrs.dtype}")
     return TensorType(tensor(types[0]).shape, attrs.dtype)
 
 

@@ -12,7 +12,7 @@ from superopt.frontend.rules import (
     Scalar,
     as_dtype,
     common_dtype,
-    keep_rounding,
+    converted,
     rounded,
     rule,
     to,
@@ -141,9 +141,6 @@ def _arithmetic(op: Op, x: Operand, y: Operand, dtype: DType) -> Node:
         if op not in table and op not in (e.AND, e.OR, e.XOR):
             raise Decline("arithmetic on bool")
         op = table.get(op, op)
-    for operand in (x, y):
-        if isinstance(operand, Node):
-            keep_rounding(operand, dtype)
     return elementwise_op(op, as_dtype(x, dtype), as_dtype(y, dtype))
 
 
@@ -417,8 +414,7 @@ def _gelu(call: Call, x: Node, approximate: str) -> Node:
 
 @rule(aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 def _to_copy(call: Call, x: Node, *_: Any) -> Node:
-    keep_rounding(x, call.dtype)
-    return to(x, call.dtype)
+    return converted(x, call.dtype)
 
 
 @rule(
@@ -434,4 +430,4 @@ def _identity(call: Call, x: Node, *_: Any) -> Node:
 
 @rule(aten.copy.default)
 def _copy(call: Call, x: Node, source: Node, *_: Any) -> Node:
-    return b.broadcast(to(source, call.dtype), call.shape)
+    return b.broadcast(converted(source, call.dtype), call.shape)

@@ -13,7 +13,6 @@ import torch
 
 from superopt.ir import build as b
 from superopt.ir.node import Node
-from superopt.ir.ops import elementwise, structural
 from superopt.ir.types import DType, TensorType
 from superopt.verify.reference import DTYPES, IR_DTYPES
 
@@ -129,25 +128,14 @@ def to(x: Node, dtype: DType) -> Node:
     return b.cast(x, dtype)
 
 
-def keep_rounding(x: Node, dtype: DType) -> None:
-    """Decline to widen to `dtype` what was rounded to 16 bits just before.
-
-    Kernels compute 16-bit floats in float32 between load and store. That drops a rounding of which the program
-    wants to know the error, as `x - x.bfloat16().float()` does.
-    """
-    base = x
-    while base.op in structural.VIEWS:
-        base = base.inputs[0]
-    narrowed = base.op is elementwise.CAST and wide(base.tensor.dtype) is not base.tensor.dtype
-    if narrowed and dtype.is_float and wide(dtype) is dtype:
-        before = base.inputs[0].tensor.dtype
-        if before.is_float and wide(before) is before:
-            raise Decline("the error of a rounding to 16 bits")
+def converted(x: Node, dtype: DType) -> Node:
+    """Cast where the program says so: its roundings to 16 bits are kept, whose error it may want to know."""
+    return b.cast(x, dtype, rounds=x.tensor.dtype.is_float and dtype.is_half)
 
 
 def wide(dtype: DType) -> DType:
     """Return the type in which PyTorch computes inside one operator on `dtype`."""
-    return DType.F32 if dtype in (DType.F16, DType.BF16) else dtype
+    return DType.F32 if dtype.is_half else dtype
 
 
 def axes_of(x: Node, dims: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import superopt
 from superopt.codegen import cpu
 from superopt.codegen.errors import CodegenError
 from superopt.frontend import lift
 from superopt.ir.node import topological
-from superopt.ir.ops import library
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
 from superopt.runtime import build_program
@@ -24,7 +24,7 @@ from superopt.search.tiling import best_tiles
 
 pytestmark = pytest.mark.skipif(cpu.find_compiler() is None, reason="no C++ compiler")
 
-Operators = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+Operators = Mapping[str, Callable[..., torch.Tensor]]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 NUMBERS = (0.1, 0.3, -0.7)
@@ -139,13 +139,34 @@ def test_integers(dtype: torch.dtype, tmp_path: Path) -> None:
     check(operators, [special(dtype)], tmp_path)
 
 
-def test_the_error_of_a_rounding_is_known() -> None:
-    """A kernel would compute it from what was not rounded: nothing."""
+def test_roundings_that_a_program_asks_for_are_kept(tmp_path: Path) -> None:
+    """Without them a kernel would compute the error of a rounding from what was not rounded: nothing."""
+    operators = {
+        "widened": lambda x, _: x - x.bfloat16().float(),
+        "promoted": lambda x, _: x * 2 - (x * 2).bfloat16(),
+        "a view": lambda x, _: x.view(-1) - x.half().view(-1).float(),
+        "arithmetic between": lambda x, _: x - (x.bfloat16() * 1).float(),
+        "a product between": lambda x, eye: x - (x.bfloat16() @ eye.bfloat16()).float(),
+        "another type of 16 bits": lambda x, _: x.half() - x.half().bfloat16().half(),
+        "a factor": lambda x, _: ((x * 3).bfloat16().float() / 3).sum(-1) - x.sum(-1),
+        "stored": lambda x, _: x.bfloat16(),
+    }
+    x = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    check(operators, [x, torch.eye(24)], tmp_path, near=1e-5)
 
-    def error(x: torch.Tensor) -> list[torch.Tensor]:
-        narrow = (x * 2).bfloat16()
-        return [x * 2 - narrow.float(), x * 2 - narrow, narrow.view(-1).float()]
 
-    graph = lift(error, [torch.ones(3, 5)]).graph
-    opaque = [n for n in graph.nodes() if n.op is library.OPAQUE]
-    assert len(opaque) == 3
+def test_compensated_sums_in_16_bits_are_not_optimized_away(tmp_path: Path) -> None:
+    """What a sum in bfloat16 lost is nothing in float32; a kernel must not return that."""
+
+    def step(total: torch.Tensor, lost: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+        added = x - lost
+        after = total + added
+        return [after, (after - total) - added]
+
+    inputs = [
+        t.bfloat16() for t in torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    ]
+    inputs[1] *= 0.01
+    optimized = superopt.optimize(step, budget_s=5, cache=tmp_path)
+    for found, expected in zip(optimized(*inputs), step(*inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-3)
