@@ -58,6 +58,7 @@ def cases() -> dict[Op, tuple[Case, str, list[Case]]]:
             _elementwise(op, case)
     case(elementwise.WHERE, [TRUTH, X, X], None, "f32[3,4]", [X, X, X], [TRUTH, X, HALF])
     case(elementwise.CAST, [X], elementwise.CastAttrs(F16), "f16[3,4]", [TOPK])
+    found[elementwise.CAST][2].append((elementwise.CAST, [X], elementwise.CastAttrs(I64, True)))
 
     case(leaf.INPUT, [], leaf.InputAttrs("x", X.tensor), "f32[3,4]", [X])
     case(leaf.CONSTANT, [], leaf.ConstantAttrs(1.0, F32), "f32[]", [X])

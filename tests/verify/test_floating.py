@@ -89,6 +89,28 @@ def test_lower_precision_inside_is_rejected() -> None:
     assert "errs by" in run(rounded, original)
 
 
+@pytest.mark.parametrize("narrow", [DType.BF16, DType.F16])
+def test_a_rounding_error_that_is_the_result_is_not_dropped(narrow: DType) -> None:
+    """In float64 a compensated sum loses nothing: a candidate that does not round looks exact."""
+    total, x = (b.cast(b.input_(n, (16, 64), narrow), DType.F32) for n in "tx")
+
+    def lost(rounded: Callable[[Node], Node]) -> Graph:
+        after = rounded(b.add(total, x))
+        return graph(b.cast(b.sub(b.sub(after, total), x), narrow))
+
+    original = lost(lambda n: b.cast(b.cast(n, narrow), DType.F32))
+    kept, dropped = (
+        lost(lambda n: b.cast(b.cast(n, narrow, rounds=True), DType.F32)),
+        lost(lambda n: n),
+    )
+    other = DType.F16 if narrow is DType.BF16 else DType.BF16
+    assert not run(kept, original)
+    assert "made of rounding errors" in run(dropped, original)
+    assert "made of rounding errors" in run(
+        lost(lambda n: b.cast(b.cast(n, other), DType.F32)), original
+    )
+
+
 def test_wrong_shapes_types_and_counts_are_reported() -> None:
     original = graph(b.mul(X, 2.0))
     assert "0 outputs" in verify_float(original, lambda t: [], seed=1).reason
