@@ -434,6 +434,8 @@ def _agrees(request: Request, program: Program, seed: int, device: torch.device)
         found = program.run(*given)
         same = torch.equal(torch.rand(1, device=device), state)
     results = [t for t in expected if isinstance(t, torch.Tensor)]
+    if any(a.dtype is not b.dtype for a, b in zip(found, results, strict=True)):
+        return False
     if draws(request.graph):
         return same and all(close(a, b) for a, b in zip(found, results, strict=True))
     if _resemble(found, results):

@@ -13,6 +13,7 @@ from superopt.frontend.rules import (
     as_dtype,
     common_dtype,
     converted,
+    nearest,
     rounded,
     rule,
     to,
@@ -295,6 +296,7 @@ def _pow_scalar(call: Call, x: Node, exponent: Scalar) -> Node:
     if not call.dtype.is_float and exponent < 0:
         raise Decline("an integer to a negative power is an error")
     y = to(x, wide(call.dtype))
+    exponent = nearest(exponent, call.dtype)
     result = _small_power(y, exponent)
     if result is None:
         result = elementwise_op(e.POW, y, as_dtype(exponent, wide(call.dtype)))
@@ -321,7 +323,7 @@ def _small_power(x: Node, exponent: Scalar) -> Node | None:
 
 @rule(aten.pow.Tensor_Tensor, aten.pow.Scalar)
 def _pow(call: Call, x: Operand, y: Operand) -> Node:
-    return _arithmetic(e.POW, x, y, call.dtype)
+    return _arithmetic(e.POW, rounded(x, call.dtype), rounded(y, call.dtype), call.dtype)
 
 
 # -- selection and clamping ----------------------------------------------------------------------

@@ -456,6 +456,12 @@ def test_a_compiler_around_an_optimized_program_sees_the_original(folder):
     torch.compiler.reset()
 
 
+def test_results_of_another_type_than_the_original_s_are_not_served(folder):
+    x = torch.rand(300) > 0.5  # PyTorch's own shape functions say int64 of this, eager gives bool
+    fast = superopt.optimize(lambda x: torch.pow(x, True), budget_s=3, cache=folder)
+    assert [fast(x).dtype, fast(x).dtype] == [fast.original(x).dtype] * 2
+
+
 def normed(x):
     return x / x.norm(dim=-1, keepdim=True)
 

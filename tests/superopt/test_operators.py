@@ -109,6 +109,17 @@ def test_numbers_are_rounded_where_they_become_tensors(dtype: torch.dtype, tmp_p
     check(operators, [special(dtype).nan_to_num(0, 0, 0).clamp(-100, 100)], tmp_path)
 
 
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_powers_are_of_rounded_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
+    x = torch.tensor([-2.0, 0.5, 3.0, 4000.0, 6e4], dtype=dtype)
+    operators = {
+        "to a number near 1": lambda x: x**1.0002,
+        "to one that becomes 0": lambda x: x**1e-8 if dtype is torch.float16 else x**0.0,
+        "of a number near 1": lambda x: torch.pow(1.0002, x),
+    }
+    check(operators, [x], tmp_path)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_activations_at_the_ends(dtype: torch.dtype, tmp_path: Path) -> None:
     """What is left of 1 + erf(x) or 1 + tanh(x) where they are -1 would be multiplied by x."""
