@@ -469,7 +469,11 @@ class OptimizedModule(torch.nn.Module, _Planning):
     def __getattr__(self, name: str) -> Any:
         if name == "_superopt":
             raise AttributeError(name)
-        return getattr(self._superopt.original, name)
+        found = getattr(self._superopt.original, name)
+        if isinstance(found, types.MethodType) and not name.startswith("_"):
+            why = f"the method {name} calls the original: plans serve calls of the module itself"
+            self._superopt.refusals.setdefault(why)
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OptimizedModule":
         module = copy.deepcopy(self._superopt.original, memo)

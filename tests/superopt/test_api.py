@@ -476,6 +476,17 @@ def test_functions_that_are_compiled_already_are_seen_through(folder):
     torch.compiler.reset()
 
 
+class Greedy(torch.nn.Linear):
+    def generate(self, x):
+        return self(x).argmax(-1)
+
+
+def test_the_report_says_that_methods_are_the_original_s(folder):
+    fast = superopt.optimize(Greedy(8, 8), cache=folder)
+    fast.generate(torch.randn(4, 8))
+    assert "generate calls the original" in str(fast.report())
+
+
 def test_an_optimized_container_is_a_container(folder):
     linear, gelu = torch.nn.Linear(8, 8), torch.nn.GELU()
     fast = superopt.optimize(torch.nn.Sequential(linear, gelu), cache=folder)
