@@ -164,6 +164,8 @@ class Environment:
             raise CodegenError(f"{node.op.name} has no expression: {rule}")
         operands = [self.value(i, broadcast_coords(i, coords)) for i in node.inputs]
         text = rule(operands, node, self.vector)
+        if self.vector and node in self.plan.rough:
+            text = f"so::exp_rough({operands[0]})"
         if node.op is elementwise.MUL and dtype in _CONTRACTED and self._is_added(node):
             text = f"rounded({text})"
         return self.define(text, dtype)

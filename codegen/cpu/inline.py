@@ -40,6 +40,7 @@ _DEAR_OPS = frozenset(
         elementwise.COS,
     }
 )
+_HALVES = (DType.F16, DType.BF16)
 _INT32 = (-(2**31), 2**31 - 1)
 _RANGES = {
     DType.BOOL: (0, 1),
@@ -78,6 +79,8 @@ class Plan:
     vector: dict[Node, bool] = field(default_factory=dict)
     merged: dict[Node, Node] = field(default_factory=dict)
     """A product that goes straight into an accumulator, and that accumulator."""
+    rough: set[Node] = field(default_factory=set)
+    """Exponentials of which 16 bits count."""
 
     def __post_init__(self) -> None:
         outputs = self.program.graph.outputs
@@ -88,6 +91,8 @@ class Plan:
             self._decide(node)
             self.ranges[node] = self._range(node)
             self.vector[node] = self._has_vector_form(node)
+        exponentials = (n for n in topological(outputs) if n.op is elementwise.EXP)
+        self.rough.update(n for n in exponentials if self._is_rough(n))
 
     def operand_base(self, node: Node) -> Node:
         """Return the value in memory that a view `node` looks at."""
@@ -191,6 +196,23 @@ class Plan:
             else:
                 found.append(user)
         return list(dict.fromkeys(found))
+
+    def _is_rough(self, node: Node) -> bool:
+        """Say whether nobody sees more of a value than 16 bits: where it is rounded, or added up for what is.
+
+        The terms of such a sum have one sign, so that it errs no more than they do.
+        """
+        leaving = [o.tensor.dtype for o in self.program.graph.outputs]
+        rounded = all(d in _HALVES or not d.is_float for d in leaving)
+        return all(
+            self._narrows(user) or (user.op is contraction.REDUCE_SUM and rounded)
+            for user in self._readers(node)
+        )
+
+    def _narrows(self, node: Node) -> bool:
+        if node.op is elementwise.MUL:
+            return all(self._narrows(user) for user in self._readers(node))
+        return node.op is elementwise.CAST and node.tensor.dtype in _HALVES
 
     # -- integers ------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ extern "C" void choose(const float* x, int64_t n, float* y) {
 
 def _source() -> str:
     lines = [KERNELS]
-    lines += [f"UNARY({name})" for name in (*UNARY, *LANEWISE)]
+    lines += [f"UNARY({name})" for name in (*UNARY, *LANEWISE, "exp_rough")]
     lines += [
         f"BINARY({name})"
         for name in ("pow", "max", "min", "fmod", "atan2", "remainder", "copysign")
@@ -238,6 +238,22 @@ def test_function_accuracy(kernels: Any, name: str) -> None:
     got = np.empty_like(x)
     _call(kernels["k_" + name], x, got, len(x))
     _assert_close(got, _reference(name), UNARY.get(name, 2.0), x)
+
+
+def test_rough_exponentials_keep_sixteen_bits(kernels: Any) -> None:
+    x = _inputs()
+    got = np.empty_like(x)
+    _call(kernels.k_exp_rough, x, got, len(x))
+    reference = _reference("exp")
+    usual = (reference >= 2.0**-126) & (reference < 2.0**127)
+    error = np.abs(got[usual].astype(np.float64) / reference[usual] - 1)
+    assert np.all(error <= 2.0**-18 + np.abs(x[usual]) * 2.0**-23)
+    assert np.all(got[x == 0] == 1)
+    assert np.all((got[reference < 2.0**-126] < 1.2e-38) | (x[reference < 2.0**-126] > -87.4))
+    with np.errstate(all="ignore"):
+        above = reference.astype(np.float32) == np.inf
+    assert np.all(got[above] == np.inf)
+    assert np.array_equal(np.isnan(got), np.isnan(x))
 
 
 @pytest.mark.parametrize("name", list(UNARY))

@@ -6,6 +6,7 @@ import pytest
 from superopt.codegen import cpu
 from superopt.codegen.errors import CodegenError
 from superopt.ir import build as b
+from superopt.ir.types import DType
 
 SCALE = 0.08838834764831845
 
@@ -26,3 +27,21 @@ def test_a_scaled_maximum_cancels_exactly_where_scores_are_huge(tmp_path, rows):
     kernel(x.ctypes.data, result.ctypes.data)
     expected = (x == x.max(axis=-1, keepdims=True)).astype(np.float32)
     np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "use", "rough"),
+    [
+        (DType.BF16, lambda e: b.div(e, b.reduce_sum(e, -1)), True),
+        (DType.F16, lambda e: b.div(e, b.reduce_sum(e, -1)), True),
+        (DType.F32, lambda e: b.div(e, b.reduce_sum(e, -1)), False),
+        (DType.BF16, lambda e: b.sub(1.0, e), False),  # where e is near 1, all of its bits count
+        (DType.BF16, lambda e: b.sub(1.0, b.mul(e, e)), False),
+    ],
+)
+def test_exponentials_of_which_sixteen_bits_count_are_rough(dtype, use, rough):
+    builder = b.BlockBuilder("f", grid={"m": 1})
+    x = b.cast(builder.load(b.input_("x", (4, 64), dtype), 4, 64), DType.F32)
+    builder.store(b.cast(use(b.exp(x)), dtype), (4, 64), 4, 64)
+    text = cpu.lower(builder.graph(), cpu.CpuConfig(), "f").text
+    assert ("exp_rough" in text) == rough
