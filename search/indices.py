@@ -34,6 +34,7 @@ class IndexSpace:
     _parts: dict[Atom, tuple[Atom, Atom]] = field(default_factory=dict)
     _whole: set[Atom] = field(default_factory=set)
     _reduced: set[Atom] = field(default_factory=set)
+    _absorbed: set[Atom] = field(default_factory=set)
     _dims: dict[Node, list[list[Atom]]] = field(default_factory=dict)
     _layouts: dict[Node, Layout] = field(default_factory=dict)
     """What was asked for since a node was added: dims may be split then."""
@@ -78,6 +79,12 @@ class IndexSpace:
         """Say whether two dims of one tensor run over the same index, that is over its diagonal."""
         return any(len(set(a)) < len(a) for a in map(self.atoms, nodes))
 
+    def absorb(self, outer: Atom, inner: Atom) -> None:
+        """Make one index of two that always come together, once all nodes are there: `inner` holds both."""
+        self._layouts.clear()
+        self._extent[inner] *= self._extent[outer]
+        self._absorbed.add(outer)
+
     # -- building ------------------------------------------------------------------------------
 
     def _fresh(self, extent: int) -> list[Atom]:
@@ -100,7 +107,7 @@ class IndexSpace:
             atom = self._root(stack.pop())
             if atom in self._parts:
                 stack += self._parts[atom][::-1]
-            else:
+            elif atom not in self._absorbed:
                 result.append(atom)
         return result
 

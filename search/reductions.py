@@ -1,7 +1,8 @@
 """Algebraic moves of reductions: in stages, over joined tensors, and with shifts that hold more than a maximum.
 
 - `reduce-in-stages`: a reduction that leaves too few elements to occupy the cores => one over the inner axes
-  and another over the outer ones, which are few by then.
+  and another over the outer ones, which are few by then. Where the inner axes are short, and operands lie in
+  memory as one axis, it is that axis that is cut, into pieces of equal length.
 - `reduce-in-parts`: the same along one long axis, cut into pieces of equal length (and a rest, reduced alone).
 - `reduce-of-concat`: a reduction over f(concat(a, b)) => the reductions over f(a) and f(b), combined: what
   is joined in memory only to be reduced is never joined.
@@ -20,9 +21,12 @@ from superopt.ir import build as b
 from superopt.ir.node import Node, rebuild
 from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
+from superopt.search.region import is_view, view_base
 
 _ENOUGH: Final = 64
 """Results that occupy the cores of a machine, and blocks enough that none of them waits for long."""
+_SHORT: Final = 512
+"""Elements that are too few for a row of their own: vectors are filled badly, and rows are many."""
 _LONG: Final = 1 << 15
 """Elements along an axis that take longer to reduce than it takes to call one kernel more."""
 _COMBINE: Final = {
@@ -46,6 +50,10 @@ def reduce_in_stages(node: Node) -> Node | None:
         outer += 1
     if outer == 0:
         return None
+    if prod(x.shape[a] for a in axes[outer:]) < _SHORT:
+        pieces = _pieces(node, axes[0], axes[-1])
+        if pieces is not None:
+            return pieces
     inner = [a for a in node.attrs.axes if a not in axes[:outer]]
     return b.reduce(node.op, b.reduce(node.op, x, inner), axes[:outer])
 
@@ -71,6 +79,45 @@ def reduce_in_parts(node: Node) -> Node | None:
         return result
     rest = b.reduce(node.op, _sliced(x, axes[0], whole, extent), axis)
     return b.elementwise_op(_COMBINE[node.op], result, rest)
+
+
+def _pieces(node: Node, first: int, last: int) -> Node | None:
+    """Reduce equal pieces of the axes from `first` to `last` (from the end), and what that leaves.
+
+    None where not all of them are reduced, operands do not lie as one axis, or no pieces are equal.
+    """
+    x = node.inputs[0]
+    rank, full = len(x.shape), x.shape
+    within = slice(rank + first, rank + last + 1)
+    if any(full[a] > 1 and a not in node.attrs.axes for a in range(first, last + 1)):
+        return None
+    elements, least = prod(full[within]), -(-_ENOUGH // prod(node.shape))
+    parts = next((p for p in range(least, 4 * least) if elements % p == 0), None)
+    if parts is None:
+        return None
+    known: dict[Node, Node | None] = {}
+
+    def cut(of: Node) -> Node | None:
+        if of not in known:
+            known[of] = of if not of.shape else made(of)
+        return known[of]
+
+    def made(of: Node) -> Node | None:
+        same = prod(of.shape[within]) == 1
+        both = (1, 1) if same else (parts, elements // parts)
+        shaped = b.reshape(of, (*of.shape[: within.start], *both, *of.shape[within.stop :]))
+        if same or (is_view(shaped) and view_base(of).op is leaf.INPUT):
+            return shaped
+        if of.shape[within] != full[within] or of.op.kind is not OpKind.ELEMENTWISE:
+            return None
+        operands = [o for o in map(cut, of.inputs) if o is not None]
+        return rebuild(of, tuple(operands)) if len(operands) == len(of.inputs) else None
+
+    flat = cut(x)
+    if flat is None:
+        return None
+    inside = within.start + 1 - len(flat.shape)
+    return b.reshape(b.reduce(node.op, b.reduce(node.op, flat, inside), inside - 1), node.shape)
 
 
 def _sliced(node: Node, axis: int, start: int, stop: int) -> Node:

@@ -17,6 +17,7 @@ from typing import final
 
 from superopt.ir.node import Node, topological
 from superopt.ir.ops import contraction, leaf
+from superopt.search.coalesce import coalesce
 from superopt.search.errors import NotFusible
 from superopt.search.indices import Atom, IndexSpace
 from superopt.search.online import Homogeneity, homogeneity, is_reduction
@@ -88,6 +89,7 @@ def derive(region: Region) -> list[Schedule]:
         region, reads, space = separated(region)
     except NotFusible:
         return []
+    coalesce(region, space)
     atoms = dict.fromkeys(a for n in (*region.inputs, *region.body) for a in space.atoms(n))
     common = set(atoms)
     for output in region.outputs:

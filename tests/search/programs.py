@@ -51,6 +51,13 @@ def norm_linear() -> Graph:
     return b.kernel_graph("norm_linear", [x, g, w], [b.matmul(normed, b.transpose(w))])
 
 
+def pixel_gate() -> Graph:
+    """Channels scaled by a gate made of their means over short rows of pixels."""
+    x, w = b.input_("x", (3, 10, 6, 7)), b.input_("w", (10, 1, 1))
+    gate = b.sigmoid(b.mul(b.mean(x, (-2, -1)), w))
+    return b.kernel_graph("pixel_gate", [x, w], [b.mul(x, gate)])
+
+
 def square_layer() -> Graph:
     """A square layer around a norm: its input is read by column and by contracted index."""
     x, g, w = b.input_("x", (9, 40)), b.input_("g", (40,)), b.input_("w", (40, 40))
@@ -118,6 +125,7 @@ PROGRAMS = {
     "loss": label_loss(),
     "rotated": rotated(),
     "residual": two_results(),
+    "pixel_gate": pixel_gate(),
     "square_layer": square_layer(),
     "gated_residual": gated_residual(),
     "square": square(),

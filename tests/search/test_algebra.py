@@ -39,6 +39,7 @@ top = b.maximum(b.reduce_max(x, -1), sink)
 deep = b.input_("deep", (3, 9, 11))
 long = b.input_("long", (5, 7))
 wide = b.input_("wide", (70, 3, 4))
+tall = b.input_("tall", (3, 64, 9))
 vast, prime = b.input_("vast", (1, 40000)), b.input_("prime", (2, 32771, 1))
 
 
@@ -63,6 +64,7 @@ FIRES = [
     (TAKE_TO_GATHER, case([rows, places], b.take(b.transpose(rows), places, 0))),
     (REDUCE_IN_STAGES, case([deep], b.reduce_sum(deep, (-3, -2, -1)))),
     (REDUCE_IN_STAGES, case([deep], b.reduce_max(deep, (-2, -1)))),
+    (REDUCE_IN_STAGES, case([tall], b.reduce_sum(b.exp(b.mul(tall, 2.0)), (-3, -2, -1)))),
     (REDUCE_IN_PARTS, case([vast], b.reduce_sum(b.mul(vast, vast), (-2, -1)))),
     (
         REDUCE_IN_PARTS,
@@ -108,6 +110,18 @@ STAYS = [
     (MAXIMUM_OUT_OF_SHIFT, case([x, sink], b.exp(b.sub(b.mul(x, 2.0), top)))),
     (MAXIMUM_OUT_OF_SHIFT, case([x], b.exp(b.sub(x, b.reduce_max(x, -1))))),
 ]
+
+
+def test_short_axes_are_reduced_as_one() -> None:
+    other = b.permute(b.input_("other", (9, 3, 64)), (1, 2, 0))
+    flat = apply_rules(case([tall], b.reduce_sum(b.exp(tall), (-3, -2, -1))), (REDUCE_IN_STAGES,))
+    apart = b.reduce_sum(b.mul(tall, other), (-3, -2, -1))
+    across = apply_rules(b.kernel_graph("g", [tall, other.inputs[0]], [apart]), (REDUCE_IN_STAGES,))
+    widths = [
+        next(n.inputs[0].shape[-1] for n in g.nodes() if n.op is contraction.REDUCE_SUM)
+        for g in (flat, across)
+    ]
+    assert widths == [27, 9]
 
 
 @pytest.mark.parametrize("number", range(len(FIRES)))

@@ -1,13 +1,15 @@
 """Every schedule of every program, with ragged tiles, means what the program means."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from superopt.ir import build as b
 from superopt.ir.check import check_graph
 from superopt.ir.graph import Graph
-from superopt.ir.node import topological
-from superopt.ir.ops import contraction, elementwise, tile
+from superopt.ir.node import Node, topological
+from superopt.ir.ops import contraction, elementwise, leaf, tile
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
 from superopt.ir.text import parse_graph, print_graph
@@ -124,6 +126,37 @@ def test_merged_and_split_heads_share_atoms() -> None:
     region = whole_region(graph)
     space = analyse(region.inputs, region.body)
     assert [space.extent(a) for a in space.atoms(region.outputs[0])] == [2, 4, 10, 6]
+
+
+@pytest.mark.parametrize(
+    ("make", "extents"),
+    [
+        (lambda x: b.mul(x, b.mean(x, (-2, -1))), [15, 42]),
+        (lambda x: b.div(b.exp(x), b.reduce_sum(b.exp(x), -3)), [3, 5, 42]),
+        (lambda x: b.exp(x), [630]),
+        # together in one tensor and not in another, or numbered along one of them
+        (lambda x: b.mul(x, b.input_("w", (1, 1, 1, 7))), [90, 7]),
+        (lambda x: b.where(b.ge(b.iota((1, 1, 1, 7), -1), 3), x, 0.0), [90, 7]),
+        # not next to each other in memory
+        (lambda x: b.exp(b.permute(x, (0, 2, 3, 1))), [3, 42, 5]),
+        (lambda x: b.exp(b.slice_(b.input_("y", (3, 5, 6, 9)), -1, 0, 7)), [90, 7]),
+    ],
+)
+def test_short_indices_that_always_come_together_are_one(
+    make: Callable[[Node], Node], extents: list[int]
+) -> None:
+    result = make(b.input_("x", (3, 5, 6, 7)))
+    inputs = [n for n in topological([result]) if n.op is leaf.INPUT]
+    graph = b.kernel_graph("g", inputs, [result])
+    schedule = derive(make_region(graph, [n for n in graph.nodes() if is_compute(n)]))[0]
+    space = schedule.space
+    assert [space.extent(a) for a in space.atoms(schedule.region.outputs[0])] == extents
+
+
+def test_long_indices_stay_apart() -> None:
+    x = b.input_("x", (30, 1024))
+    (schedule,) = derive(whole_region(b.kernel_graph("g", [x], [b.exp(x)])))
+    assert len(schedule.grid) == 2
 
 
 def test_a_reshape_that_cuts_across_dims_is_no_kernel() -> None:
