@@ -199,17 +199,20 @@ def _split(node: Node, axes: tuple[int, ...]) -> tuple[Node, _Product] | None:
     product = _factors(node)
     count = prod(node.shape[a] for a in axes)
 
-    def invariant(n: Node) -> bool:
-        flat = not n.shape or all(n.shape[a] == 1 for a in axes)
-        return flat and _after_reduction(n, count)
+    def flat(n: Node) -> bool:
+        return not n.shape or all(n.shape[a] == 1 for a in axes)
 
-    out = _Product(
-        [n for n in product.above if invariant(n)], [n for n in product.below if invariant(n)]
-    )
-    if not out.above and not out.below:
+    factors = (*product.above, *product.below)
+    moved = {n for n in factors if flat(n) and _after_reduction(n, count)}
+    if not moved:
         return None
-    rest = [n for n in product.above if not invariant(n) and not _is_one(n)]
-    under = [n for n in product.below if not invariant(n)]
+    # the result is scaled anyway
+    moved.update(n for n in factors if flat(n) and n.shape)
+    out = _Product(
+        [n for n in product.above if n in moved], [n for n in product.below if n in moved]
+    )
+    rest = [n for n in product.above if n not in moved and not _is_one(n)]
+    under = [n for n in product.below if n not in moved]
     if not rest or all(not n.shape for n in rest):
         return None
     kept = rest[0]

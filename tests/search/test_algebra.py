@@ -5,6 +5,7 @@ import torch
 
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
+from superopt.ir.node import topological
 from superopt.ir.ops import contraction, structural
 from superopt.ir.types import DType
 from superopt.search.algebra import (
@@ -110,6 +111,14 @@ STAYS = [
     (MAXIMUM_OUT_OF_SHIFT, case([x, sink], b.exp(b.sub(b.mul(x, 2.0), top)))),
     (MAXIMUM_OUT_OF_SHIFT, case([x], b.exp(b.sub(x, b.reduce_max(x, -1))))),
 ]
+
+
+def test_a_plain_factor_follows_one_that_is_moved_out() -> None:
+    length = b.input_("r", (5, 1))
+    scaled = b.matmul(b.div(b.mul(length, x), b.sqrt(b.reduce_sum(b.mul(x, x), -1))), y)
+    (moved,) = apply_rules(case([x, y, length], scaled), (SCALE_OUT_OF_CONTRACTION,)).outputs
+    (product,) = [n for n in topological([moved]) if n.op is contraction.MATMUL]
+    assert product.inputs == (x, y)
 
 
 def test_short_axes_are_reduced_as_one() -> None:
