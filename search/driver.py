@@ -43,6 +43,7 @@ from superopt.search.reassociate import reassociated
 from superopt.search.region import Region, extract, make_region, substitute
 from superopt.search.schedule import Schedule, derive
 from superopt.search.tiling import best_tiles, choices
+from superopt.search.transposes import untransposed
 from superopt.verify.equivalence import Verdict, provable, verify_field
 from superopt.verify.floating import HARDEST, FloatTest
 from superopt.verify.reference import TorchDomain
@@ -319,8 +320,8 @@ class Driver:
         return list({g.digest(): g for g in moved}.values())
 
     def _cheaper(self, plain: Graph) -> Graph:
-        """Return a graph with its products in the order of least work, where that costs no accuracy."""
-        cheaper = reassociated(plain)
+        """Return a graph with products in the order and layout of least work, where that costs no accuracy."""
+        cheaper = reassociated(untransposed(plain))
         return cheaper if cheaper == plain or self._accurate(cheaper) else plain
 
     def _moved(self, plain: Graph) -> Graph:
