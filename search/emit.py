@@ -30,6 +30,27 @@ _CLOSES = {
     contraction.REDUCE_MIN: tile.ACCUM_MIN,
     contraction.REDUCE_PROD: tile.ACCUM_PROD,
 }
+_STEPS = (
+    elementwise.EQ,
+    elementwise.NE,
+    elementwise.LT,
+    elementwise.LE,
+    elementwise.GT,
+    elementwise.GE,
+    elementwise.SIGN,
+    elementwise.FLOOR,
+    elementwise.CEIL,
+    elementwise.ROUND,
+    elementwise.TRUNC,
+    elementwise.FLOORDIV,
+    elementwise.TRUNCDIV,
+    elementwise.REMAINDER,
+    elementwise.FMOD,
+    elementwise.ISNAN,
+    elementwise.ISINF,
+    contraction.ARGMAX,
+    contraction.ARGMIN,
+)
 _LETTERS = "ijklmnopqrstuvwxyzabcdefgh"
 
 
@@ -85,14 +106,21 @@ def _wide(dtype: DType) -> DType:
     return DType.F32 if dtype.is_half else dtype
 
 
+def _steps(node: Node) -> bool:
+    """Say whether a rounding of an operand may change the result by a whole step."""
+    to_whole = node.op is elementwise.CAST and not node.tensor.dtype.is_float
+    return to_whole or node.op in _STEPS
+
+
 def _rounded(value: Node, operand: Node) -> Node:
-    """Return the wide tile of a 16-bit operand of a product, rounded where it is not what memory holds."""
+    """Return the wide tile of a 16-bit operand, rounded where it is not what memory holds."""
+    if operand.op is elementwise.CAST and operand.tensor.dtype is DType.F32:
+        (operand,) = operand.inputs
     dtype, source = operand.tensor.dtype, value
     while source.op.kind is OpKind.STRUCTURAL and len(source.inputs) == 1:
         source = source.inputs[0]
-    if not dtype.is_half or (
-        source.op is elementwise.CAST and source.inputs[0].tensor.dtype is dtype
-    ):
+    stored = source.op is elementwise.CAST and source.inputs[0].tensor.dtype is dtype
+    if stored or not dtype.is_half or source.op is leaf.CONSTANT:
         return value
     return b.cast(b.cast(value, dtype), DType.F32)
 
@@ -117,6 +145,10 @@ class _Emitter:
         for node in s.region.inputs:
             self.inputs[node] = self._input(node, taken)
         outputs = tuple(self._store(o) for o in s.region.outputs)
+        if len(set(outputs)) < len(outputs):
+            raise NotFusible(
+                "two results differ only in roundings to 16 bits that a kernel leaves out"
+            )
         grid = tuple(Axis(self.names[a], self._count(a)) for a in s.grid)
         loops: tuple[Axis, ...] = ()
         if s.loop is not None:
@@ -255,6 +287,8 @@ class _Emitter:
         if op is leaf.IOTA:
             return self._iota(node, number)
         layouts = [self._layout(i) for i in node.inputs]
+        if op is contraction.MATMUL or _steps(node):
+            operands = [_rounded(v, i) for v, i in zip(operands, node.inputs, strict=True)]
         if op is elementwise.CAST:
             dtype, rounds = node.attrs.dtype, node.attrs.rounds
             value = b.cast(operands[0], dtype, rounds=True) if rounds else operands[0]
@@ -265,8 +299,7 @@ class _Emitter:
             ]
             return make(op, aligned, node.attrs)
         if op is contraction.MATMUL:
-            rounded = [_rounded(v, i) for v, i in zip(operands, node.inputs, strict=True)]
-            return self._matmul(rounded, layouts, layout)
+            return self._matmul(operands, layouts, layout)
         if op.kind is OpKind.REDUCTION:
             return self._reduce(node, operands[0], layouts[0], layout)
         return self._structural(node, operands, layouts, layout)

@@ -301,7 +301,9 @@ def _cast(args: list[str], node: Node, vector: bool) -> str:
         return args[0] if before is DType.BOOL else f"({args[0]} != {zero})"
     if not vector:
         if before.is_float and after.is_integer:
-            wide = f"static_cast<int64_t>({args[0]})"
+            # as PyTorch: NaN and what does not fit become the smallest integer of the instruction's type
+            through = "int64_t" if after in (DType.I64, DType.U8) else "int32_t"
+            wide = f"static_cast<{through}>({args[0]})"
             return f"static_cast<{ELEMENT[after]}>({wide})"
         text = f"static_cast<{scalar_type(after)}>({args[0]})"
     elif after.is_float:

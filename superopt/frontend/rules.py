@@ -130,7 +130,7 @@ def to(x: Node, dtype: DType) -> Node:
 
 def converted(x: Node, dtype: DType) -> Node:
     """Cast where the program says so: its roundings to 16 bits are kept, whose error it may want to know."""
-    return b.cast(x, dtype, rounds=x.tensor.dtype.is_float and dtype.is_half)
+    return b.cast(x, dtype, rounds=dtype.is_half and x.tensor.dtype is not DType.BOOL)
 
 
 def wide(dtype: DType) -> DType:

@@ -66,8 +66,8 @@ def _simpler(node: Node) -> Node:
         return _not(node)
     if op is e.WHERE:
         return _where(node)
-    if op is e.CAST and node.attrs.dtype is DType.BOOL:
-        return _chosen(node.inputs[0], bool) or node
+    if op is e.CAST:
+        return _cast(node)
     if op in _COMPARE:
         return _comparison(node)
     if op in (e.MUL, e.DIV):
@@ -76,6 +76,15 @@ def _simpler(node: Node) -> Node:
             return left
         return right if op is e.MUL and _is_number(left, 1) else node
     return node
+
+
+def _cast(node: Node) -> Node:
+    """Cast from the type before a cast that loses nothing; a choice between numbers to the choice itself."""
+    (x,) = node.inputs
+    if x.op is e.CAST and x.tensor.dtype is DType.F32 and x.inputs[0].tensor.dtype.is_half:
+        (x,) = x.inputs
+        node = b.cast(x, node.tensor.dtype, rounds=node.attrs.rounds)
+    return (_chosen(x, bool) or node) if node.tensor.dtype is DType.BOOL else node
 
 
 def _view(node: Node) -> Node:

@@ -166,6 +166,47 @@ def test_roundings_that_a_program_asks_for_are_kept(tmp_path: Path) -> None:
     check(operators, [x, torch.eye(24)], tmp_path, near=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_are_where_16_bits_have_them(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A comparison or a conversion to integers of what was not rounded goes the other way now and then."""
+    operators = {
+        "greater": lambda x: x * 3 > 1.1 * x,
+        "equal": lambda x: x * 1.01 == x,
+        "floor": lambda x: (x * x).floor(),
+        "round": lambda x: (x * 3.3).round(),
+        "whole": lambda x: (x * x).to(torch.int32),
+        "remainder": lambda x: (x * 5.1) % 1 < 0.5,
+        "infinite": lambda x: (x * 3e4).isinf(),
+        "largest": lambda x: (x * 0.01 + 1).argmax(-1),
+    }
+    check(
+        operators,
+        [torch.randn(8, 99, generator=torch.Generator().manual_seed(0)).to(dtype)],
+        tmp_path,
+    )
+
+
+def test_what_does_not_fit_an_integer(tmp_path: Path) -> None:
+    """As eager PyTorch has it on x86, where it matters: markers of missing values are made of NaN."""
+    values = [math.nan, math.inf, -math.inf, 3e9, -3e9, 1e20, 300.7, -1.5]
+    types = (torch.int64, torch.int32, torch.int16, torch.int8)
+    operators = {str(t): lambda x, t=t: (x + 0).to(t) for t in types}
+    check(operators, [torch.tensor(values).repeat(9)], tmp_path)
+
+
+def test_results_that_kernels_cannot_tell_apart(tmp_path: Path) -> None:
+    """Roundings that a kernel leaves out are all that is between two results: each is still written."""
+    programs = {
+        "casts": lambda x: [x.float().to(torch.int32), x.to(torch.int32)],
+        "a sum": lambda x: [(x + x).float(), x.float() + x.float()],
+    }
+    x = torch.arange(99.0).bfloat16()
+    for name, program in programs.items():
+        optimized = superopt.optimize(program, budget_s=3, cache=tmp_path)
+        for found, expected in zip(optimized(x), program(x), strict=True):
+            torch.testing.assert_close(found, expected, msg=name)
+
+
 def test_compensated_sums_in_16_bits_are_not_optimized_away(tmp_path: Path) -> None:
     """What a sum in bfloat16 lost is nothing in float32; a kernel must not return that."""
 
