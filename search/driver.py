@@ -14,7 +14,7 @@ program (the original when nothing better was proven).
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf, log2
@@ -406,10 +406,11 @@ class Driver:
         However late it is every group gets a kernel, if only the first that comes to mind: op by op it
         would be slower than the original.
         """
-        self._prepare([make_region(graph, group) for group in costs])
+        regions = _regions(graph, costs)
+        self._prepare(regions)
         found: list[tuple[Region, _Choice]] = []
         total = missing = sum(costs.values())
-        for group, cost in costs.items():
+        for region, cost in zip(regions, costs.values(), strict=True):
             left = deadline - time.monotonic()
             if left <= 0:
                 self.statistics.stopped = "budget"
@@ -417,15 +418,14 @@ class Driver:
             until = time.monotonic() + left * cost / max(missing, cost)
             missing -= cost
             minor = left <= 0 or cost < _MINOR * total
-            found += self._kernels_of(graph, group, until, minor)
+            found += self._kernels_of(graph, region, until, minor)
         return found
 
     def _kernels_of(
-        self, variant: Graph, group: Group, until: float, minor: bool
+        self, variant: Graph, region: Region, until: float, minor: bool
     ) -> list[tuple[Region, _Choice]]:
-        """Return the kernels for a group: one, or those of its parts, some of them library calls."""
-        region = make_region(variant, group)
-        products = [n for n in group if n.op.kind is OpKind.CONTRACTION]
+        """Return the kernels for a region: one, or those of its parts, some of them library calls."""
+        products = [n for n in region.body if n.op.kind is OpKind.CONTRACTION]
         # the parts need the rest of the time where one kernel is not the best
         now = time.monotonic()
         share = 1.0 if not products else 0.5 if len(products) == 1 else 0.3
@@ -459,7 +459,7 @@ class Driver:
         parts: list[tuple[Region, _Choice]] = []
         groups = self._costs(graph, 0)
         around = [g for g in groups if all(n.op.kind is not OpKind.CONTRACTION for n in g)]
-        regions = [make_region(graph, group) for group in around]
+        regions = _regions(graph, around)
         self._prepare(regions)
         for inner in regions:
             late = self._left() <= 0
@@ -594,6 +594,12 @@ def search(
     """
     floats = floats or FloatTest(graph, seed=seed, device=measurer.device)
     return Driver(graph, machine, measurer, budget_s, seed, floats, on_event, accept).run()
+
+
+def _regions(graph: Graph, groups: Collection[Group]) -> list[Region]:
+    """Return the regions of groups that become kernels together."""
+    made = frozenset[Node]().union(*groups)
+    return [make_region(graph, group, made) for group in groups]
 
 
 def _group(region: Region) -> Group:

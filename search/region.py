@@ -1,6 +1,6 @@
 """Regions: the sets of ops that become one kernel, and how their tensors lie in memory."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import final
@@ -46,8 +46,11 @@ def _structure(graph: Graph) -> tuple[tuple[Node, ...], Mapping[Node, list[Node]
     return tuple(topological(graph.outputs)), users_of(graph.outputs)
 
 
-def make_region(graph: Graph, members: Iterable[Node]) -> Region:
-    """Return the region of the ops `members`, with the leaves and the views between them."""
+def make_region(graph: Graph, members: Iterable[Node], elsewhere: Collection[Node] = ()) -> Region:
+    """Return the region of the ops `members`, with the leaves and the views between them.
+
+    What other kernels make is `elsewhere`: it is read as they leave it.
+    """
     chosen = set(members)
     order, users = _structure(graph)
     feeds: set[Node] = set()
@@ -58,7 +61,7 @@ def make_region(graph: Graph, members: Iterable[Node]) -> Region:
     for node in order:
         if node in feeds and node.op in structural.VIEWS and node.inputs[0] in chosen:
             chosen.add(node)
-    copied = _copied_views(order, chosen, users)
+    copied = _copied_views(order, chosen, users, elsewhere)
     chosen |= copied
     body = [n for n in order if n in chosen]
     made_by = dict.fromkeys(i for n in body for i in n.inputs if is_leaf(i))
@@ -75,7 +78,10 @@ def make_region(graph: Graph, members: Iterable[Node]) -> Region:
 
 
 def _copied_views(
-    order: Sequence[Node], chosen: set[Node], users: Mapping[Node, list[Node]]
+    order: Sequence[Node],
+    chosen: set[Node],
+    users: Mapping[Node, list[Node]],
+    elsewhere: Collection[Node],
 ) -> set[Node]:
     """Return the views under members that would cost a copy as inputs, such as repeated heads.
 
@@ -84,7 +90,8 @@ def _copied_views(
     copied: set[Node] = set()
     for node in reversed(order):
         needed = any(u in chosen or u in copied for u in users[node])
-        if needed and node.op in structural.VIEWS and node not in chosen and not is_view(node):
+        made = node in chosen or node in elsewhere
+        if needed and node.op in structural.VIEWS and not made and not is_view(node):
             copied.add(node)
     return copied
 

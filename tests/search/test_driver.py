@@ -15,7 +15,7 @@ from superopt.ir import build as b
 from superopt.ir import composite
 from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph
-from superopt.ir.node import Node, make
+from superopt.ir.node import Node, make, topological
 from superopt.ir.ops import contraction, elementwise, library, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
@@ -225,6 +225,21 @@ def test_moves_that_cost_accuracy_are_left_out() -> None:
     square, projected = found[0].outputs
     assert square.op is contraction.MATMUL
     assert projected.op is elementwise.DIV
+
+
+def test_what_one_kernel_copies_the_next_reads_as_it_is() -> None:
+    # merged heads are a copy, which the second kernel could make itself: then nobody would make what it is made of
+    x, w = b.input_("x", (2, 4, 10, 8)), b.input_("w", (32, 16))
+    merged = b.reshape(b.permute(b.exp(x), (0, 2, 1, 3)), (20, 32))
+    out = b.add(b.matmul(merged, w), 1.0)
+    graph = b.kernel_graph("g", [x, w], [out])
+    groups = [frozenset(n for n in topological([o]) if is_compute(n)) for o in (merged, out)]
+    first, second = driver._regions(graph, [groups[0], groups[1] - groups[0]])
+    assert first.outputs == (merged,)
+    assert second.inputs == (merged, w)
+    # without a kernel that makes it, it is no copy but index arithmetic
+    (alone,) = driver._regions(graph, [groups[1] - groups[0]])
+    assert merged in alone.body
 
 
 def test_events_tell_what_happens() -> None:
