@@ -5,7 +5,7 @@ time, as a template argument) and the lines written so far. Invariant: a value i
 it has a view; all others are computed where they are read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import final
@@ -13,6 +13,7 @@ from typing import final
 from superopt.codegen.cpu.config import CpuConfig
 from superopt.codegen.cpu.expressions import ELEMENT, scalar_type
 from superopt.codegen.tile_program import TileProgram
+from superopt.ir.graph import Axis
 from superopt.ir.node import Node
 from superopt.ir.ops import tile
 from superopt.ir.tiles import DimSource
@@ -72,6 +73,10 @@ class Context:
     """Pointers that some vector loop has read."""
     fetched: set[str] = field(default_factory=set)
     """Pointers of which a vector loop has fetched what comes next."""
+    shared: dict[Node, tuple[str, str]] = field(default_factory=dict)
+    """Operands in pairs that blocks leave each other: where they are, and of which block each is."""
+    remembered: list[tuple[int, int]] = field(default_factory=list)
+    """Where in scratch memory, and how many, numbers of blocks stand: -1 before the first block."""
     counter: int = 0
 
     def write(self, text: str) -> None:
@@ -123,11 +128,24 @@ class Context:
         self.scratch_bytes += (size + 64 + 63) // 64 * 64
         return View(name, element, kept, strides, True)
 
+    def remember(self, count: int) -> str:
+        """Reserve numbers of blocks in scratch memory."""
+        self.remembered.append((self.scratch_bytes, count))
+        return self.allocate((count,), DType.I64, "made").pointer
+
     # -- axes and extents ----------------------------------------------------------------------
 
     def axis_text(self, name: str) -> str:
         """Return the C++ variable that holds the index of a grid or loop axis."""
         return f"i_{name}"
+
+    def position(self, axes: Sequence[Axis]) -> str:
+        """Return the number of the point at which axes stand, among all of their points."""
+        total = ""
+        for axis in axes:
+            index = self.axis_text(axis.name)
+            total = f"({total} * {axis.count} + {index})" if total else index
+        return total or "0"
 
     def offset_text(self, dim: tile.DimMap) -> str:
         """First element of the tensor dim that the current tile covers."""

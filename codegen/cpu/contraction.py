@@ -8,6 +8,7 @@ cache sets or which is stored in 16 bits is copied as floats.
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import prod
 from typing import final
 
 from superopt.codegen.cpu.bands import Band, unseen_outside, zero_outside
@@ -18,6 +19,7 @@ from superopt.codegen.errors import CodegenError
 from superopt.ir.coordinates import is_move
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, structural
+from superopt.ir.tiles import varying_axes
 from superopt.ir.types import DType, Run, reshape_runs
 
 _SHARED_SETS_BYTES = 4096
@@ -34,6 +36,7 @@ _STRETCH, _LINE, _CACHE_WAY = 256, 16, 1024  # floats: a quarter of the sets, a 
 _LINE_BYTES, _PAGE_BYTES = 64, 4096
 _ELEMENT_BYTES = {"so::bf16": 2, "so::f16": 2}
 _DOT_PARTS = 8  # groups of rows that gemm_dot has under way
+_SHARED_BYTES = 1 << 20  # half of a second cache
 _DEPTH, _PANEL = 32, 32  # of a tile, and columns in pairs: see runtime/gemm_bf16.h
 
 
@@ -47,6 +50,8 @@ class _Matrix:
     row: int
     column: int
     in_scratch: bool
+    origin: Node | None = None
+    """The operand that it is as a whole, no part of a batch."""
 
 
 def view_of(context: Context, plan: Plan, node: Node) -> View:
@@ -192,9 +197,13 @@ class Product:
     ) -> None:
         if dim == len(extents) - 2:
             a, b, c = (
-                _Matrix(v.pointer + o, v.element, v.strides[r], v.strides[-1], v.in_scratch)
-                for v, o, r in zip(
-                    (left, right, self.target), offsets, (rows, dim, rows), strict=True
+                _Matrix(v.pointer + o, v.element, v.strides[r], v.strides[-1], v.in_scratch, n)
+                for v, o, r, n in zip(
+                    (left, right, self.target),
+                    offsets,
+                    (rows, dim, rows),
+                    (None, None if offsets[1] else self.node.inputs[1], None),
+                    strict=True,
                 )
             )
             self._matrix(a, b, c, extents[rows], extents[-1])
@@ -251,7 +260,7 @@ class Product:
             )
             fetch = int(self.context.config.prefetch and not b.in_scratch)
             self.context.write(
-                f"gemm_pairs_transposed<{flag}, {fetch}>({n.text}, {m.text}, {k.text}, {b.text}, "
+                f"gemm_pairs_transposed<{flag}, {fetch}>(tiles, {n.text}, {m.text}, {k.text}, {b.text}, "
                 f"{b.column}L, {packed}, {c.text}, {c.row}L);"
             )
             return
@@ -263,11 +272,45 @@ class Product:
                 f"{view.pointer}, {view.strides[0]}L);"
             )
             a = _Matrix(view.pointer, view.element, view.strides[0], 1, True)
+        head = f"tiles, {m.text}, {n.text}, {k.text}, {a.text}, {a.row}L"
+        tail = f"{c.text}, {c.row}L{self._bands()}"
+        if (shared := self._shared_pairs(b, n, k)) is not None:
+            self.context.write(f"gemm_pairs_made<{flag}>({head}, {shared}, {tail});")
+            return
         panel = self._pairs_of(Extent(_PANEL, "", ""), k)
         self.context.write(
-            f"gemm_pairs<{flag}>({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {b.text}, "
-            f"{b.column}L, {b.row}L, {panel}, {c.text}, {c.row}L{self._bands()});"
+            f"gemm_pairs<{flag}>({head}, {b.text}, {b.column}L, {b.row}L, {panel}, {tail});"
         )
+
+    def _shared_pairs(self, b: _Matrix, n: Extent, k: Extent) -> str | None:
+        """Make all of a tensor's tile into pairs that the blocks after this one find, where they read it too.
+
+        A block may then have few rows, whose results stay in the first caches.
+        """
+        context, graph = self.context, self.context.program.graph
+        if b.in_scratch or b.origin is None:
+            return None
+        axes = varying_axes(graph)[b.origin]
+        inner = [a for a in graph.grid if a.count > 1][-1:]
+        loops = [a for a in graph.loops if a.name in axes]
+        slots = prod(a.count for a in loops)
+        size = -(-k.full // _DEPTH) * _DEPTH * -(-n.full // _PANEL) * _PANEL
+        if not inner or inner[0].name in axes or 2 * size * slots > _SHARED_BYTES:
+            return None
+        if self.node not in context.shared:
+            pairs = context.allocate((slots, size), DType.BF16, "pairs", dense=True, half=True)
+            context.shared[self.node] = (pairs.pointer, context.remember(slots))
+        pointer, made = context.shared[self.node]
+        slot, block = (
+            context.position(x) for x in (loops, [a for a in graph.grid if a.name in axes])
+        )
+        pairs = f"{pointer} + ({slot}) * {size}L"
+        with context.block(f"if ({made}[{slot}] != {block})"):
+            context.write(f"{made}[{slot}] = {block};")
+            context.write(
+                f"pack_pairs({b.text}, {b.column}L, {b.row}L, {n.text}, {k.text}, {pairs});"
+            )
+        return pairs
 
     def _pairs_of(self, n: Extent, k: Extent) -> str:
         """Return room for a matrix [k, n] as pairs of rows."""

@@ -127,6 +127,7 @@ class _Kernel:
             "template <bool FULL>",
             f"SO_NOINLINE void block({', '.join(parameters)}) {{",
             *("  " + d for d in context.declarations),
+            *(["  Tiles tiles;"] if context.config.pairs else []),
             *context.lines,
             *(["  finish_stores();"] if context.config.store_past else []),
             "}",
@@ -152,6 +153,9 @@ class _Kernel:
         if blocks > 1:
             lines.append("#pragma omp parallel")
         lines += ["  {", f"    char* const memory = scratch({max(context.scratch_bytes, 64)});"]
+        for offset, count in context.remembered:
+            made = f"reinterpret_cast<int64_t*>(memory + {offset})"
+            lines.append(f"    fill<int64_t>({made}, {count}L, -1);")
         if blocks > 1:
             lines.append(f"#pragma omp for schedule({schedule}) nowait")
         head = f"long block_index = 0; block_index < {blocks}L; ++block_index"

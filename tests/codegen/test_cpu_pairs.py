@@ -10,6 +10,7 @@ import torch
 
 from superopt.codegen.cpu.compile import compile_source, find_compiler, load_kernel
 from superopt.codegen.cpu.config import CpuConfig, configs
+from superopt.codegen.cpu.lower import lower
 from superopt.ir import build as b
 from superopt.ir.build import BlockBuilder, accum_sum
 from superopt.ir.graph import Graph
@@ -59,15 +60,16 @@ SO_KERNEL superopt_kernel(const void* va, const void* vb, float* c, const long* 
   const long m = e[0], n = e[1], k = e[2], depth = round_up(k, DEPTH);
   auto a = (const bf16*)va, b = (const bf16*)vb;
   static bf16 rows[128 * 128], pairs[128 * 128];
+  Tiles tiles;
   if (e[3] < 2) {{
     pack_rows_bf16(a, e[4], e[5], k, m, rows, depth);
-    if (e[3]) gemm_pairs<true>(m, n, k, rows, depth, b, e[7], e[6], pairs, c, e[8]);
-    else gemm_pairs<false>(m, n, k, rows, depth, b, e[7], e[6], pairs, c, e[8]);
+    if (e[3]) gemm_pairs<true>(tiles, m, n, k, rows, depth, b, e[7], e[6], pairs, c, e[8]);
+    else gemm_pairs<false>(tiles, m, n, k, rows, depth, b, e[7], e[6], pairs, c, e[8]);
   }} else {{
     pack_rows_bf16(b, e[7], e[6], k, n, rows, depth);
     pack_pairs(a, e[4], e[5], m, k, pairs);
-    if (e[3] == 3) gemm_pairs_transposed<true, 1>(n, m, k, rows, depth, pairs, c, e[8]);
-    else gemm_pairs_transposed<false, 0>(n, m, k, rows, depth, pairs, c, e[8]);
+    if (e[3] == 3) gemm_pairs_transposed<true, 1>(tiles, n, m, k, rows, depth, pairs, c, e[8]);
+    else gemm_pairs_transposed<false, 0>(tiles, n, m, k, rows, depth, pairs, c, e[8]);
   }}
 }}
 """
@@ -142,6 +144,21 @@ def test_operands_that_are_computed(folder: Path, shape, transposed: bool) -> No
 def test_attention(folder: Path, shape, causal: bool) -> None:
     graph = attention(*shape, causal=causal, dtype=DType.BF16)
     assert "gemm_pairs" in check(graph, folder, config=PAIRS).text
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_blocks_share_pairs_within_a_call(folder: Path, rows: int) -> None:
+    graph = attention(2, 64, 64, 32, rows, 32, dtype=DType.BF16)
+    source = lower(graph, PAIRS, "shared")
+    assert ("gemm_pairs_made" in source.text) == (rows < 64)
+    kernel = load_kernel(compile_source(source.text, folder), source.pointers)
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v = (torch.randn(2, 64, 32, generator=generator).bfloat16() for _ in range(3))
+        found = torch.full_like(q, torch.nan)
+        kernel(*(t.data_ptr() for t in (q, k, v, found)))
+        expected = torch.softmax(q.double() @ k.double().mT * 32**-0.5, -1) @ v.double()
+        torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("name", ["attention-bf16", "gated-mlp-bf16", "batched-products-bf16"])

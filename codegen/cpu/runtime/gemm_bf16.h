@@ -238,6 +238,17 @@ SO_INLINE void shape_tiles(long rows, long columns) {
   }
   __asm__ volatile("ldtilecfg %0" : : "m"(shapes) : "memory");
 }
+
+// The shape that tiles have. Setting it takes as long as 8 products of tiles: it is kept from product to product.
+struct Tiles {
+  long rows = 0, columns = 0;
+  inline void shape(long new_rows, long new_columns) {
+    if (rows != new_rows || columns != new_columns) shape_tiles(rows = new_rows, columns = new_columns);
+  }
+  ~Tiles() {
+    if (rows) __asm__ volatile("tilerelease" ::);
+  }
+};
 #define SO_TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t ::)
 #define SO_TILE_LOAD(t, p, stride) \
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"(p), "r"((long)(stride)) : "memory")
@@ -297,17 +308,18 @@ SO_NOINLINE void tile_block_of(long rows, long columns, long steps, const bf16* 
     tile_block<1, 1, FETCH>(steps, a, am, b, c, cm, accumulate, next);
   }
 }
+#else
+struct Tiles {};
 #endif
 
 // One panel of B, `n` columns in pairs, against all rows of A.
 template <bool ACCUMULATE, class IN>
-SO_NOINLINE void panel_pairs(long m, long n, long k, const bf16* a, long am, const bf16* b, float* c,
+SO_NOINLINE void panel_pairs(Tiles& tiles, long m, long n, long k, const bf16* a, long am, const bf16* b, float* c,
                              long cm, long top, long bottom, IN in) {
 #if SO_HAS_TILES
   if (tiles_allowed()) {
     const long steps = round_up(k, DEPTH) / DEPTH;
     const long parts = max_of(1, (steps + STRETCH / 2) / STRETCH), stretch = (steps + parts - 1) / parts;
-    long shaped = 0;
     for (long t = 0; t == 0 || t < steps; t += stretch)  // a sum of nothing is written too
       for (long i = top / 32 * 32; i < min_of(m, bottom); i += 32) {
         const long rows = min_of(32, m - i);
@@ -315,11 +327,10 @@ SO_NOINLINE void panel_pairs(long m, long n, long k, const bf16* a, long am, con
         const long from = max_of(t, in.left(i) / DEPTH);
         const long to = min_of(min_of(steps, t + stretch), (in.right(i + rows) + DEPTH - 1) / DEPTH);
         if (add && from >= to) continue;
-        if (rows != shaped) shape_tiles(shaped = rows, n);
+        tiles.shape(rows, n);
         tile_block_of<0>(rows, n, to - from, a + i * am + from * DEPTH, am, b + from * DEPTH * PANEL,
                          c + i * cm, cm, add, nullptr);
       }
-    __asm__ volatile("tilerelease" ::);
     return;
   }
 #endif
@@ -329,31 +340,40 @@ SO_NOINLINE void panel_pairs(long m, long n, long k, const bf16* a, long am, con
 // C[m,n] (+)= A[m,k] B[k,n] for B of any strides, made into pairs panel by panel; `panel` has room for one.
 // A's rows have round_up(k, DEPTH) elements, those past k finite. in, out: where A and C count, as in gemm_nn.
 template <bool ACCUMULATE, class IN = Whole, class OUT = Whole>
-SO_INLINE void gemm_pairs(long m, long n, long k, const bf16* a, long am, const bf16* b, long bn, long bk,
-                          bf16* panel, float* c, long cm, IN in = {}, OUT out = {}) {
+SO_INLINE void gemm_pairs(Tiles& tiles, long m, long n, long k, const bf16* a, long am, const bf16* b, long bn,
+                          long bk, bf16* panel, float* c, long cm, IN in = {}, OUT out = {}) {
   for (long j = 0; j < n; j += PANEL) {
     const long columns = min_of(PANEL, n - j), top = max_of(0, out.top(j)), bottom = out.bottom(j + columns);
     if (top >= min_of(m, bottom)) continue;
     pack_pairs(b + j * bn, bn, bk, columns, k, panel);
-    panel_pairs<ACCUMULATE>(m, columns, k, a, am, panel, c + j, cm, top, bottom, in);
+    panel_pairs<ACCUMULATE>(tiles, m, columns, k, a, am, panel, c + j, cm, top, bottom, in);
+  }
+}
+
+// The same for B that has been made into pairs as a whole.
+template <bool ACCUMULATE, class IN = Whole, class OUT = Whole>
+SO_INLINE void gemm_pairs_made(Tiles& tiles, long m, long n, long k, const bf16* a, long am, const bf16* b, float* c,
+                             long cm, IN in = {}, OUT out = {}) {
+  for (long j = 0; j < n; j += PANEL, b += round_up(k, DEPTH) * PANEL) {
+    const long columns = min_of(PANEL, n - j), top = max_of(0, out.top(j)), bottom = out.bottom(j + columns);
+    if (top < min_of(m, bottom))
+      panel_pairs<ACCUMULATE>(tiles, m, columns, k, a, am, b, c + j, cm, top, bottom, in);
   }
 }
 
 // The same with C[n,m] = transposed: few columns n (rows of the result), many rows of A, read once as
 // they lie in memory; those that follow are fetched meanwhile, in the order of their addresses.
 template <bool ACCUMULATE, int FETCH>
-SO_NOINLINE void gemm_pairs_transposed(long m, long n, long k, const bf16* a, long am, const bf16* b,
-                                       float* c, long cm) {
+SO_NOINLINE void gemm_pairs_transposed(Tiles& tiles, long m, long n, long k, const bf16* a, long am,
+                                       const bf16* b, float* c, long cm) {
 #if SO_HAS_TILES
   if (tiles_allowed()) {
     const long steps = round_up(k, DEPTH) / DEPTH;
     alignas(64) float block[32][32];
-    long shaped_rows = 0, shaped_columns = 0;
     for (long i = 0; i < m; i += 32)
       for (long j = 0; j < n; j += 32) {
         const long rows = min_of(32, m - i), columns = min_of(32, n - j);
-        if (rows != shaped_rows || columns != shaped_columns)
-          shape_tiles(shaped_rows = rows, shaped_columns = columns);
+        tiles.shape(rows, columns);
         const bf16* panel = b + j * steps * DEPTH;
         const char* next = reinterpret_cast<const char*>(a + (i + 32) * am);
         if (FETCH && j == 0)
@@ -378,7 +398,6 @@ SO_NOINLINE void gemm_pairs_transposed(long m, long n, long k, const bf16* a, lo
             }
           }
       }
-    __asm__ volatile("tilerelease" ::);
     return;
   }
 #endif
