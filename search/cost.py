@@ -100,6 +100,8 @@ class _Product:
     flops: float
     transposed: bool
     """Whether the right operand is contiguous along what is contracted."""
+    kept: frozenset[Atom] | None
+    """Over what the right operand varies, where blocks can leave it to each other as they need it."""
 
 
 @final
@@ -209,6 +211,7 @@ class KernelModel:
                 node.tensor.dtype.size_bytes,
                 _product_flops(node, self._machine),
                 _runs_along(node.inputs[1]),
+                right if self._is_left_to_others(node) else None,
             )
         elif node.op not in structural.VIEWS and kind is not OpKind.LEAF:
             rate = self._operations(node, present) / self._machine.vector_ops
@@ -222,6 +225,14 @@ class KernelModel:
         passes, tile = self._passes.get(node, 0), self._set(present)
         row = self._set(self._along(shaped, -1))
         return _Op(self._set(counted), row, passes, closes, rate, product, tile, spills)
+
+    def _is_left_to_others(self, product: Node) -> bool:
+        """Say whether kernels keep the right operand, a tensor, as matrix tiles of bfloat16 need it."""
+        machine, right, inputs = self._machine, product.inputs[1], self._schedule.region.inputs
+        while right.op in structural.VIEWS and right not in inputs:
+            right = right.inputs[0]
+        tiles = machine.kind == "cpu" and machine.half_flops > machine.peak_flops
+        return tiles and product.tensor.dtype is DType.BF16 and right in inputs
 
     def _along(self, node: Node, axis: int) -> frozenset[Atom]:
         """Return what a node varies over along one of its dims."""
@@ -285,6 +296,7 @@ class KernelModel:
             elements = sizes[op.elements]
             if op.product is not None:
                 compute += times * self._product_s(op.product, elements, sizes, kept)
+                compute += times * self._transposed_s(op.product, sizes, tile)
             else:
                 wasted = self._rounded(op.row, sizes, machine.vector_lanes)
                 compute += times * elements * wasted * op.seconds_per_element
@@ -339,10 +351,27 @@ class KernelModel:
         least, most = (6, 2 * machine.vector_lanes) if machine.kind == "cpu" else _GPU_PRODUCT
         reuse = min(1.0, narrow / least) * min(1.0, wide / most)
         rate = product.flops / machine.cores * max(reuse, 0.05) * 0.9
-        seconds = kept * 2.0 * elements * sizes[product.inner] / rate
-        if machine.kind == "cpu" and product.transposed and sizes[product.rows] > _STREAMED_ROWS:
-            seconds += _transposition_s(sizes[product.inner] * sizes[product.columns], machine)
-        return seconds
+        return kept * 2.0 * elements * sizes[product.inner] / rate
+
+    def _transposed_s(self, product: _Product, sizes: list[int], tile: Mapping[Atom, int]) -> float:
+        """Seconds on one core of bringing the right operand of one tile product into shape."""
+        machine, schedule = self._machine, self._schedule
+        if machine.kind != "cpu" or not product.transposed:
+            return 0.0
+        if sizes[product.rows] <= _STREAMED_ROWS and product.kept is None:
+            return 0.0
+        seconds = _transposition_s(sizes[product.inner] * sizes[product.columns], machine)
+        if product.kept is None:
+            return seconds
+        # the blocks in turn that differ in nothing that the operand varies over find what the first made
+        counts = {a: -(-self._extents[a] // tile[a]) for a in schedule.grid}
+        several = [a for a, count in counts.items() if count > 1]
+        loop = schedule.loop
+        trips = -(-self._extents[loop] // tile[loop]) if loop in product.kept and loop else 1
+        bytes_ = product.element_bytes * sizes[product.operands[1]] * trips
+        if not several or several[-1] in product.kept or bytes_ > machine.inner_cache_bytes / 2:
+            return seconds
+        return seconds / prod(n for a, n in counts.items() if a not in product.kept)
 
     def _traffic(self, sizes: list[int], blocks: int, trips: float) -> tuple[float, float]:
         """Bytes from memory, and bytes from the caches, of the whole kernel."""

@@ -298,8 +298,8 @@ class Product:
         if not inner or inner[0].name in axes or 2 * size * slots > _SHARED_BYTES:
             return None
         if self.node not in context.shared:
-            pairs = context.allocate((slots, size), DType.BF16, "pairs", dense=True, half=True)
-            context.shared[self.node] = (pairs.pointer, context.remember(slots))
+            room = context.allocate((slots, size), DType.BF16, "pairs", dense=True, half=True)
+            context.shared[self.node] = (room.pointer, context.remember(slots))
         pointer, made = context.shared[self.node]
         slot, block = (
             context.position(x) for x in (loops, [a for a in graph.grid if a.name in axes])

@@ -280,6 +280,25 @@ def test_what_is_fetched_ahead_has_to_stay() -> None:
     assert more(4096, gpu) == pytest.approx(more(4096 + 64, gpu), rel=0.02)
 
 
+def test_blocks_leave_each_other_what_they_transpose() -> None:
+    """With matrix tiles, operands in pairs are made once for all blocks: few rows cost little more."""
+
+    def more(machine: Target) -> float:
+        x, y = (b.input_(n, (4, 2048, 64), DType.BF16) for n in "xy")
+        graph = b.kernel_graph("g", [x, y], [b.matmul(x, b.transpose(y))])
+        region = make_region(graph, [n for n in graph.nodes() if is_compute(n)])
+        (schedule,) = (s for s in derive(region) if s.loop is None)
+        model, extents = KernelModel(schedule, machine), schedule.space.extent
+        batch, rows, columns = schedule.grid
+        assert [extents(a) for a in schedule.grid] == [4, 2048, 2048]
+        tiles = {batch: 1, rows: 1024, columns: 2048}
+        return model.seconds({**tiles, rows: 64}) / model.seconds(tiles)
+
+    rate = MACHINE.peak_flops
+    with_tiles, without = (replace(MACHINE, half_flops=f * rate) for f in (1.001, 1.0))
+    assert more(with_tiles) < 0.92 * more(without)
+
+
 def test_dear_operators_are_dear_in_the_library_too() -> None:
     """A sigmoid looked cheaper alone than in the kernel that reads it, which counts what it takes."""
     x = b.input_("x", (1 << 20,))
