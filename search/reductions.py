@@ -104,11 +104,13 @@ def _pieces(node: Node, first: int, last: int) -> Node | None:
 
     def made(of: Node) -> Node | None:
         same = prod(of.shape[within]) == 1
+        if not same and of.shape[within] != full[within]:
+            return None
         both = (1, 1) if same else (parts, elements // parts)
         shaped = b.reshape(of, (*of.shape[: within.start], *both, *of.shape[within.stop :]))
         if same or (is_view(shaped) and view_base(of).op is leaf.INPUT):
             return shaped
-        if of.shape[within] != full[within] or of.op.kind is not OpKind.ELEMENTWISE:
+        if of.op.kind is not OpKind.ELEMENTWISE:
             return None
         operands = [o for o in map(cut, of.inputs) if o is not None]
         return rebuild(of, tuple(operands)) if len(operands) == len(of.inputs) else None

@@ -5,7 +5,7 @@ import torch
 
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
-from superopt.ir.node import topological
+from superopt.ir.node import Node, topological
 from superopt.ir.ops import contraction, structural
 from superopt.ir.types import DType
 from superopt.search.algebra import (
@@ -122,15 +122,19 @@ def test_a_plain_factor_follows_one_that_is_moved_out() -> None:
 
 
 def test_short_axes_are_reduced_as_one() -> None:
-    other = b.permute(b.input_("other", (9, 3, 64)), (1, 2, 0))
-    flat = apply_rules(case([tall], b.reduce_sum(b.exp(tall), (-3, -2, -1))), (REDUCE_IN_STAGES,))
-    apart = b.reduce_sum(b.mul(tall, other), (-3, -2, -1))
-    across = apply_rules(b.kernel_graph("g", [tall, other.inputs[0]], [apart]), (REDUCE_IN_STAGES,))
-    widths = [
-        next(n.inputs[0].shape[-1] for n in g.nodes() if n.op is contraction.REDUCE_SUM)
-        for g in (flat, across)
-    ]
-    assert widths == [27, 9]
+    x = b.input_("x", (9, 3, 64))
+    across = b.permute(x, (1, 2, 0))
+    column = b.input_("column", (1, 64, 1))
+    scale = b.input_("scale", (1, 1, 1))
+
+    def width(*inputs: Node, of: Node) -> int:
+        total = b.reduce_sum(of, (-3, -2, -1))
+        found = apply_rules(b.kernel_graph("g", inputs, [total]), (REDUCE_IN_STAGES,)).nodes()
+        return next(n.inputs[0].shape[-1] for n in found if n.op is contraction.REDUCE_SUM)
+
+    assert width(tall, scale, of=b.exp(b.mul(tall, scale))) == 27
+    assert width(tall, x, of=b.mul(tall, across)) == 9
+    assert width(tall, column, of=b.mul(tall, column)) == 9
 
 
 @pytest.mark.parametrize("number", range(len(FIRES)))
