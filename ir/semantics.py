@@ -11,6 +11,7 @@ In: a block graph and the nodes that its inputs stand for. Out: one node per out
 primitives only. The code generators implement the same meaning; this is their oracle.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import final
@@ -54,10 +55,13 @@ def to_primitives(graph: Graph, operands: tuple[Node, ...]) -> tuple[Node, ...]:
     """
     if graph.level is Level.BLOCK:
         return _Batch(graph, operands).run()
-    values: dict[Node, tuple[Node, ...]] = {
-        i: (o,) for i, o in zip(graph.inputs, operands, strict=True)
-    }
-    for node in topological(graph.outputs):
+    return _translated(graph.outputs, dict(zip(graph.inputs, operands, strict=True)))
+
+
+def _translated(outputs: tuple[Node, ...], known: Mapping[Node, Node]) -> tuple[Node, ...]:
+    """Translate what lies above the nodes that are `known`."""
+    values: dict[Node, tuple[Node, ...]] = {node: (new,) for node, new in known.items()}
+    for node in topological(outputs, stop=known.keys()):
         if node in values:
             continue
         inputs = tuple(values[i][0] for i in node.inputs)
@@ -66,16 +70,12 @@ def to_primitives(graph: Graph, operands: tuple[Node, ...]) -> tuple[Node, ...]:
         elif node.op is leaf.ITEM and node.inputs[0].op.kind is OpKind.GRAPH:
             values[node] = (values[node.inputs[0]][node.attrs.index],)
         elif node.op.expand is not None:
-            values[node] = to_primitives_of_nodes((node.op.expand(inputs, node.attrs),))
+            # its operands are primitives already: to look below them takes the square of a program's length
+            defined = node.op.expand(inputs, node.attrs)
+            values[node] = _translated((defined,), dict(zip(inputs, inputs, strict=True)))
         else:
             values[node] = (make(node.op, inputs, node.attrs),)
-    return tuple(values[o][0] for o in graph.outputs)
-
-
-def to_primitives_of_nodes(roots: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Expand composites and nested graphs under `roots`, inputs staying as they are."""
-    inputs = tuple(b.graph_inputs(roots))
-    return to_primitives(Graph(Level.KERNEL, "roots", inputs, roots), inputs)
+    return tuple(values[o][0] for o in outputs)
 
 
 def expand(graph: Graph) -> Graph:

@@ -90,8 +90,8 @@ class Clock:
     `inputs` are the caller's own tensors for programs over the original graph's inputs; other graphs
     get random ones, for which every kernel's result is compared with the reference executor.
     A graph that the graph checker refuses is not compiled; its violations are among the failures.
-    `refused` is the last kernel that the compiler did not take. A compiler is not waited for past
-    `deadline` (of `time.monotonic`), but for a while at least, so that a short budget finds something;
+    `refused` is the last kernel that the compiler did not take. Compilers are not waited for past
+    `deadline` (of `time.monotonic`) but for `patience_s` in all, so that a short budget finds something;
     `late` kernels were not ready by then.
 
     A program that reads more than the `target`'s caches hold finds its weights in memory at every
@@ -104,6 +104,7 @@ class Clock:
     seed: int = 0
     target: Target = field(default_factory=Target)
     deadline: float = inf
+    patience_s: float = field(default_factory=lambda: _PATIENCE_S)
     compiled: dict[str, Compiled] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     refused: CompileError | None = None
@@ -160,7 +161,11 @@ class Clock:
         return [inf if c is None else c.seconds for c in found]
 
     def _load(self, sources: Sequence[KernelSource]) -> list[Entry | CodegenError]:
-        return self.backend.load(sources, max(_PATIENCE_S, self.deadline - time.monotonic()))
+        started = time.monotonic()
+        entries = self.backend.load(sources, max(self.patience_s, self.deadline - started))
+        late_s = time.monotonic() - max(started, self.deadline)
+        self.patience_s = max(0.0, self.patience_s - max(0.0, late_s))
+        return entries
 
     def _legal(self, graph: Graph) -> bool:
         try:

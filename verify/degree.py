@@ -18,6 +18,7 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
+from superopt.verify.arithmetic import PRIME_LIMIT
 from superopt.verify.field import as_rational
 from superopt.verify.needs import (
     COMPARISONS,
@@ -65,8 +66,16 @@ def degrees(graph: Graph) -> dict[Node, Degree]:
         if not real_valued(node):
             found[node] = _NUMBER
         else:
-            found[node] = _degree(node, [found[i] for i in node.inputs])
+            found[node] = _merged(node, _degree(node, [found[i] for i in node.inputs]))
     return found
+
+
+def _merged(node: Node, x: Degree) -> Degree:
+    """Take all divisors as one where the degree is past any bound: each layer may double their number."""
+    if len(x.factors) < 2 or max(x.numerator, x.denominator) < PRIME_LIMIT:
+        return x
+    varies = frozenset[int]().union(*(f.varies for f in x.factors))
+    return Degree(x.numerator, (Factor((id(node), -1), x.denominator, varies),))
 
 
 def error_per_test(graph: Graph, half: int, p: int, q: int) -> float:

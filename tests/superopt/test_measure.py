@@ -1,5 +1,6 @@
 """The search's clock: what it refuses before a compiler sees it."""
 
+import time
 from ctypes import c_float
 from math import inf
 from typing import Any
@@ -118,3 +119,22 @@ def test_what_was_timed_before_is_timed_again_beside_the_rest() -> None:
     again_s, beside_s = clock.kernels([first, second])
     assert backend.compiled == 2
     assert alone_s < again_s < beside_s
+
+
+def test_compilers_are_waited_for_so_long_in_all_when_time_is_over() -> None:
+    limits: list[float] = []
+
+    class Slow(NoCompiler):
+        """Takes a while for everything."""
+
+        def load(self, sources: list[Any], limit_s: float = inf) -> list[Any]:
+            limits.append(limit_s)
+            time.sleep(0.02)
+            return []
+
+    clock = Clock(Slow(), {}, deadline=time.monotonic(), patience_s=0.03)  # type: ignore[arg-type]
+    for _ in range(3):
+        clock.prepare([])
+    assert limits[0] == 0.03
+    assert 0 < limits[1] < 0.011
+    assert limits[2] == 0

@@ -14,7 +14,7 @@ from superopt.ir.ops import tile
 from superopt.ir.ops.library import OpaqueAttrs
 from superopt.ir.types import DType, TensorType
 from superopt.verify.arithmetic import Exponential, Modulus, Permutation, draw_primes
-from superopt.verify.degree import error_per_test
+from superopt.verify.degree import degrees, error_per_test
 from superopt.verify.equivalence import Verdict, provable, verify_field
 from superopt.verify.field import FIELD, as_rational
 from superopt.verify.floating import verify_float
@@ -400,3 +400,15 @@ def test_nested_exponentials_are_bounded_by_the_smallest_prime() -> None:
     # of degree one each: variables modulo q = 1009, and modulo r = 504 as well
     assert error(b.exp(X)) == pytest.approx(1 / 1009)
     assert error(b.exp(b.exp(X))) == pytest.approx(1 / 1009 + 2 / 1009)
+
+
+def test_degrees_of_many_layers_take_no_more_divisors_than_those_of_few() -> None:
+    def divisors(layers: int) -> int:
+        y = b.input_("x", (64, 64), DType.F32)
+        for _ in range(layers):
+            y = b.matmul(b.div(y, b.reduce_sum(b.mul(y, y), (-1,))), y)
+        found = degrees(b.kernel_graph("g", b.graph_inputs([y]), [y]))
+        return max(len(d.factors) for d in found.values())
+
+    # every layer has twice as many as the one before, until the degree says nothing any more
+    assert divisors(12) == divisors(8)
