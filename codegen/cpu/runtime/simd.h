@@ -518,6 +518,26 @@ SO_INLINE vf load_vf_n(const float* p, int64_t n, float fill) {
   return v;
 #endif
 }
+#if SO_USE_512 && defined(__AVX512BW__) && defined(__AVX512VL__)
+// Not through a buffer, element by element: a vector that is read where shorter stores were just made waits.
+#define SO_HALF_LANES 1
+typedef short halves SO_VECTOR(32);
+SO_INLINE vh load_raw_n(const void* p, int64_t n) {
+  auto lanes = static_cast<unsigned short>((1u << n) - 1u);
+  return bit_cast<vh>(
+      __builtin_ia32_loaddquhi256_mask(static_cast<const short*>(p), halves{}, lanes));
+}
+SO_INLINE void store_raw_n(void* p, vh bits, int64_t n) {
+  auto lanes = static_cast<unsigned short>((1u << n) - 1u);
+  __builtin_ia32_storedquhi256_mask(static_cast<short*>(p), bit_cast<halves>(bits), lanes);
+}
+SO_INLINE vf load_vf_n(const bf16* p, int64_t n, float fill) {
+  return select(first_lanes(n), widen(load_raw_n(p, n), bf16{}), splat<vf>(fill));
+}
+SO_INLINE vf load_vf_n(const f16* p, int64_t n, float fill) {
+  return select(first_lanes(n), widen(load_raw_n(p, n), f16{}), splat<vf>(fill));
+}
+#endif
 template <class T> SO_INLINE vf load_vf_n(const T* p, int64_t n, float fill) {
   T buffer[SO_VL] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
@@ -546,6 +566,10 @@ SO_INLINE void store_n(float* p, vf v, int64_t n) {
   for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif
 }
+#ifdef SO_HALF_LANES
+SO_INLINE void store_n(bf16* p, vf v, int64_t n) { store_raw_n(p, narrow(v, bf16{}), n); }
+SO_INLINE void store_n(f16* p, vf v, int64_t n) { store_raw_n(p, narrow(v, f16{}), n); }
+#endif
 template <class T> SO_INLINE void store_n(T* p, vf v, int64_t n) {
   T buffer[SO_VL];
   store(buffer, v);
