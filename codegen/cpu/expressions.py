@@ -305,7 +305,12 @@ def _cast(args: list[str], node: Node, vector: bool) -> str:
             through = "int64_t" if after in (DType.I64, DType.U8) else "int32_t"
             wide = f"static_cast<{through}>({args[0]})"
             return f"static_cast<{ELEMENT[after]}>({wide})"
-        text = f"static_cast<{scalar_type(after)}>({args[0]})"
+        text, inner = args[0], node.inputs[0]
+        truncated = inner.op is elementwise.CAST and inner.inputs[0].tensor.dtype.is_float
+        if truncated and before is DType.I32 and after.is_float:
+            # told that nothing traps, GCC makes trunc(x) of float(int(x)): -0.0 of -0.3, and what does not fit
+            text = f"static_cast<double>({text})"
+        text = f"static_cast<{scalar_type(after)}>({text})"
     elif after.is_float:
         if before is DType.BOOL:
             return f"so::mask_value({args[0]})"

@@ -131,6 +131,16 @@ def test_activations_at_the_ends(dtype: torch.dtype, tmp_path: Path) -> None:
     check(operators, [x], tmp_path, near=1e-6)
 
 
+def test_numbers_that_were_integers_meanwhile(tmp_path: Path) -> None:
+    x = torch.tensor([1e18, -1e18, math.nan, math.inf, 2.7, -2.7, -0.3] * 9)
+    operators = {
+        "half": lambda x: x.int() / 2,
+        "narrow": lambda x: x.int().bfloat16(),
+        "sign": lambda x: torch.copysign(x, x.int().float()),
+    }
+    check(operators, [x], tmp_path)
+
+
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_integers(dtype: torch.dtype, tmp_path: Path) -> None:
     operators = {
