@@ -75,11 +75,12 @@ class _Partition:
         while True:
             edges = self._edges(order)
             gains = {e: gains[e] if e in gains else self._gain(*e) for e in edges}
-            legal = [e for e in edges if gains[e] > 0 and self._convex(*e)]
-            if not legal:
+            # whether a merge is legal takes long to tell: only the best are asked
+            ranked = sorted((e for e in edges if gains[e] > 0), key=lambda e: -gains[e])
+            best = next((e for e in ranked if self._convex(*e)), None)
+            if best is None:
                 break
-            first, second = max(legal, key=lambda e: gains[e])
-            union = first | second
+            union = best[0] | best[1]
             for node in union:
                 self.owner[node] = union
         self._merge_components(order)
