@@ -420,10 +420,11 @@ class _Rounding:
 
 @final
 class _Edges:
-    """Float64 arithmetic in which a sum is NaN if the order of its terms decides whether it overflows.
+    """Float64 arithmetic in which results are NaN where chance decides whether they overflow.
 
-    It fits the type that it is summed in, and its terms' magnitudes together do not: in one order the
-    original stays finite by luck, in another one a kernel does not.
+    A result does that is nearly the largest number of its type: rounding decides. A sum does if it fits the type that
+    it is summed in, and its terms' magnitudes together do not: in one order the original stays finite by luck, in
+    another one a kernel does not.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -434,9 +435,14 @@ class _Edges:
         return False
 
     def apply(self, node: Node, args: Sequence[Any]) -> Any:
-        """Return the exact value of a node; NaN where it is a sum at the edge of overflow."""
+        """Return the exact value of a node; NaN where it is at the edge of overflow."""
         value = self._exact.apply(node, args)
-        if node.op not in _SUMS or not value.is_floating_point():
+        if node.op.kind not in _ROUNDS or not value.is_floating_point():
+            return value
+        held = torch.finfo(DTYPES[node.tensor.dtype])
+        near = (value.abs() / held.max - 1.0).abs() < SLACK_ULPS * held.eps
+        value = value.masked_fill(near, float("nan"))
+        if node.op not in _SUMS:
             return value
         magnitude = self._exact.apply(node, [a.abs() for a in args])
         summed_in = torch.promote_types(DTYPES[node.tensor.dtype], torch.float32)

@@ -74,6 +74,22 @@ def test_the_order_of_a_sum_may_decide_whether_it_overflows() -> None:
     assert "inf or NaN" in overflows.reason
 
 
+def test_rounding_may_decide_whether_a_product_overflows() -> None:
+    """A gated layer in bfloat16: a kernel does not round what it multiplies."""
+    x, gate, up = (b.input_(n, (200, 200), DType.BF16) for n in "xgu")
+    original = b.kernel_graph("g", [x, gate, up], [b.mul(b.matmul(x, gate), b.matmul(x, up))])
+
+    def unrounded(tensors: list[torch.Tensor], factor: float = 1.0) -> list[torch.Tensor]:
+        x, gate, up = (t.float() for t in tensors)
+        return [((x @ gate) * (x @ up) * factor / factor).bfloat16()]
+
+    edge = draw_inputs(original, "overflow-edge", 3)
+    own, found = run_reference(original, edge)[0], unrounded(edge)[0]
+    assert bool((own.isfinite() & ~found.isfinite()).any())
+    assert verify_float(original, unrounded, seed=3).accurate
+    assert "inf or NaN" in verify_float(original, lambda t: unrounded(t, 2.0), seed=3).reason
+
+
 def test_cancellation_in_a_variance_is_rejected() -> None:
     mean = b.mean(X, -1)
     centered = b.sub(X, mean)
