@@ -98,6 +98,10 @@ class Measurer(Protocol):
         """Return seconds per kernel graph, timed against each other in turn."""
         ...
 
+    def run(self, graph: Graph, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the results of a kernel graph whose kernels were measured before."""
+        ...
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -257,13 +261,15 @@ class Driver:
             found = self._finer(list(fresh.values()))
 
     def _finer(self, rejected: Sequence[_Assembled]) -> list[_Assembled]:
-        """Make rejected programs again, without the kernels that alone are not proven.
+        """Make rejected programs again, without the kernels that alone are not proven, or not accurate.
 
         Where all are, the largest of a program is left out: it was together that they failed.
         """
         found = []
         for assembled in rejected:
             at_fault = [k for k in assembled.kernels if not self._provable_alone(*k)]
+            if not at_fault:
+                at_fault = [k for k in assembled.kernels if not self._accurate_alone(*k)]
             groups = [_group(region) for region, _ in at_fault or assembled.kernels]
             groups = groups if at_fault else [max(groups, key=len)]
             self.refused.update(dict.fromkeys(groups))
@@ -276,6 +282,14 @@ class Driver:
 
     def _provable_alone(self, region: Region, choice: _Choice) -> bool:
         return self._equal(extract(region, "part"), _alone(region, choice))
+
+    def _accurate_alone(self, region: Region, choice: _Choice) -> bool:
+        alone = _alone(region, choice)
+        test = FloatTest(extract(region, "part"), seed=self.seed, device=self.measurer.device)
+        try:
+            return self._left() <= 0 or bool(test.check(lambda t: self.measurer.run(alone, t)))
+        except SuperoptError:  # a part of it may ask for more memory than there is
+            return True
 
     def _first_proven(self, programs: Sequence[Graph]) -> tuple[Graph, Verdict, float] | None:
         """Return the fastest program that is proven and accepted, with its verdict and seconds."""

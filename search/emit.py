@@ -51,6 +51,8 @@ _STEPS = (
     contraction.ARGMAX,
     contraction.ARGMIN,
 )
+_FEW = 16
+"""How many times fewer elements than the largest tensor's cost nothing."""
 _LETTERS = "ijklmnopqrstuvwxyzabcdefgh"
 
 
@@ -133,9 +135,12 @@ class _Emitter:
     names: dict[Atom, str] = field(default_factory=dict)
     values: dict[tuple[Node, int | None], Node] = field(default_factory=dict)
     inputs: dict[Node, Node] = field(default_factory=dict)
+    elements: int = 0
+    """Of the largest tensor."""
 
     def run(self, name: str) -> Graph:
         s = self.schedule
+        self.elements = max(n.tensor.elements for n in (*s.region.inputs, *s.region.body))
         self.names = axis_names(s)
         for atom in s.roles:
             if s.roles[atom] is Role.WHOLE:
@@ -289,20 +294,28 @@ class _Emitter:
         layouts = [self._layout(i) for i in node.inputs]
         if op is contraction.MATMUL or _steps(node):
             operands = [_rounded(v, i) for v, i in zip(operands, node.inputs, strict=True)]
-        if op is elementwise.CAST:
-            dtype, rounds = node.attrs.dtype, node.attrs.rounds
-            value = b.cast(operands[0], dtype, rounds=True) if rounds else operands[0]
-            return b.cast(value, _wide(dtype))
         if op.kind is OpKind.ELEMENTWISE:
             aligned = [
                 self._align(v, have, layout) for v, have in zip(operands, layouts, strict=True)
             ]
-            return make(op, aligned, node.attrs)
+            if op is elementwise.CAST:
+                value = b.cast(aligned[0], _wide(node.attrs.dtype))
+            else:
+                value = make(op, aligned, node.attrs)
+            asked = op is elementwise.CAST and node.attrs.rounds
+            if asked or self._rounds(node, number):
+                value = b.cast(b.cast(value, node.tensor.dtype, rounds=True), DType.F32)
+            return value
         if op is contraction.MATMUL:
             return self._matmul(operands, layouts, layout)
         if op.kind is OpKind.REDUCTION:
             return self._reduce(node, operands[0], layouts[0], layout)
         return self._structural(node, operands, layouts, layout)
+
+    def _rounds(self, node: Node, number: int | None) -> bool:
+        """Say whether a result of 16 bits costs nothing to round, as programs do: differences of means show it."""
+        small = node.tensor.elements * _FEW <= self.elements
+        return small and node.tensor.dtype.is_half and not self._running(node, number)
 
     def _align(self, value: Node, have: Layout, want: Layout) -> Node:
         if not value.shape and not have:

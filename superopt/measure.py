@@ -295,15 +295,17 @@ class Clock:
 
     def program(self, graph: Graph) -> Program:
         """Build the program of a kernel graph whose kernels are compiled already."""
+        return self._program(graph, self._inputs(graph))
+
+    def run(self, graph: Graph, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the results of a kernel graph for these tensors."""
+        return self._program(graph, tensors).run(*tensors)
+
+    def _program(self, graph: Graph, tensors: Sequence[torch.Tensor]) -> Program:
         self.ensure(graph)
         entries = {d: c.entry for d, c in self.compiled.items()}
-        tensors = self._inputs(graph)
-        return build_program(
-            graph,
-            entries,
-            strides=[t.stride() for t in tensors],
-            device=self.device,
-        )
+        strides = [t.stride() for t in tensors]
+        return build_program(graph, entries, strides=strides, device=self.device)
 
     def ensure(self, graph: Graph) -> None:
         """Compile the kernels of `graph` that are not compiled yet."""

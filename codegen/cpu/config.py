@@ -105,7 +105,7 @@ def widens(node: Node) -> bool:
     return (
         node.op is elementwise.CAST
         and node.tensor.dtype is DType.F32
-        and node.inputs[0].tensor.dtype in (DType.F16, DType.BF16)
+        and node.inputs[0].tensor.dtype.is_half
     )
 
 

@@ -110,7 +110,7 @@ class Context:
 
         16-bit floats are kept as floats, but for `half`.
         """
-        kept = DType.F32 if dtype in (DType.F16, DType.BF16) and not half else dtype
+        kept = DType.F32 if dtype.is_half and not half else dtype
         row = shape[-1] if shape else 1
         rows = 1
         for extent in shape[:-1]:

@@ -52,7 +52,7 @@ _SCALAR_INTEGER: Final = (
 
 def scalar_type(dtype: DType) -> str:
     """Return the C++ type in which scalars of `dtype` are computed and kept in scratch."""
-    return "float" if dtype in (DType.F16, DType.BF16) else ELEMENT[dtype]
+    return "float" if dtype.is_half else ELEMENT[dtype]
 
 
 def vector_type(dtype: DType) -> str:
@@ -116,7 +116,7 @@ def _call_one(name: str) -> Expression:
 
 def _rounded(text: str, node: Node, vector: bool) -> str:
     dtype = node.tensor.dtype
-    if dtype in (DType.F16, DType.BF16):
+    if dtype.is_half:
         return f"so::round_to<{ELEMENT[dtype]}>({text})"
     if dtype.is_integer and not vector and dtype not in (DType.I64, DType.I32):
         return f"static_cast<{ELEMENT[dtype]}>({text})"

@@ -40,7 +40,6 @@ _DEAR_OPS = frozenset(
         elementwise.COS,
     }
 )
-_HALVES = (DType.F16, DType.BF16)
 _INT32 = (-(2**31), 2**31 - 1)
 _RANGES = {
     DType.BOOL: (0, 1),
@@ -203,7 +202,7 @@ class Plan:
         The terms of such a sum have one sign, so that it errs no more than they do.
         """
         leaving = [o.tensor.dtype for o in self.program.graph.outputs]
-        rounded = all(d in _HALVES or not d.is_float for d in leaving)
+        rounded = all(d.is_half or not d.is_float for d in leaving)
         return all(
             self._narrows(user) or (user.op is contraction.REDUCE_SUM and rounded)
             for user in self._readers(node)
@@ -212,7 +211,7 @@ class Plan:
     def _narrows(self, node: Node) -> bool:
         if node.op is elementwise.MUL:
             return all(self._narrows(user) for user in self._readers(node))
-        return node.op is elementwise.CAST and node.tensor.dtype in _HALVES
+        return node.op is elementwise.CAST and node.tensor.dtype.is_half
 
     # -- integers ------------------------------------------------------------------------------
 

@@ -360,7 +360,7 @@ class Row:
         stores = member.kind in ("store", "write")
         stored = stores and member.view.element == element_type(source.tensor.dtype)
         narrows = source.op is elementwise.CAST and source.inputs[0].tensor.dtype is DType.F32
-        if stored and narrows and source.tensor.dtype in (DType.F16, DType.BF16):
+        if stored and narrows and source.tensor.dtype.is_half:
             kept = source in self.context.views and source is not member.node
             return source if kept else source.inputs[0]
         return source
@@ -441,7 +441,7 @@ class Row:
         env.store(member.carry, here, total)
         dtype = member.node.tensor.dtype
         text = f"static_cast<{scalar_type(dtype)}>({total})"
-        if dtype in (DType.F16, DType.BF16):
+        if dtype.is_half:
             text = f"so::round_to<{element_type(dtype)}>({text})"
         name = env.define(text, dtype)
         env.store(member.view, at, name)

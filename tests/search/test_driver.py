@@ -28,6 +28,7 @@ from superopt.search.region import make_region
 from superopt.search.schedule import derive
 from superopt.verify.equivalence import Verdict, provable, verify_field
 from superopt.verify.floating import FloatTest
+from superopt.verify.reference import run_reference
 from tests.search.programs import PROGRAMS
 from tests.verify.llama import llama
 
@@ -50,6 +51,9 @@ class Predicted:
 
     def programs(self, graphs: Sequence[Graph]) -> list[float]:
         return [1.0 / (1 + sum(n.op is library.CUSTOM for n in g.nodes())) for g in graphs]
+
+    def run(self, graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return run_reference(graph, tensors)
 
 
 def run(graph: Graph, clock: Predicted, **options: float) -> driver.SearchResult:
@@ -453,9 +457,9 @@ def softmax(x: Node) -> Node:
     return b.div(e, b.reduce_sum(e, -1))
 
 
-@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("why", ["wrong alone", "wrong together", "inaccurate"])
 def test_where_a_kernel_is_rejected_smaller_ones_are_tried(
-    alone: bool, monkeypatch: pytest.MonkeyPatch
+    why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, y = b.input_("x", (8, 24)), b.input_("y", (6, 40))
     outputs = [softmax(b.sqrt(x)), b.exp(b.sub(y, b.reduce_max(y, -1)))]
@@ -471,17 +475,23 @@ def test_where_a_kernel_is_rejected_smaller_ones_are_tried(
 
     def verify(original: Graph, candidate: Graph, **options: object) -> object:
         verdict = verify_field(original, candidate, seed=0)
-        fails = mixes(candidate) and (alone or len(kernels(candidate)) > 1)
+        fails = mixes(candidate) and (why == "wrong alone" or len(kernels(candidate)) > 1)
+        fails = fails and why != "inaccurate"
         return replace(verdict, equivalent=False, reason="mixed") if fails else verdict
 
     def accept(program: Graph) -> str:
         asked.append(program)
-        return ""
+        return "inaccurate" if mixes(program) else ""
+
+    class Inaccurate(Predicted):
+        def run(self, graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [r * (1.1 if mixes(graph) else 1.0) for r in run_reference(graph, tensors)]
 
     monkeypatch.setattr(driver, "verify_field", verify)
-    result = search(graph, Target(), Predicted(), budget_s=1000.0, seed=0, accept=accept)
+    result = search(graph, Target(), Inaccurate(), budget_s=1000.0, seed=0, accept=accept)
     assert result.verdict is not None
-    assert asked == [result.graph]
+    assert asked[-1] == result.graph
+    assert (len(asked) > 1) is (why == "inaccurate")
     assert result.statistics.rejected > 0
     # only what was at fault is in pieces, and every value still comes from a kernel
     assert len(kernels(result.graph)) == 3

@@ -93,7 +93,7 @@ def test_a_compiler_that_fails_on_kernels_costs_the_kernels(
     tools, tmp_path, caplog, monkeypatch, script
 ):
     # it answers probes, which come on stdin, and nothing else
-    probes = f'case "$*" in *--version*|*" - "*) PATH={os.defpath} exec {REAL} "$@";; esac'
+    probes = f'case "$*" in *--version*|*" c++ -"*) PATH={os.defpath} exec {REAL} "$@";; esac'
     compiler(tools, f"{probes}\n{script}")
     monkeypatch.setattr(driver, "_PROBE_LIMIT_S", 60.0)
     monkeypatch.setattr(driver, "_COMPILE_LIMIT_S", 0.3)
@@ -103,7 +103,7 @@ def test_a_compiler_that_fails_on_kernels_costs_the_kernels(
 
 @pytest.mark.skipif(REAL is None, reason="no C++ compiler")
 def test_a_compiler_without_time_to_answer_is_not_blamed(tools, tmp_path, caplog, monkeypatch):
-    probes = f'case "$*" in *--version*|*" - "*) PATH={os.defpath} exec {REAL} "$@";; esac'
+    probes = f'case "$*" in *--version*|*" c++ -"*) PATH={os.defpath} exec {REAL} "$@";; esac'
     compiler(tools, f"{probes}\n/bin/sleep 1000")
     monkeypatch.setattr(driver, "_PROBE_LIMIT_S", 60.0)
     monkeypatch.setattr(measure, "_PATIENCE_S", 0.2)

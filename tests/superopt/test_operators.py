@@ -217,6 +217,17 @@ def test_results_that_kernels_cannot_tell_apart(tmp_path: Path) -> None:
             torch.testing.assert_close(found, expected, msg=name)
 
 
+def test_differences_of_means_are_of_rounded_means(tmp_path: Path) -> None:
+    """Rounding what is small costs nothing, and a program may return hardly anything else."""
+
+    def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.sigmoid().mean(-1) - y.sigmoid().mean(-1)
+
+    x, y = torch.randn(2, 32, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    (found,) = in_one_kernel({"distance": distance}, [x, y], tmp_path)
+    assert float((found == distance(x, y)).float().mean()) > 0.8
+
+
 def test_compensated_sums_in_16_bits_are_not_optimized_away(tmp_path: Path) -> None:
     """What a sum in bfloat16 lost is nothing in float32; a kernel must not return that."""
 
