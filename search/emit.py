@@ -51,6 +51,7 @@ _STEPS = (
     contraction.ARGMAX,
     contraction.ARGMIN,
 )
+_EXTREMES = (contraction.REDUCE_MAX, contraction.REDUCE_MIN)
 _FEW = 16
 """How many times fewer elements than the largest tensor's cost nothing."""
 _LETTERS = "ijklmnopqrstuvwxyzabcdefgh"
@@ -137,10 +138,15 @@ class _Emitter:
     inputs: dict[Node, Node] = field(default_factory=dict)
     elements: int = 0
     """Of the largest tensor."""
+    bounds: set[Node] = field(default_factory=set)
+    """What depends on a maximum or minimum."""
 
     def run(self, name: str) -> Graph:
         s = self.schedule
         self.elements = max(n.tensor.elements for n in (*s.region.inputs, *s.region.body))
+        for node in s.region.body:
+            if node.op in _EXTREMES or not self.bounds.isdisjoint(node.inputs):
+                self.bounds.add(node)
         self.names = axis_names(s)
         for atom in s.roles:
             if s.roles[atom] is Role.WHOLE:
@@ -303,7 +309,7 @@ class _Emitter:
             else:
                 value = make(op, aligned, node.attrs)
             asked = op is elementwise.CAST and node.attrs.rounds
-            if asked or self._rounds(node, number):
+            if asked or self._rounds(node):
                 value = b.cast(b.cast(value, node.tensor.dtype, rounds=True), DType.F32)
             return value
         if op is contraction.MATMUL:
@@ -312,10 +318,13 @@ class _Emitter:
             return self._reduce(node, operands[0], layouts[0], layout)
         return self._structural(node, operands, layouts, layout)
 
-    def _rounds(self, node: Node, number: int | None) -> bool:
-        """Say whether a result of 16 bits costs nothing to round, as programs do: differences of means show it."""
+    def _rounds(self, node: Node) -> bool:
+        """Say whether a result of 16 bits costs nothing to round, as programs do: differences of means show it.
+
+        What comes of a maximum stays: numbers that were not rounded must not exceed it.
+        """
         small = node.tensor.elements * _FEW <= self.elements
-        return small and node.tensor.dtype.is_half and not self._running(node, number)
+        return small and node.tensor.dtype.is_half and node not in self.bounds
 
     def _align(self, value: Node, have: Layout, want: Layout) -> Node:
         if not value.shape and not have:

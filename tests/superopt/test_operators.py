@@ -228,6 +228,19 @@ def test_differences_of_means_are_of_rounded_means(tmp_path: Path) -> None:
     assert float((found == distance(x, y)).float().mean()) > 0.8
 
 
+def test_numbers_do_not_exceed_their_maximum(tmp_path: Path) -> None:
+    """It is not rounded where they are not: exponentials that it shifts would overflow."""
+
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        scores = x * 3
+        top = scores.amax(-1, keepdim=True).clamp(min=0)
+        return torch.exp(scores - top)
+
+    x = (torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) * 1e18).bfloat16()
+    (found,) = in_one_kernel({"shifted": shifted}, [x], tmp_path)
+    assert bool((found <= 1).all())
+
+
 def test_compensated_sums_in_16_bits_are_not_optimized_away(tmp_path: Path) -> None:
     """What a sum in bfloat16 lost is nothing in float32; a kernel must not return that."""
 
