@@ -7,16 +7,11 @@ as in PyTorch's `TensorIterator`.
 In: a `Region` and its `IndexSpace`, which changes.
 """
 
-from typing import Final
-
 from superopt.ir.node import Node
 from superopt.ir.ops import leaf
 from superopt.ir.types import contiguous_strides
-from superopt.search.indices import Atom, IndexSpace
+from superopt.search.indices import SHORT_ROW, Atom, IndexSpace
 from superopt.search.region import Region, view_type
-
-_LONG: Final = 512
-"""Elements that fill vectors well, and take long compared with the start of a row."""
 
 
 def coalesce(region: Region, space: IndexSpace) -> None:
@@ -36,7 +31,7 @@ def coalesce(region: Region, space: IndexSpace) -> None:
             # the number of an element along one of two dims
             apart.update(space.layout(node)[node.attrs.axis])
     for inner in [a for a in before if a not in apart]:
-        while space.extent(inner) < _LONG and len(before[inner]) == 1:
+        while space.extent(inner) < SHORT_ROW and len(before[inner]) == 1:
             (outer,) = before[inner]
             if outer is None or outer in apart or after[outer] != {inner}:
                 break

@@ -288,7 +288,7 @@ class Driver:
         test = FloatTest(extract(region, "part"), seed=self.seed, device=self.measurer.device)
         try:
             return self._left() <= 0 or bool(test.check(lambda t: self.measurer.run(alone, t)))
-        except SuperoptError:  # a part of it may ask for more memory than there is
+        except SuperoptError:  # what does not run here alone is not known to err
             return True
 
     def _first_proven(self, programs: Sequence[Graph]) -> tuple[Graph, Verdict, float] | None:

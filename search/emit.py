@@ -31,12 +31,7 @@ _CLOSES = {
     contraction.REDUCE_PROD: tile.ACCUM_PROD,
 }
 _STEPS = (
-    elementwise.EQ,
-    elementwise.NE,
-    elementwise.LT,
-    elementwise.LE,
-    elementwise.GT,
-    elementwise.GE,
+    *elementwise.COMPARISONS,
     elementwise.SIGN,
     elementwise.FLOOR,
     elementwise.CEIL,
@@ -115,13 +110,18 @@ def _steps(node: Node) -> bool:
     return to_whole or node.op in _STEPS
 
 
+def _behind_views(node: Node) -> Node:
+    while node.op.kind is OpKind.STRUCTURAL and len(node.inputs) == 1:
+        (node,) = node.inputs
+    return node
+
+
 def _rounded(value: Node, operand: Node) -> Node:
     """Return the wide tile of a 16-bit operand, rounded where it is not what memory holds."""
+    operand, source = _behind_views(operand), _behind_views(value)
     if operand.op is elementwise.CAST and operand.tensor.dtype is DType.F32:
         (operand,) = operand.inputs
-    dtype, source = operand.tensor.dtype, value
-    while source.op.kind is OpKind.STRUCTURAL and len(source.inputs) == 1:
-        source = source.inputs[0]
+    dtype = operand.tensor.dtype
     stored = source.op is elementwise.CAST and source.inputs[0].tensor.dtype is dtype
     if stored or not dtype.is_half or source.op is leaf.CONSTANT:
         return value

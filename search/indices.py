@@ -12,12 +12,15 @@ factorization.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import final
+from typing import Final, final
 
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.search.errors import NotFusible
+
+SHORT_ROW: Final = 512
+"""Elements that are too few for a row of their own: vectors are filled badly, and rows are many."""
 
 Atom = int
 Layout = tuple[tuple[Atom, ...], ...]

@@ -21,12 +21,11 @@ from superopt.ir import build as b
 from superopt.ir.node import Node, rebuild
 from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
+from superopt.search.indices import SHORT_ROW
 from superopt.search.region import is_view, view_base
 
 _ENOUGH: Final = 64
 """Results that occupy the cores of a machine, and blocks enough that none of them waits for long."""
-_SHORT: Final = 512
-"""Elements that are too few for a row of their own: vectors are filled badly, and rows are many."""
 _LONG: Final = 1 << 15
 """Elements along an axis that take longer to reduce than it takes to call one kernel more."""
 _COMBINE: Final = {
@@ -50,7 +49,7 @@ def reduce_in_stages(node: Node) -> Node | None:
         outer += 1
     if outer == 0:
         return None
-    if prod(x.shape[a] for a in axes[outer:]) < _SHORT:
+    if prod(x.shape[a] for a in axes[outer:]) < SHORT_ROW:
         pieces = _pieces(node, axes[0], axes[-1])
         if pieces is not None:
             return pieces

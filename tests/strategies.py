@@ -36,14 +36,6 @@ BINARY = (
     elementwise.MAXIMUM,
     elementwise.MINIMUM,
 )
-COMPARISONS = (
-    elementwise.EQ,
-    elementwise.NE,
-    elementwise.LT,
-    elementwise.LE,
-    elementwise.GT,
-    elementwise.GE,
-)
 REDUCTIONS = (
     contraction.REDUCE_SUM,
     contraction.REDUCE_MAX,
@@ -152,7 +144,7 @@ class Grower:
         x = self.pick(is_exact)
         y = self.fitting(x)
         need(is_exact(y))
-        return make(self.random.choice(COMPARISONS), [x, y])
+        return make(self.random.choice(elementwise.COMPARISONS), [x, y])
 
     def logic(self) -> Node:
         x = self.pick(lambda n: n.tensor.dtype is DType.BOOL)

@@ -21,7 +21,6 @@ from superopt.ir.ops.registry import OpKind
 from superopt.verify.arithmetic import PRIME_LIMIT
 from superopt.verify.field import as_rational
 from superopt.verify.needs import (
-    COMPARISONS,
     EXPONENTIAL,
     UNKNOWN,
     constant_power,
@@ -106,7 +105,7 @@ def _difference(a: Degree, b: Degree) -> int:
 
 def _hashed_degree(node: Node, found: dict[Node, Degree]) -> int:
     hashed = node.op in UNKNOWN or node.op.kind is OpKind.LIBRARY
-    if node.op in COMPARISONS and not any(infinite_constant(i) for i in node.inputs):
+    if node.op in elementwise.COMPARISONS and not any(infinite_constant(i) for i in node.inputs):
         hashed = True
     if node.op is elementwise.POW and constant_power(node) is None:
         hashed = True

@@ -30,7 +30,6 @@ from superopt.verify.degree import error_per_test
 from superopt.verify.draws import draws
 from superopt.verify.field import FieldDomain, FieldValue, ZeroDivision
 from superopt.verify.needs import (
-    COMPARISONS,
     EXPONENTIAL,
     infinite_constant,
     needed_residues,
@@ -453,7 +452,7 @@ def _decision_sites(joint: Graph, by_order: bool) -> list[int]:
 
 
 def _compares_values(node: Node) -> bool:
-    if node.op not in COMPARISONS or not node.inputs[0].tensor.dtype.is_float:
+    if node.op not in elementwise.COMPARISONS or not node.inputs[0].tensor.dtype.is_float:
         return False
     return not any(infinite_constant(i) for i in node.inputs)
 

@@ -54,14 +54,6 @@ UNKNOWN = (
     elementwise.ATAN2,
     elementwise.COPYSIGN,
 )
-COMPARISONS = (
-    elementwise.EQ,
-    elementwise.NE,
-    elementwise.LT,
-    elementwise.LE,
-    elementwise.GT,
-    elementwise.GE,
-)
 LARGEST_POWER = 64
 
 Needs = dict[Node, frozenset[str]]
@@ -95,7 +87,7 @@ def _operand_needs(node: Node, own: frozenset[str], by_order: bool) -> Sequence[
     if op in EXPONENTIAL:
         # a power mod p comes of the exponent mod q, one mod q of it mod r; mod r it is a hash of that mod p
         return [frozenset({"p": "q", "q": "r", "r": "q"}[residue] for residue in own)]
-    if op in COMPARISONS:
+    if op in elementwise.COMPARISONS:
         if any(infinite_constant(i) for i in node.inputs):
             return [_Q] * len(node.inputs)
         return [_P] * len(node.inputs)

@@ -15,7 +15,6 @@ from superopt.ir.node import Node, topological
 from superopt.ir.ops import elementwise, leaf, library, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
-from superopt.verify.needs import COMPARISONS
 from superopt.verify.reference import DTYPES, run_reference
 
 _FAR: Final = 64
@@ -110,7 +109,7 @@ def _special(
     for node in topological(graph.outputs):
         if any(i in below for i in node.inputs):
             below.add(node)
-            if node.op in COMPARISONS:
+            if node.op in elementwise.COMPARISONS:
                 asked.update(_constants(node.inputs))
     around = {k + d for k in asked for d in (-1, 0, 1)} - set(range(limit))
     mine = [(i, extent) for i, extent in indices if i in below]

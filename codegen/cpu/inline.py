@@ -49,16 +49,6 @@ _RANGES = {
     DType.I32: _INT32,
     DType.I64: (-(2**63), 2**63 - 1),
 }
-_COMPARISONS = frozenset(
-    {
-        elementwise.EQ,
-        elementwise.NE,
-        elementwise.LT,
-        elementwise.LE,
-        elementwise.GT,
-        elementwise.GE,
-    }
-)
 
 
 @final
@@ -274,7 +264,7 @@ class Plan:
         base = self.operand_base(node)
         others = [self.ranges[i] for i in user.inputs if i is not node]
         return (
-            user.op in _COMPARISONS
+            user.op in elementwise.COMPARISONS
             and (base.op is tile.LOAD or base in self.memory)
             and all(_INT32[0] < a and b < _INT32[1] for a, b in others)
         )

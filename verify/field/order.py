@@ -25,9 +25,7 @@ from superopt.verify.field.domain import (
 )
 
 
-@FIELD.register(
-    elementwise.EQ, elementwise.NE, elementwise.LT, elementwise.LE, elementwise.GT, elementwise.GE
-)
+@FIELD.register(*elementwise.COMPARISONS)
 def _compare(node: Node, args: Sequence[Value], domain: FieldDomain) -> Value:
     x, y = args
     a, b = _comparison_keys(x, y, domain)
