@@ -48,7 +48,7 @@ from superopt.verify.equivalence import Verdict, provable, verify_field
 from superopt.verify.floating import HARDEST, FloatTest
 from superopt.verify.reference import TorchDomain
 from superopt.verify.slices import evaluate, slices
-from superopt.verify.threads import suitable
+from superopt.verify.threads import now, suitable, worked_s
 
 _CLEAR: Final = 0.7
 """A kernel this much faster than its products alone are in a library needs no comparison."""
@@ -363,7 +363,7 @@ class Driver:
 
     def _equal(self, original: Graph, variant: Graph) -> bool:
         """Say whether a variant passes a first look, which is timed to predict the proof."""
-        started, worked = time.monotonic(), time.process_time()
+        begun = now()
         try:
             verdict = verify_field(
                 original,
@@ -375,9 +375,7 @@ class Driver:
         except SuperoptError as error:
             self._reject(str(error))
             return False
-        # the processor's time where others kept it: a busy moment must not foretell a long proof
-        took_s = min(time.monotonic() - started, time.process_time() - worked)
-        self.proof_s = max(self.proof_s, _PROOF * took_s)
+        self.proof_s = max(self.proof_s, _PROOF * worked_s(begun))
         if not verdict.equivalent:
             self._reject(str(verdict))
         return verdict.equivalent

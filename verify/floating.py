@@ -28,7 +28,7 @@ from superopt.verify.opaque import duplicate, spread
 from superopt.verify.ranges import Integers, draw_integers, integer_ranges
 from superopt.verify.reference import DTYPES, TorchDomain, run_reference
 from superopt.verify.slices import evaluate, slices
-from superopt.verify.threads import suitable
+from superopt.verify.threads import now, suitable, worked_s
 
 RunCandidate = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
@@ -213,13 +213,13 @@ class FloatTest:
         errors: list[FloatError] = []
         reason = refused = ""
         for distribution in distributions:
-            begun = _now()
+            begun = now()
             with suitable():
                 inputs = draw_inputs(self.original, distribution, self.seed, self.device)
-            drawn_s, begun = _worked_s(begun), _now()
+            drawn_s, begun = worked_s(begun), now()
             reference = self._reference(distribution, inputs)
-            self._reference_s.setdefault(distribution, _worked_s(begun))
-            begun = _now()
+            self._reference_s.setdefault(distribution, worked_s(begun))
+            begun = now()
             if isinstance(reference, str):
                 refused = reference
                 continue
@@ -235,7 +235,7 @@ class FloatTest:
                     if not reason and self._halves and distribution == _USUAL:
                         reason = _other_noise(reference, found)
                 errors.append(FloatError(distribution, *pair))
-            self._candidate_s[distribution] = drawn_s + _worked_s(begun)
+            self._candidate_s[distribution] = drawn_s + worked_s(begun)
             if reason:
                 reason = f"{distribution} inputs: {reason}"
                 break
@@ -461,16 +461,6 @@ def _shares(value: torch.Tensor, argument: Any) -> bool:
 def on(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Return a copy of a tensor on `device`, laid out the same."""
     return duplicate(x, device)
-
-
-def _now() -> tuple[float, float]:
-    """Return the time on the wall and the processor's."""
-    return time.perf_counter(), time.process_time()
-
-
-def _worked_s(begun: tuple[float, float]) -> float:
-    """Return the seconds since then, the processor's where others kept it: a busy moment foretells nothing."""
-    return min(now - then for now, then in zip(_now(), begun, strict=True))
 
 
 def _shape_mismatch(own: list[torch.Tensor], found: list[torch.Tensor]) -> str:

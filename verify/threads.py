@@ -66,3 +66,16 @@ def _pace(threads: int) -> float:
         values.add_(1.0)
         count += 1
     return taken / count
+
+
+def now() -> tuple[float, float]:
+    """Return the time on the wall and the processor's, in seconds."""
+    return time.monotonic(), time.process_time()
+
+
+def worked_s(begun: tuple[float, float]) -> float:
+    """Return the seconds since `now()` said this, the processor's where others kept it.
+
+    What takes long in a busy moment does not foretell how long it takes in the next.
+    """
+    return min(then - before for then, before in zip(now(), begun, strict=True))

@@ -26,6 +26,7 @@ from superopt.search.driver import Driver, Event, search
 from superopt.search.partition import is_compute, partition
 from superopt.search.region import make_region
 from superopt.search.schedule import derive
+from superopt.verify import threads
 from superopt.verify.equivalence import Verdict, provable, verify_field
 from superopt.verify.floating import FloatTest
 from superopt.verify.reference import run_reference
@@ -444,8 +445,7 @@ def test_search_ends_when_the_budget_does(budget_s: float, monkeypatch: pytest.M
             return [1e-3 / (self.seen + i) for i in range(len(graphs))]
 
     clock = Slow()
-    now = SimpleNamespace(monotonic=lambda: clock.now_s, process_time=lambda: clock.now_s)
-    monkeypatch.setattr(driver, "time", now)
+    monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
     x, w = b.input_("x", (64, 128)), b.input_("w", (128, 96))
     graph = b.kernel_graph("g", [x, w], [b.exp(b.matmul(b.exp(x), w))])
     run(graph, clock, budget_s=budget_s)
@@ -524,10 +524,8 @@ def test_a_busy_moment_foretells_no_long_proof(monkeypatch: pytest.MonkeyPatch) 
         lost_s += 1000.0
         return verify_field(*args, **options)
 
-    now = SimpleNamespace(
-        monotonic=lambda: time.monotonic() + lost_s, process_time=time.process_time
-    )
-    monkeypatch.setattr(driver, "time", now)
+    for module in (driver, threads):
+        monkeypatch.setattr(module, "now", lambda: (lost_s + time.monotonic(), time.process_time()))
     monkeypatch.setattr(driver, "verify_field", starved)
     found = Driver(graph, Target(), Predicted(), 5.0, 0, FloatTest(graph, seed=0))
     assert found._equal(graph, graph)

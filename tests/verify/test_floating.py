@@ -1,7 +1,6 @@
 """The floating-point test: accurate candidates pass, unstable ones do not."""
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from superopt.ir.node import Node, make
 from superopt.ir.ops import contraction, library
 from superopt.ir.ops.library import OpaqueAttrs
 from superopt.ir.types import DType, TensorType
-from superopt.verify import floating
+from superopt.verify import floating, threads
 from superopt.verify.equivalence import verify_field
 from superopt.verify.floating import DISTRIBUTIONS, draw_inputs, verify_float
 from superopt.verify.reference import run_reference
@@ -273,8 +272,8 @@ def test_what_a_check_will_take_leaves_out_what_is_known(monkeypatch: pytest.Mon
         return run_slowly
 
     # others keep the processor for two thirds of the time
-    clocks = SimpleNamespace(perf_counter=lambda: 3.0 * now_s, process_time=lambda: now_s)
-    monkeypatch.setattr(floating, "time", clocks)
+    for module in (floating, threads):
+        monkeypatch.setattr(module, "now", lambda: (3.0 * now_s, now_s))
     monkeypatch.setattr(floating, "run_reference", slow(1.0))
     monkeypatch.setattr(floating, "evaluate", slow(0.5, floating.evaluate))
     original = graph(b.exp(X))
