@@ -28,6 +28,7 @@ from superopt.ir.graph import Graph
 from superopt.ir.node import Node, rebuild, rewrite
 from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
+from superopt.ir.types import contiguous_strides, reshape_strides
 from superopt.search.reductions import (
     maximum_out_of_shift,
     reduce_in_parts,
@@ -171,27 +172,20 @@ def _factors(node: Node, *, widened: bool = False) -> _Product:
 
 
 def _through_view(view: Node, factor: Node) -> Node | None:
-    """Apply a view of a product to one factor, which may have dims of size 1."""
+    """Apply a view of a product to one factor, which may have dims of size 1, or fewer."""
     before, after = view.inputs[0].shape, view.shape
     if not factor.shape:
         return factor
+    if factor.tensor.rank < len(before):
+        factor = b.reshape(factor, (1,) * (len(before) - factor.tensor.rank) + factor.shape)
     if view.op is structural.PERMUTE:
-        return (
-            rebuild(view, (factor,))
-            if factor.shape == before
-            else b.permute(factor, view.attrs.perm)
-        )
-    if factor.shape == before:
-        return b.reshape(factor, after)
-    tail = 0
-    while tail < min(len(before), len(after)) and before[-1 - tail] == after[-1 - tail]:
-        tail += 1
-    head = len(factor.shape) - tail
-    if factor.shape[:head] == before[:head]:
-        return b.reshape(factor, (*after[: len(after) - tail], *factor.shape[head:]))
-    if all(d == 1 for d in factor.shape[:head]):
-        return b.reshape(factor, ((1,) * (len(after) - tail)) + factor.shape[head:])
-    return None
+        return b.permute(factor, view.attrs.perm)
+    # where a view of the factor, repeated along the others' dims, needs no copy, it varies over whole dims
+    steps = zip(factor.shape, contiguous_strides(factor.shape), strict=True)
+    strides = reshape_strides(before, tuple(0 if n == 1 else s for n, s in steps), after)
+    if strides is None:
+        return None
+    return b.reshape(factor, [n if s else 1 for n, s in zip(after, strides, strict=True)])
 
 
 def _split(node: Node, axes: tuple[int, ...]) -> tuple[Node, _Product] | None:

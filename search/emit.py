@@ -268,10 +268,10 @@ class _Emitter:
             return b.accumulate(
                 tile.ACCUM_SUM, part, self._loop_name(self.schedule.passes.number[node])
             )
-        guarded = self._value(shift, number)
-        running = guarded.inputs[1]
-        conformed = self._conform(running, self._layout(shift), self._layout(node))
-        return b.accum_rescaled(part, conformed, self._loop_name(number), power)
+        loop = self._loop_name(number)
+        running = self._value(shift, number).inputs[1]
+        top = self._conform(running.inputs[0], self._layout(shift), self._layout(node))
+        return b.accum_rescaled(part, b.accumulate(tile.PREFIX_MAX, top, loop), loop, power)
 
     def _conform(self, value: Node, have: Layout, want: Layout) -> Node:
         """Reorder the tile dims of `value` to those of another layout, 1 where it has no atom."""
@@ -360,10 +360,13 @@ class _Emitter:
         for group in groups:
             sizes = value.shape[position : position + len(group)]
             position += len(group)
-            if sum(n > 1 for n in sizes) > 1 and any(self._ragged(a) for a in group):
+            if not self._mergeable(sizes, group):
                 raise NotFusible("ragged tiles are merged")
             shape.append(prod(sizes))
         return b.reshape(value, shape)
+
+    def _mergeable(self, sizes: Sequence[int], group: Sequence[Atom | None]) -> bool:
+        return sum(n > 1 for n in sizes) < 2 or not any(self._ragged(a) for a in group)
 
     def _matmul(self, operands: list[Node], layouts: list[Layout], layout: Layout) -> Node:
         rank = len(layout)
@@ -376,18 +379,24 @@ class _Emitter:
         slots: list[tuple[Atom | None, ...]] = [(s,) for s in _slots(batch)]
         rows, columns = layouts[0][-2] or (None,), layouts[1][-1] or (None,)
         contracted = layouts[0][-1] or (None,)
+        full = (*_slots(batch), *rows, *columns)
+        if not self._mergeable(a.shape[len(slots) : len(slots) + len(rows)], rows):
+            # one product for each of the outer rows
+            outer, rows = [(r,) for r in rows[:-1]], rows[-1:]
+            at = len(slots)
+            c = b.reshape(c, (*c.shape[:at], *(1 for _ in outer), *c.shape[at:]))
+            slots += outer
         a = self._merge(a, [*slots, rows, contracted])
         c = self._merge(c, [*slots, contracted, columns])
-        full = (*_slots(batch), *rows, *columns)
         count = len(slots)
         folded = 0
         while folded < count and c.shape[count - 1 - folded] == 1:
             folded += 1
-        extra = [(s,) for s in _slots(batch)[: count - folded]]
-        if folded and prod(a.shape[count - folded : count]) > 1:
+        extra = slots[: count - folded]
+        row_sizes = a.shape[count - folded : count + 1]
+        inner_slots = [s for (s,) in slots[count - folded :]]
+        if prod(row_sizes[:-1]) > 1 and self._mergeable(row_sizes, [*inner_slots, *rows]):
             # batch dims that only one operand has are further rows of one product
-            inner_slots = tuple(_slots(batch)[count - folded :])
-            row_sizes = (*a.shape[count - folded : count], a.shape[count])
             a = self._merge(a, [*extra, (*inner_slots, None), (None,)])
             c = self._merge(c, [*extra, (*inner_slots, None), (None,)])
             product = b.matmul(a, c)
@@ -399,13 +408,13 @@ class _Emitter:
         row_tiles = [1 if r is None else self.tiles[r] for r in rows]
         column_tiles = [1 if r is None else self.tiles[r] for r in columns]
         if prod(row_tiles) != product.shape[count]:
-            row_tiles = self._present(operands[0], layouts[0][-2], layouts[0])
+            row_tiles = self._present(operands[0], rows, layouts[0])
         if prod(column_tiles) != product.shape[-1]:
             column_tiles = self._present(operands[1], layouts[1][-1], layouts[1])
         assert len(full) == len(sizes) + len(row_tiles) + len(column_tiles)
         return b.reshape(product, (*sizes, *row_tiles, *column_tiles))
 
-    def _present(self, value: Node, dim: Sequence[Atom], layout: Layout) -> list[int]:
+    def _present(self, value: Node, dim: Sequence[Atom | None], layout: Layout) -> list[int]:
         slots = _slots(layout)
         return [value.shape[slots.index(a)] for a in dim] or [1]
 

@@ -24,6 +24,16 @@ def grouped_attention(*, causal: bool) -> Graph:
     )
 
 
+def shared_keys(*, merged: bool) -> Graph:
+    """Attention of heads that all have the same keys, as rows of one product or of one each."""
+    q, k, v = b.input_("q", (9, 25, 8)), b.input_("k", (35, 8)), b.input_("v", (35, 6))
+    rows = (9 * 25,) if merged else (9, 25)
+    s = b.reshape(b.matmul(b.reshape(q, (*rows, 8)), b.transpose(k)), (9, 25, 35))
+    e = b.exp(b.sub(s, b.reduce_max(s, -1)))
+    weights = b.reshape(b.div(e, b.reduce_sum(e, -1)), (*rows, 35))
+    return b.kernel_graph("shared_keys", [q, k, v], [b.reshape(b.matmul(weights, v), (9, 25, 6))])
+
+
 def windowed_attention() -> Graph:
     """A sliding window with soft-capped scores: nothing that has a name."""
     q, k, v = (b.input_(n, (3, 40, 8)) for n in "qkv")
@@ -118,6 +128,8 @@ PROGRAMS = {
     "gqa": grouped_attention(causal=False),
     "causal_gqa": grouped_attention(causal=True),
     "window": windowed_attention(),
+    "shared_keys": shared_keys(merged=False),
+    "merged_rows": shared_keys(merged=True),
     "squares": squared_weights(),
     "norm_linear": norm_linear(),
     "norm_mlp": norm_mlp(),
