@@ -89,6 +89,43 @@ def test_rounding_may_decide_whether_a_product_overflows() -> None:
     assert "inf or NaN" in verify_float(original, lambda t: unrounded(t, 2.0), seed=3).reason
 
 
+def test_equal_roundings_may_keep_an_exponential_finite() -> None:
+    """Of x ten times its tenth is taken off, as in Sinkhorn's steps: nothing is left, or a unit of x."""
+    most = b.mul(b.reduce_max(b.mul(X, 0.1), -1), 10.0)
+    original = graph(b.exp(b.sub(X, most)))
+
+    def divided(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        (x,) = tensors
+        return [torch.exp(x - (x / 10.0).amax(-1, keepdim=True) * 10.0)]
+
+    (edge,) = draw_inputs(original, "overflow-edge", 3)
+    own, found = run_reference(original, [edge])[0], divided([edge])[0]
+    assert bool((own.isfinite() & ~found.isfinite()).any())
+    assert verify_float(original, divided, seed=3).accurate
+    stable = graph(b.exp(b.sub(X, b.reduce_max(X, -1))))
+    refused = floating.FloatTest(stable, seed=3).check(divided, ["overflow-edge"])
+    assert "inf or NaN" in refused.reason
+
+
+def test_rounding_may_decide_whether_a_quotient_is_of_zeros() -> None:
+    """Weights that no float holds, and the original has by a rounding: a cluster without points."""
+    x = b.input_("x", (64, 200), DType.BF16)
+    square = b.mul(b.mul(x, 10.0), b.mul(x, 10.0))
+    larger = b.cast(b.mul(b.cast(square, DType.F32), 1.002), DType.BF16)
+    weight = b.exp(b.sub(square, larger))
+    original = b.kernel_graph("g", [x], [b.div(weight, weight)])
+
+    def unrounded(tensors: list[torch.Tensor], factor: float = 0.002) -> list[torch.Tensor]:
+        weight = torch.exp((tensors[0].float() * 10.0).square() * -factor)
+        return [(weight / weight).bfloat16()]
+
+    mixed = draw_inputs(original, "mixed", 3)
+    own, found = run_reference(original, mixed)[0], unrounded(mixed)[0]
+    assert bool((own.isfinite() & ~found.isfinite()).any())
+    assert verify_float(original, unrounded, seed=3).accurate
+    assert "inf or NaN" in verify_float(original, lambda t: unrounded(t, 0.01), seed=3).reason
+
+
 def test_cancellation_in_a_variance_is_rejected() -> None:
     mean = b.mean(X, -1)
     centered = b.sub(X, mean)
