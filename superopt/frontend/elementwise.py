@@ -1,7 +1,8 @@
 """Lifting rules for elementwise operators: type promotion made explicit by casts."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -303,6 +304,10 @@ def _pow_scalar(call: Call, x: Node, exponent: Scalar) -> Node:
     return to(result, call.dtype)
 
 
+_SMALL_POWER: Final = 4
+"""Up to here powers are so few products that these err by hardly more than the function."""
+
+
 def _small_power(x: Node, exponent: Scalar) -> Node | None:
     """Return the products and roots that PyTorch uses for common exponents."""
     if exponent in (1, 2, 3):
@@ -318,7 +323,25 @@ def _small_power(x: Node, exponent: Scalar) -> Node | None:
         -1.0: lambda: b.div(1.0, x),
         -2.0: lambda: b.div(1.0, b.mul(x, x)),
     }
-    return roots[exponent]() if exponent in roots else None
+    if exponent in roots:
+        return roots[exponent]()
+    # -2.5 would give -inf for -0.0
+    if exponent % 0.5 == 0 and 0 < abs(exponent) <= _SMALL_POWER and exponent != -2.5:
+        return _halves_power(x, exponent)
+    return None
+
+
+def _halves_power(x: Node, exponent: Scalar) -> Node:
+    """Return products and a root instead of the power, which costs ten times as much."""
+    base = x if exponent > 0 else b.div(1.0, x)
+    result = base
+    for _ in range(int(abs(exponent)) - 1):
+        result = b.mul(result, base)
+    if exponent % 1 == 0:
+        return result
+    root = b.sqrt(x)
+    result = b.mul(result, root) if exponent > 0 else b.div(result, root)
+    return b.where(b.eq(x, -math.inf), math.inf if exponent > 0 else 0.0, result)
 
 
 @rule(aten.pow.Tensor_Tensor, aten.pow.Scalar)

@@ -556,6 +556,12 @@ def opaque(x: torch.Tensor, i: torch.Tensor) -> Results:
     }
 
 
+def powers(x: torch.Tensor) -> Results:
+    return {str(p): x**p for p in (1.5, -1.5, 2.5, -2.5, 3.5, -3.5, 4, -3, -4, 1.7)}
+
+
+_EXTREMES = [-torch.inf, torch.inf, torch.nan, -0.0, 0.0, -2.5, 1e-30, 1e30, 3.7]
+
 FAMILIES = (
     Family("unary", unary, lambda d: (normal(4, 9, dtype=d),), ALL_FLOATS),
     Family(
@@ -564,6 +570,7 @@ FAMILIES = (
         lambda d: (integers(1, 9, 4, 5, dtype=d),),
         (torch.int64, torch.uint8),
     ),
+    Family("powers", powers, lambda d: (torch.tensor(_EXTREMES, dtype=d),), FLOATS),
     Family("binary", binary, lambda d: (normal(4, 9, dtype=d), other(9, dtype=d)), FLOATS),
     Family(
         "integer_binary",
