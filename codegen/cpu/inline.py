@@ -49,6 +49,8 @@ _RANGES = {
     DType.I32: _INT32,
     DType.I64: (-(2**63), 2**63 - 1),
 }
+_CHOICES = frozenset({elementwise.WHERE, elementwise.MAXIMUM, elementwise.MINIMUM})
+"""A choice among saturated integers is the saturated choice."""
 
 
 @final
@@ -90,8 +92,13 @@ class Plan:
         return node
 
     def only_multiplied(self, node: Node) -> bool:
-        """Say whether nothing but products reads the value, through moves."""
-        return all(u.op is contraction.MATMUL for u in self._readers(node))
+        """Say whether nothing but products reads the value, through moves, reshapes and conversions."""
+        users = self.users[node]
+        return all(
+            u.op is contraction.MATMUL
+            or ((is_move(u) or u.op is structural.RESHAPE or widens(u)) and self.only_multiplied(u))
+            for u in users
+        )
 
     def _operands(self, node: Node) -> None:
         if node.op is contraction.MATMUL:
@@ -260,14 +267,14 @@ class Plan:
         if _INT32[0] < low and high < _INT32[1]:
             computed = node is user and node.op.kind is OpKind.ELEMENTWISE
             return not computed or dtype is DType.I64 or self.ranges[node] != _RANGES[dtype]
-        # a saturated operand compares right with numbers well inside the range
         base = self.operand_base(node)
+        saturated = base.op is tile.LOAD or base in self.memory or base.op in _CHOICES
+        if user.op in _CHOICES:
+            return saturated
+        # a saturated operand compares right with numbers well inside the range
         others = [self.ranges[i] for i in user.inputs if i is not node]
-        return (
-            user.op in elementwise.COMPARISONS
-            and (base.op is tile.LOAD or base in self.memory)
-            and all(_INT32[0] < a and b < _INT32[1] for a, b in others)
-        )
+        inside = all(_INT32[0] < a and b < _INT32[1] for a, b in others)
+        return user.op in elementwise.COMPARISONS and saturated and inside
 
 
 def _arithmetic_range(node: Node, inputs: list[tuple[int, int]]) -> tuple[int, int] | None:

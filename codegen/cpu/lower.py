@@ -24,6 +24,7 @@ from superopt.codegen.cpu.expressions import LOWER, literal
 from superopt.codegen.cpu.fused import FusedLoop
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.cpu.members import Member, MemberKind, carried, combine_kind, identity
+from superopt.codegen.cpu.transposed import rows_of
 from superopt.codegen.errors import CodegenError
 from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
 from superopt.ir.coordinates import identity_coords
@@ -369,6 +370,9 @@ class _Kernel:
             self.fused.flush()
             view = self._view(node, "product")
             Product(self.context, self.plan, node, view, accumulate=False).emit()
+            if (rows := rows_of(self.context, self.plan, node, view)) is not None:
+                self.context.views[node] = rows
+                self.aliases.add(node)
         elif node.op is tile.PREFIX_MAX:
             self._prefix(node)
         elif is_accumulator(node):
@@ -447,7 +451,8 @@ class _Kernel:
         start = " + ".join([self.inputs[source], *offsets])
         self.context.write(f"const {element}* const {name} = {start};")
         ahead = self._ahead(node, strides) if self.context.config.prefetch else 0
-        self.context.views[node] = View(name, element, node.tensor.dtype, strides, False, ahead)
+        view = View(name, element, node.tensor.dtype, strides, False, ahead)
+        self.context.views[node] = rows_of(self.context, self.plan, node, view) or view
 
     def _ahead(self, load: Node, strides: Sequence[int]) -> int:
         """Distance to the tile of the innermost loop's next iteration, else to the next row."""

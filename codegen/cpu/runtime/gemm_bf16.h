@@ -128,13 +128,30 @@ SO_INLINE void pack_pairs(const bf16* from, long stride_n, long stride_k, long n
             x < k ? from[(p + j) * stride_n + x * stride_k] : bf16{0};
 }
 
+// to[x, i] = from[i, x] for i < n, x < k, rows of `from` contiguous: square by square.
+SO_NOINLINE void transpose_bf16(const bf16* from, long ld_from, long n, long k, bf16* to, long ld_to) {
+  for (long i = 0; i < n; i += VL)
+    for (long x = 0; x < k; x += VL) {
+      const long rows = min_of(VL, n - i), lanes = min_of(VL, k - x);
+      const bf16* corner = from + i * ld_from + x;
+      vf square[VL];
+#pragma GCC unroll 16
+      for (int r = 0; r < VL; ++r)
+        square[r] = r < rows ? load_n<vf>(corner + r * ld_from, (int)lanes, 0.0f) : vf{};
+      transpose_square<1>(square);
+      for (long l = 0; l < lanes; ++l) store_n(to + (x + l) * ld_to + i, square[l], (int)rows);
+    }
+}
+
 // to[x, i] = from[x, i], zero for n <= i < round_up(n, DEPTH).
 SO_NOINLINE void pack_rows_bf16(const bf16* from, long stride_k, long stride_n, long n, long k, bf16* to,
                                 long ld_to) {
+  const bool across = stride_k == 1 && stride_n != 1;
+  if (across) transpose_bf16(from, stride_n, n, k, to, ld_to);
   for (long x = 0; x < k; ++x, from += stride_k, to += ld_to) {
     if (stride_n == 1)
       memcpy(to, from, n * sizeof(bf16));
-    else
+    else if (!across)
       for (long i = 0; i < n; ++i) to[i] = from[i * stride_n];
     for (long i = n; i < round_up(n, DEPTH); ++i) to[i] = bf16{0};
   }

@@ -531,6 +531,14 @@ SO_INLINE void store_raw_n(void* p, vh bits, int64_t n) {
   auto lanes = static_cast<unsigned short>((1u << n) - 1u);
   __builtin_ia32_storedquhi256_mask(static_cast<short*>(p), bit_cast<halves>(bits), lanes);
 }
+SO_INLINE vf load_vf_n(const uint8_t* p, int64_t n, float fill) {
+  auto lanes = static_cast<unsigned short>((1u << n) - 1u);
+  const vc bytes = __builtin_ia32_loaddquqi128_mask(reinterpret_cast<const char*>(p), vc{}, lanes);
+  return select(first_lanes(n), __builtin_convertvector(extend(bit_cast<vub>(bytes)), vf), splat<vf>(fill));
+}
+SO_INLINE vf load_vf_n(const bool* p, int64_t n, float fill) {
+  return load_vf_n(reinterpret_cast<const uint8_t*>(p), n, fill);
+}
 SO_INLINE vf load_vf_n(const bf16* p, int64_t n, float fill) {
   return select(first_lanes(n), widen(load_raw_n(p, n), bf16{}), splat<vf>(fill));
 }

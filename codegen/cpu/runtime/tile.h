@@ -94,13 +94,56 @@ SO_INLINE int32_t saturate(T x) {
   const int64_t wide = static_cast<int64_t>(x);
   return static_cast<int32_t>(wide < INT32_MIN ? INT32_MIN : wide > INT32_MAX ? INT32_MAX : wide);
 }
+template <class H, int... LANE>
+SO_INLINE vi join(H first, H second, lane_list<LANE...>) {
+  return __builtin_shufflevector(first, second, LANE...);
+}
+SO_INLINE vi saturate(vl low, vl high) {
+  typedef int32_t half SO_VECTOR(SO_VECTOR_BYTES / 2);
+#if SO_USE_512
+  typedef long long wide SO_VECTOR(64);
+  const half first = __builtin_ia32_pmovsqd512_mask(bit_cast<wide>(low), half{}, 0xff);
+  const half second = __builtin_ia32_pmovsqd512_mask(bit_cast<wide>(high), half{}, 0xff);
+#else
+  const vl least = vl{} + INT32_MIN, greatest = vl{} + INT32_MAX;
+  low = low < least ? least : low > greatest ? greatest : low;
+  high = high < least ? least : high > greatest ? greatest : high;
+  const half first = __builtin_convertvector(low, half);
+  const half second = __builtin_convertvector(high, half);
+#endif
+  return join(first, second, count_lanes<VL>::type());
+}
+SO_INLINE vi load_integers(const int8_t* p) { return extend(load_raw<vb>(p)); }
+SO_INLINE vi load_integers(const uint8_t* p) { return extend(load_raw<vub>(p)); }
+SO_INLINE vi load_integers(const int16_t* p) { return extend(load_raw<vs>(p)); }
+SO_INLINE vi load_integers(const int32_t* p) { return load_raw<vi>(p); }
+SO_INLINE vi load_integers(const int64_t* p) {
+  return saturate(load_raw<vl>(p), load_raw<vl>(p + VL / 2));
+}
+// The lanes at and beyond n hold 0.
 template <class T>
-SO_INLINE vi load_integers(const T* p, long stride = 1, long n = VL) {
+SO_INLINE vi load_first_integers(const T* p, long n) {
+  T buffer[VL] = {};
+  for (long i = 0; i < n; ++i) buffer[i] = p[i];
+  return load_integers(buffer);
+}
+#if SO_USE_512
+SO_INLINE vi load_first_integers(const int64_t* p, long n) {
+  typedef long long wide SO_VECTOR(64);
+  const auto from = reinterpret_cast<const long long*>(p);
+  const unsigned lanes = (1u << n) - 1u;
+  const wide low = __builtin_ia32_loaddqudi512_mask(from, wide{}, lanes & 0xff);
+  const wide high = __builtin_ia32_loaddqudi512_mask(from + 8, wide{}, lanes >> 8);
+  return saturate(bit_cast<vl>(low), bit_cast<vl>(high));
+}
+#endif
+template <class T>
+SO_INLINE vi load_integers(const T* p, long stride, long n = VL) {
+  if (stride == 1) return load_first_integers(p, n);
   vi v = {};
   for (long i = 0; i < n; ++i) v[i] = saturate(p[i * stride]);
   return v;
 }
-SO_INLINE vi load_integers(const int32_t* p) { return load_raw<vi>(p); }
 template <class T>
 SO_INLINE void store_integers(T* p, vi v, long stride = 1, long n = VL) {
   for (long i = 0; i < n; ++i) p[i * stride] = static_cast<T>(v[i]);
