@@ -22,6 +22,7 @@ from superopt.ir.ops import contraction, structural
 from superopt.ir.tiles import varying_axes
 from superopt.ir.types import DType, Run, reshape_runs
 
+_FLUSHED = (DType.F32, DType.F16, DType.BF16)
 _SHARED_SETS_BYTES = 4096
 _MANY_COLUMNS = 64
 _STREAM_ROWS = 32
@@ -143,7 +144,9 @@ class Product:
         right, columns = self._operand(self.node.inputs[1], -1)
         extents = self.context.extents(self.node)
         offsets = ["", "", ""]
-        with ExitStack() as loops:
+        with self.context.block(""), ExitStack() as loops:
+            if self.node.tensor.dtype in _FLUSHED:
+                self.context.write("const Flush flush;")
             for free, parts, own in ((-2, rows, 0), (-1, columns, 1)):
                 inner = parts[-1][0] if parts else 1
                 for count, stride in reversed(parts[:-1]):
@@ -227,7 +230,7 @@ class Product:
 
     def _matrix(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent) -> None:
         k = self._contracted()
-        if self.node.tensor.dtype not in (DType.F32, DType.F16, DType.BF16):
+        if self.node.tensor.dtype not in _FLUSHED:
             self._plain(a, b, c, m, n, k)
             return
         if n.full == 1 and m.full > 1:

@@ -42,6 +42,16 @@ struct Whole {
   static constexpr Whole from_column(long) { return {}; }
 };
 
+// While one lives, denormal operands and results count as 0, as they do for matrix tiles: a multiplication
+// with one takes the processor over a hundred cycles, and attention that decays with distance has many.
+struct Flush {
+#ifdef __SSE__
+  const unsigned before = __builtin_ia32_stmxcsr();
+  Flush() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+  ~Flush() { __builtin_ia32_ldmxcsr(before); }
+#endif
+};
+
 // One register tile, MR rows by NV vectors. EDGE: only `rows` rows and `cols` columns exist; the
 // rows beyond repeat the last one, so that loads stay inside A, and are not stored. Not inlined, so
 // that registers are allocated for this loop alone (inlined into a large kernel, GCC 12 spilled: up
