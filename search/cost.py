@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil, gcd, inf, prod
 from typing import Final, final
 
-from superopt.ir.node import Node
+from superopt.ir.node import Node, users_of
 from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.ops.shapes import tensor
@@ -117,6 +117,8 @@ class _Op:
     product: _Product | None
     tile: int
     spills: bool
+    kept: frozenset[Atom] | None
+    """Over what it varies, where blocks leave it to each other."""
 
 
 @final
@@ -153,6 +155,7 @@ class KernelModel:
         for node in schedule.region.body:
             self._present[node] = self._varies_over(node)
         self._extents = {a: self._space.extent(a) for a in schedule.roles}
+        self._left = self._left_to_others()
         self._ops = [self._op(n) for n in schedule.region.body]
         self._reads = [self._read(n) for n in schedule.region.inputs]
         self._whole = [prod([self._extents[a] for a in atoms]) for atoms in self._sets]
@@ -211,7 +214,7 @@ class KernelModel:
                 node.tensor.dtype.size_bytes,
                 _product_flops(node, self._machine),
                 _runs_along(node.inputs[1]),
-                right if self._is_left_to_others(node) else None,
+                right if self._keeps_right(node) else None,
             )
         elif node.op not in structural.VIEWS and kind is not OpKind.LEAF:
             rate = self._operations(node, present) / self._machine.vector_ops
@@ -224,15 +227,36 @@ class KernelModel:
             spills = False
         passes, tile = self._passes.get(node, 0), self._set(present)
         row = self._set(self._along(shaped, -1))
-        return _Op(self._set(counted), row, passes, closes, rate, product, tile, spills)
+        kept = present if node in self._left else None
+        return _Op(self._set(counted), row, passes, closes, rate, product, tile, spills, kept)
 
-    def _is_left_to_others(self, product: Node) -> bool:
-        """Say whether kernels keep the right operand, a tensor, as matrix tiles of bfloat16 need it."""
-        machine, right, inputs = self._machine, product.inputs[1], self._schedule.region.inputs
-        while right.op in structural.VIEWS and right not in inputs:
-            right = right.inputs[0]
+    def _left_to_others(self) -> set[Node]:
+        """Return what kernels compute once for all blocks in turn that need it, if it is the same for them.
+
+        That are numbers of rows or columns, what is read for such alone, and right operands of products alone
+        that matrix tiles multiply.
+        """
+        schedule = self._schedule
+        if self._machine.kind != "cpu":
+            return set()
+        found: set[Node] = set()
+        users = users_of(schedule.region.outputs)
+        split = {a for a, role in schedule.roles.items() if role is not Role.WHOLE}
+        for node in reversed(schedule.region.body):
+            needed = all(
+                u in found or (self._keeps_right(u) and u.inputs[0] is not node)
+                for u in users[node]
+            )
+            small = schedule.loop in self._present[node] <= split
+            if node not in schedule.region.outputs and (needed or small):
+                found.add(node)
+        return found
+
+    def _keeps_right(self, node: Node) -> bool:
+        """Say whether kernels keep the right operand of a product, as matrix tiles of bfloat16 need it."""
+        machine = self._machine
         tiles = machine.kind == "cpu" and machine.half_flops > machine.peak_flops
-        return tiles and product.tensor.dtype is DType.BF16 and right in inputs
+        return tiles and node.op is contraction.MATMUL and node.tensor.dtype is DType.BF16
 
     def _along(self, node: Node, axis: int) -> frozenset[Atom]:
         """Return what a node varies over along one of its dims."""
@@ -294,6 +318,8 @@ class KernelModel:
         for op in self._ops:
             times = op.passes * trips if op.passes else trips if op.closes else 1
             elements = sizes[op.elements]
+            if op.kept is not None:
+                times /= self._sharing(op.kept, tile)
             if op.product is not None:
                 compute += times * self._product_s(op.product, elements, sizes, kept)
                 compute += times * self._transposed_s(op.product, sizes, tile)
@@ -363,15 +389,20 @@ class KernelModel:
         seconds = _transposition_s(sizes[product.inner] * sizes[product.columns], machine)
         if product.kept is None:
             return seconds
-        # the blocks in turn that differ in nothing that the operand varies over find what the first made
-        counts = {a: -(-self._extents[a] // tile[a]) for a in schedule.grid}
-        several = [a for a, count in counts.items() if count > 1]
         loop = schedule.loop
         trips = -(-self._extents[loop] // tile[loop]) if loop in product.kept and loop else 1
         bytes_ = product.element_bytes * sizes[product.operands[1]] * trips
-        if not several or several[-1] in product.kept or bytes_ > machine.inner_cache_bytes / 2:
+        if bytes_ > machine.inner_cache_bytes / 2:
             return seconds
-        return seconds / prod(n for a, n in counts.items() if a not in product.kept)
+        return seconds / self._sharing(product.kept, tile)
+
+    def _sharing(self, kept: frozenset[Atom], tile: Mapping[Atom, int]) -> int:
+        """Return how many blocks in turn differ in nothing that a value varies over: they find what the first made."""
+        counts = {a: -(-self._extents[a] // tile[a]) for a in self._schedule.grid}
+        several = [a for a, count in counts.items() if count > 1]
+        if not several or several[-1] in kept:
+            return 1
+        return prod(n for a, n in counts.items() if a not in kept)
 
     def _traffic(self, sizes: list[int], blocks: int, trips: float) -> tuple[float, float]:
         """Bytes from memory, and bytes from the caches, of the whole kernel."""

@@ -7,7 +7,7 @@ cache sets or which is stored in 16 bits is copied as floats.
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import final
 
@@ -15,11 +15,11 @@ from superopt.codegen.cpu.bands import Band, unseen_outside, zero_outside
 from superopt.codegen.cpu.config import widens
 from superopt.codegen.cpu.context import Context, Extent, View
 from superopt.codegen.cpu.inline import CONVERTED, Plan
+from superopt.codegen.cpu.sharing import shared_over
 from superopt.codegen.errors import CodegenError
 from superopt.ir.coordinates import is_move
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, structural
-from superopt.ir.tiles import varying_axes
 from superopt.ir.types import DType, Run, reshape_runs
 
 _FLUSHED = (DType.F32, DType.F16, DType.BF16)
@@ -135,11 +135,14 @@ class Product:
     node: Node
     target: View
     accumulate: bool
+    right: list[str] = field(default_factory=list)
+    """The text that computes what is in no loop's body yet: of the right operand, for this product alone."""
     bands: tuple[Band | None, Band | None] = (None, None)
     """Where the left operand and the result count."""
 
     def emit(self) -> None:
         """Write the product: target (+)= operands."""
+        start = len(self.context.lines)
         left, rows = self._operand(self.node.inputs[0], -2)
         right, columns = self._operand(self.node.inputs[1], -1)
         extents = self.context.extents(self.node)
@@ -165,6 +168,7 @@ class Product:
                 unseen = unseen_outside(self.context, self.plan, result)
                 self.bands = (zero_outside(self.context, self.node.inputs[0]), unseen)
             self._batch(left, right, extents, 0, row_dim, offsets)
+        self.context.lines[start:start] = self.right
 
     def _operand(self, node: Node, free: int) -> tuple[View, list[Run]]:
         """Return an operand's memory, and the runs of its rows or columns where they are several."""
@@ -286,30 +290,30 @@ class Product:
         )
 
     def _shared_pairs(self, b: _Matrix, n: Extent, k: Extent) -> str | None:
-        """Make all of a tensor's tile into pairs that the blocks after this one find, where they read it too.
+        """Make all of an operand's tile into pairs that the blocks after this one find, where they need it too.
 
-        A block may then have few rows, whose results stay in the first caches.
+        A block may then have few rows, whose results stay in the first caches. What the block computes of the
+        operand is computed then only.
         """
-        context, graph = self.context, self.context.program.graph
-        if b.in_scratch or b.origin is None:
+        context = self.context
+        if b.origin is None or (b.in_scratch and not self.right):
             return None
-        axes = varying_axes(graph)[b.origin]
-        inner = [a for a in graph.grid if a.count > 1][-1:]
-        loops = [a for a in graph.loops if a.name in axes]
-        slots = prod(a.count for a in loops)
+        if (place := shared_over(context.program.graph, b.origin)) is None:
+            return None
+        slots = prod(a.count for a in place[0])
         size = -(-k.full // _DEPTH) * _DEPTH * -(-n.full // _PANEL) * _PANEL
-        if not inner or inner[0].name in axes or 2 * size * slots > _SHARED_BYTES:
+        if 2 * size * slots > _SHARED_BYTES:
             return None
         if self.node not in context.shared:
             room = context.allocate((slots, size), DType.BF16, "pairs", dense=True, half=True)
             context.shared[self.node] = (room.pointer, context.remember(slots))
         pointer, made = context.shared[self.node]
-        slot, block = (
-            context.position(x) for x in (loops, [a for a in graph.grid if a.name in axes])
-        )
+        slot, block = map(context.position, place)
         pairs = f"{pointer} + ({slot}) * {size}L"
         with context.block(f"if ({made}[{slot}] != {block})"):
             context.write(f"{made}[{slot}] = {block};")
+            context.lines += self.right
+            self.right = []
             context.write(
                 f"pack_pairs({b.text}, {b.column}L, {b.row}L, {n.text}, {k.text}, {pairs});"
             )

@@ -9,7 +9,7 @@ the grid: FULL knows that all of its tiles are whole. The same is done inside lo
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import final
@@ -24,6 +24,7 @@ from superopt.codegen.cpu.expressions import LOWER, literal
 from superopt.codegen.cpu.fused import FusedLoop
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.cpu.members import Member, MemberKind, carried, combine_kind, identity
+from superopt.codegen.cpu.sharing import is_kept, left_to_others, only_right_of, shared_over
 from superopt.codegen.cpu.transposed import rows_of
 from superopt.codegen.errors import CodegenError
 from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
@@ -81,6 +82,8 @@ class _Kernel:
         self.factors: dict[Node, dict[int, View]] = {}
         self.in_loops: list[str] = []
         self.aliases: set[Node] = set()
+        self.operands: dict[Node, list[Node]] = {}
+        self.kept: dict[tuple[Node, ...], tuple[str, dict[Node, View]]] = {}
 
     def source(self) -> Source:
         self._find_ragged()
@@ -265,14 +268,64 @@ class _Kernel:
 
     def _straight(self, nodes: list[Node]) -> None:
         """Compute values between two loops, products as late as they can be: more is fused."""
+        later: set[Node] = set()
+        for node in nodes:
+            if self.context.config.pairs and node.op is contraction.MATMUL:
+                operand = only_right_of(self.plan, node, nodes)
+                self.operands[node] = [n for n in operand if n not in later]
+                later.update(operand)
+        nodes = [n for n in nodes if n not in later]
         left = dict.fromkeys(nodes)
+        for group in left_to_others(self.plan, nodes):
+            self._once(group)
+            for node in group:
+                del left[node]
         while left:
-            ready = [n for n in left if not any(i in left for i in n.inputs)]
+            ready = [n for n in left if not any(i in left for i in self._needs(n))]
             chosen = [n for n in ready if not self._is_product(n)] or ready[:1]
             for node in chosen:
                 del left[node]
                 self._compute(node)
         self.fused.flush()
+
+    def _needs(self, node: Node) -> Iterator[Node]:
+        yield from node.inputs
+        for operand in self.operands.get(node, ()):
+            yield from operand.inputs
+
+    def _once(self, group: list[Node]) -> None:
+        """Compute values that the blocks after this one find, where they need them too."""
+        context = self.context
+        place = shared_over(self.graph, group[0])
+        assert place is not None
+        slot, block = map(context.position, place)
+        count = prod(a.count for a in place[0])
+        if tuple(group) not in self.kept:
+            views = {}
+            for node in (n for n in group if is_kept(n, count)):
+                shape, half = (count, node.tensor.elements), node in self.plan.halves
+                room = context.allocate(shape, node.tensor.dtype, "kept", half=half)
+                pointer = f"({room.pointer} + ({slot}) * {room.strides[0]}L)"
+                strides = contiguous_strides(node.shape)
+                views[node] = replace(room, pointer=pointer, strides=strides)
+            self.kept[tuple(group)] = context.remember(count), views
+        made, views = self.kept[tuple(group)]
+        context.views.update(views)
+        with context.block(f"if ({made}[{slot}] != {block})"):
+            context.write(f"{made}[{slot}] = {block};")
+            for node in group:
+                self._compute(node)
+            self.fused.flush()
+
+    def _product(self, node: Node, target: View, *, accumulate: bool) -> None:
+        """Write a product, and before it or where it needs it what nothing else needs."""
+        self.fused.flush()
+        before, self.context.lines = self.context.lines, []
+        for operand in self.operands.pop(node, ()):
+            self._compute(operand)
+        self.fused.flush()
+        right, self.context.lines = self.context.lines, before
+        Product(self.context, self.plan, node, target, accumulate, right).emit()
 
     def _is_product(self, node: Node) -> bool:
         if node.op is contraction.MATMUL:
@@ -367,9 +420,8 @@ class _Kernel:
         elif node in self.plan.merged or node not in self.plan.memory:
             return
         elif node.op is contraction.MATMUL:
-            self.fused.flush()
             view = self._view(node, "product")
-            Product(self.context, self.plan, node, view, accumulate=False).emit()
+            self._product(node, view, accumulate=False)
             if (rows := rows_of(self.context, self.plan, node, view)) is not None:
                 self.context.views[node] = rows
                 self.aliases.add(node)
@@ -525,8 +577,7 @@ class _Kernel:
         if not merged:
             self._add(Member("accumulate", node, operand, view, extents, (), factors, shape))
             return
-        self.fused.flush()
-        Product(self.context, self.plan, operand, view, accumulate=True).emit()
+        self._product(operand, view, accumulate=True)
 
     def _in_place(self, node: Node) -> bool:
         """Let a reshape be another view of what is in memory, or leave it to the products that read it."""

@@ -12,8 +12,9 @@ from superopt.codegen.cpu.compile import compile_source, find_compiler, load_ker
 from superopt.codegen.cpu.config import CpuConfig, configs
 from superopt.codegen.cpu.lower import lower
 from superopt.ir import build as b
-from superopt.ir.build import BlockBuilder, accum_sum
+from superopt.ir.build import BlockBuilder, accum_rescaled, accum_sum, accumulate, finite_or_zero
 from superopt.ir.graph import Graph
+from superopt.ir.ops import tile
 from superopt.ir.types import DType
 from tests.block_graphs import BLOCK_GRAPHS
 from tests.codegen.test_cpu_lower import attention, check
@@ -136,7 +137,7 @@ def gated(rows: int, inner: int, columns: int, *, transposed: bool, norm: bool =
 def test_operands_that_are_computed(folder: Path, shape, transposed: bool) -> None:
     text = check(gated(*shape, transposed=transposed), folder, config=PAIRS).text
     assert "gemm_pairs" in text
-    assert "so::bf16* const tile" in text
+    assert re.search(r"so::bf16\* const (tile|kept)", text)  # blocks of other columns find it
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -159,6 +160,54 @@ def test_blocks_share_pairs_within_a_call(folder: Path, rows: int) -> None:
         kernel(*(t.data_ptr() for t in (q, k, v, found)))
         expected = torch.softmax(q.double() @ k.double().mT * 32**-0.5, -1) @ v.double()
         torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.02)
+
+
+def normalized_attention(keys: int, tiles: tuple[int, int], *, passes: int, half: DType) -> Graph:
+    """Keys are normalized behind the product, and scaled before it; values before theirs."""
+    heads, queries, width = 2, 64, 16
+    q, k, v = (
+        b.input_(n, (heads, rows, width), half)
+        for n, rows in (("q", queries), ("k", keys), ("v", keys))
+    )
+    loops = {"n": -(-keys // tiles[1])}
+    build = BlockBuilder("norms", grid={"h": heads, "m": queries // tiles[0]}, loops=loops)
+    q, k, v = (
+        b.cast(build.load(t, ("h", 1), rows, width), DType.F32)
+        for t, rows in ((q, ("m", tiles[0])), (k, ("n", tiles[1])), (v, ("n", tiles[1])))
+    )
+    sizes = [b.sqrt(b.add(b.reduce_sum(b.mul(t, t), -1), 1.0)) for t in (k, v)]
+    scaled, normed = (
+        b.cast(b.cast(t, half), DType.F32) for t in (b.mul(k, 1.5), b.div(v, sizes[1]))
+    )
+    s = b.div(b.matmul(q, b.transpose(scaled)), b.transpose(sizes[0]))
+    if passes == 1:
+        shift = accumulate(tile.PREFIX_MAX, b.reduce_max(s, -1), "n")
+        p = b.exp(b.sub(s, finite_or_zero(shift)))
+        mixed = b.matmul(b.cast(b.cast(p, half), DType.F32), normed)
+        o, total = (accum_rescaled(t, shift, "n") for t in (mixed, b.reduce_sum(p, -1)))
+    else:
+        p = b.exp(b.sub(s, accumulate(tile.ACCUM_MAX, b.reduce_max(s, -1), "n")))
+        mixed = b.matmul(b.cast(b.cast(p, half), DType.F32), normed)
+        o, total = accum_sum(mixed, "n"), accum_sum(b.reduce_sum(p, -1), "n")
+    y = b.cast(b.div(o, total), half)
+    build.store(y, (heads, queries, width), ("h", 1), ("m", tiles[0]), width)
+    return build.graph()
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize(("keys", "passes"), [(64, 1), (53, 2)])
+def test_blocks_leave_computed_operands_to_each_other(folder: Path, keys, passes, pairs) -> None:
+    """Sizes of keys, scaled keys, normalized values: each made by one block of a head, as they lie."""
+    graph = normalized_attention(keys, (32, 32), passes=passes, half=DType.BF16)
+    text = check(graph, folder, config=CpuConfig(pairs=pairs)).text
+    made = set(re.findall(r"if \((made\d+)\[", text))
+    assert len(made) == (3 if pairs else 2)
+    assert "load_strided" not in text
+
+
+def test_one_block_per_head_keeps_nothing() -> None:
+    graph = normalized_attention(64, (64, 32), passes=1, half=DType.BF16)
+    assert "made" not in lower(graph, PAIRS, "alone").text
 
 
 @pytest.mark.parametrize("name", ["attention-bf16", "gated-mlp-bf16", "batched-products-bf16"])

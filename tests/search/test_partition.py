@@ -254,6 +254,22 @@ def test_no_group_contains_a_refused_one() -> None:
     assert not any(refused <= group for group in found)
 
 
+def test_a_boundary_lies_where_a_kernel_ends_best() -> None:
+    """Pairs merged GELU into the second product; the first one does with it what others would read again."""
+    x, w, v, c, d = (
+        b.input_(n, s)
+        for n, s in zip(
+            "xwvcd", [(64, 256), (256, 1024), (1024, 256), (1, 1024), (1, 256)], strict=True
+        )
+    )
+    y = b.add(b.matmul(x, w), c)
+    gelu = b.mul(b.mul(y, 0.5), b.add(b.erf(b.mul(y, 0.7)), 1.0))
+    last = b.add(x, b.add(b.matmul(gelu, v), d))
+    first, second = partition(b.kernel_graph("g", [x, w, v, c, d], [last]), MACHINE, products=1)
+    assert gelu in first
+    assert len(second) == 3
+
+
 def test_what_is_fetched_ahead_has_to_stay() -> None:
     """Rows at a multiple of a page compete for few places of a cache; a bias so wide takes few at once."""
 
@@ -280,12 +296,14 @@ def test_what_is_fetched_ahead_has_to_stay() -> None:
     assert more(4096, gpu) == pytest.approx(more(4096 + 64, gpu), rel=0.02)
 
 
-def test_blocks_leave_each_other_what_they_transpose() -> None:
+@pytest.mark.parametrize(("computed", "share"), [(False, 0.92), (True, 0.6)])
+def test_blocks_leave_operands_to_each_other(computed: bool, share: float) -> None:
     """With matrix tiles, operands in pairs are made once for all blocks: few rows cost little more."""
 
     def more(machine: Target) -> float:
         x, y = (b.input_(n, (4, 2048, 64), DType.BF16) for n in "xy")
-        graph = b.kernel_graph("g", [x, y], [b.matmul(x, b.transpose(y))])
+        right = b.mul(y, b.sigmoid(y)) if computed else y
+        graph = b.kernel_graph("g", [x, y], [b.matmul(x, b.transpose(right))])
         region = make_region(graph, [n for n in graph.nodes() if is_compute(n)])
         (schedule,) = (s for s in derive(region) if s.loop is None)
         model, extents = KernelModel(schedule, machine), schedule.space.extent
@@ -296,7 +314,24 @@ def test_blocks_leave_each_other_what_they_transpose() -> None:
 
     rate = MACHINE.peak_flops
     with_tiles, without = (replace(MACHINE, half_flops=f * rate) for f in (1.001, 1.0))
-    assert more(with_tiles) < 0.92 * more(without)
+    assert more(with_tiles) < share * more(without)
+
+
+def test_blocks_leave_sizes_of_rows_to_each_other() -> None:
+    """A size per key, in a loop over keys, is computed by the first block of a head; others find it."""
+    q, k = b.input_("q", (4, 512, 64)), b.input_("k", (4, 2048, 64))
+    size = b.reduce_sum(b.sigmoid(k), -1)
+
+    def seconds(scores: Node) -> float:
+        graph = b.kernel_graph("g", b.graph_inputs([scores]), [b.reduce_sum(b.exp(scores), -1)])
+        region = make_region(graph, [n for n in graph.nodes() if is_compute(n)])
+        schedule = next(s for s in derive(region) if s.loop and s.space.extent(s.loop) == 2048)
+        model, extents = KernelModel(schedule, MACHINE), schedule.space.extent
+        tiles = {a: {4: 1, 2048: 128, 512: 128}.get(extents(a), 64) for a in schedule.roles}
+        return model.seconds(tiles)
+
+    scores, given = b.matmul(q, b.transpose(k)), b.input_("size", (4, 1, 2048))
+    assert seconds(b.mul(scores, b.transpose(size))) < 1.1 * seconds(b.mul(scores, given))
 
 
 def test_dear_operators_are_dear_in_the_library_too() -> None:
