@@ -84,6 +84,8 @@ class _Partition:
             for node in union:
                 self.owner[node] = union
         self._merge_components(order)
+        for first, second in self._edges(order):
+            self._hand_back(first, second)
         groups = dict.fromkeys(self.owner[n] for n in order)
         return {g: self._cost(g) for g in _sorted(self.graph, groups)}
 
@@ -106,6 +108,27 @@ class _Partition:
             if len(parts) > 2 and self._closed(union) and self._cost(union) < separate:
                 for node in union:
                     self.owner[node] = union
+
+    def _hand_back(self, first: Group, second: Group) -> None:
+        """Let a group compute what another one computes of its results alone, elementwise, where that is cheaper.
+
+        Merging pairs may leave a boundary where two tensors cross it that are one right after.
+        """
+        if any(self.owner[n] != g for g in (first, second) for n in g):
+            return
+        moved: set[Node] = set()
+        for node in topological(tuple(second)):
+            known = all(p in first or p in moved for p in self.producers.get(node, [None]))
+            if node in second and known and node.op.kind is OpKind.ELEMENTWISE:
+                moved.add(node)
+        one, other = first | moved, second - moved
+        if not moved or not other or not all(self._fusible(n) for n in one) or self._crowded(one):
+            return
+        before = self._cost(first) + self._cost(second)
+        if self._cost(one) + self._cost(other) < before:
+            for group in (one, other):
+                for node in group:
+                    self.owner[node] = group
 
     def _closed(self, union: Group) -> bool:
         """Say whether no path of groups leaves `union` and comes back."""
