@@ -259,7 +259,7 @@ def test_a_boundary_lies_where_a_kernel_ends_best() -> None:
     x, w, v, c, d = (
         b.input_(n, s)
         for n, s in zip(
-            "xwvcd", [(64, 256), (256, 1024), (1024, 256), (1, 1024), (1, 256)], strict=True
+            "xwvcd", [(128, 768), (768, 3072), (3072, 768), (1, 3072), (1, 768)], strict=True
         )
     )
     y = b.add(b.matmul(x, w), c)
@@ -294,6 +294,27 @@ def test_what_is_fetched_ahead_has_to_stay() -> None:
     # a GPU fetches into registers and shared memory, which have no such places
     gpu = replace(MACHINE, kind="cuda", inner_cache_bytes=1 << 19)
     assert more(4096, gpu) == pytest.approx(more(4096 + 64, gpu), rel=0.02)
+
+
+def test_what_accumulates_under_a_running_maximum_is_rescaled_every_time() -> None:
+    """Few keys per iteration cost more; a tile of a quarter of the second cache does not leave it yet."""
+    q, k, v = (b.input_(n, (4, 2048, 64)) for n in "qkv")
+    scores = b.matmul(q, b.transpose(k))
+    p = b.exp(b.sub(scores, b.reduce_max(scores, -1)))
+    graph = b.kernel_graph("g", [q, k, v], [b.div(b.matmul(p, v), b.reduce_sum(p, -1))])
+    region = make_region(graph, [n for n in graph.nodes() if is_compute(n)])
+    schedule = next(s for s in derive(region) if s.passes.shifts)
+    model = KernelModel(schedule, MACHINE)
+    (rows,) = (a for a in schedule.grid if schedule.space.extent(a) == 2048)
+    assert schedule.loop is not None
+
+    def seconds(queries: int, keys: int) -> float:
+        sizes = {a: {4: 1}.get(schedule.space.extent(a), 64) for a in schedule.roles}
+        return model.seconds({**sizes, rows: queries, schedule.loop: keys})
+
+    assert seconds(256, 32) > 1.03 * seconds(256, 64)
+    assert MACHINE.inner_cache_bytes // 4 == 4 * 256 * 256
+    assert seconds(256, 256) < 1.02 * seconds(256, 128)
 
 
 @pytest.mark.parametrize(("computed", "share"), [(False, 0.92), (True, 0.6)])
