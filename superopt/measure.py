@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
-from math import inf
+from math import inf, prod
 from statistics import median
 from typing import Final, final
 
@@ -20,10 +20,12 @@ from superopt.backends import Backend, Entry, Timer, wall
 from superopt.codegen.errors import CodegenError, CompileError
 from superopt.ir.check import verify_graph
 from superopt.ir.errors import GraphError, SuperoptError
-from superopt.ir.graph import Graph
+from superopt.ir.graph import Graph, Level
 from superopt.ir.node import Node, topological
+from superopt.ir.ops import contraction, elementwise, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.target import Target
+from superopt.ir.tiles import varying_axes
 from superopt.ir.types import TensorType
 from superopt.plan import KernelSource
 from superopt.runtime import Program, build_program
@@ -40,6 +42,10 @@ _TOLERANCE: Final = 2e-2
 _PATIENCE_S: Final = 15.0
 _KERNEL_S: Final = 0.2
 """For how long a kernel is timed: one of 50 ms six times, one of 10 ms as often as any."""
+
+
+NOTHING: Final[Mapping[int, int]] = {}
+_SAME: Final = (elementwise.CAST, tile.LOAD)
 
 
 @final
@@ -109,7 +115,7 @@ class Clock:
     failures: list[str] = field(default_factory=list)
     refused: CompileError | None = None
     late: int = 0
-    _random: dict[tuple[int, TensorType], torch.Tensor] = field(default_factory=dict)
+    _random: dict[tuple[int, TensorType, int], torch.Tensor] = field(default_factory=dict)
     _copies: dict[tuple[int, TensorType], list[torch.Tensor]] = field(default_factory=dict)
 
     @property
@@ -205,7 +211,7 @@ class Clock:
         return known
 
     def _call(self, graph: Graph, entry: Entry) -> Callable[[], object]:
-        operands = self._in_turn([n.tensor for n in graph.inputs])
+        operands = self._in_turn([n.tensor for n in graph.inputs], contracted(graph))
         results = [_poisoned(o.tensor, self.device) for o in graph.outputs]
         addresses = cycle([[t.data_ptr() for t in (*each, *results)] for each in operands])
         held = (operands, results)
@@ -216,9 +222,11 @@ class Clock:
 
         return call
 
-    def _in_turn(self, wanted: Sequence[TensorType]) -> list[list[torch.Tensor]]:
+    def _in_turn(
+        self, wanted: Sequence[TensorType], lengths: Mapping[int, int] = NOTHING
+    ) -> list[list[torch.Tensor]]:
         """Return operands for one call after the other: large ones are not in a cache again yet."""
-        first = [self._operand(i, kind) for i, kind in enumerate(wanted)]
+        first = [self._operand(i, kind, lengths.get(i, 1)) for i, kind in enumerate(wanted)]
         large = [t.nbytes >= self.target.inner_cache_bytes for t in first]
         read = sum(t.nbytes for t in self.inputs.values())
         if read <= self.target.outer_cache_bytes or not any(large):
@@ -230,16 +238,17 @@ class Clock:
         turns = [first]
         for number in range(2 * self.target.outer_cache_bytes // size):
             copies = [
-                self._copy(i, kind, number) if is_large else tensor
+                self._copy(i, kind, tensor, number) if is_large else tensor
                 for i, (kind, tensor, is_large) in enumerate(zip(wanted, first, large, strict=True))
             ]
             turns.append(copies)
         return turns
 
-    def _copy(self, position: int, wanted: TensorType, number: int) -> torch.Tensor:
+    def _copy(
+        self, position: int, wanted: TensorType, source: torch.Tensor, number: int
+    ) -> torch.Tensor:
         copies = self._copies.setdefault((position, wanted), [])
         while len(copies) <= number:
-            source = self._operand(position, wanted)
             storage = source.untyped_storage().clone()  # type: ignore[no-untyped-call]
             layout = (source.storage_offset(), source.shape, source.stride())
             copies.append(
@@ -247,14 +256,18 @@ class Clock:
             )
         return copies[number]
 
-    def _operand(self, position: int, wanted: TensorType) -> torch.Tensor:
-        key = (position, wanted)
+    def _operand(self, position: int, wanted: TensorType, length: int) -> torch.Tensor:
+        key = (position, wanted, length)
         if key not in self._random:
-            self._random[key] = random_tensor(wanted, self.seed + position, self.device)
+            seed = self.seed + position
+            self._random[key] = random_tensor(wanted, seed, self.device, length=length)
         return self._random[key]
 
     def _agrees(self, graph: Graph, entry: Entry) -> bool:
-        operands = [self._operand(i, n.tensor) for i, n in enumerate(graph.inputs)]
+        lengths = contracted(graph)
+        operands = [
+            self._operand(i, n.tensor, lengths.get(i, 1)) for i, n in enumerate(graph.inputs)
+        ]
         results = [_poisoned(o.tensor, self.device) for o in graph.outputs]
         entry(*(t.data_ptr() for t in (*operands, *results)))
         try:
@@ -319,30 +332,58 @@ class Clock:
         if any(node in self.inputs for node in graph.inputs):
             tensors = self._inputs(graph)
             return lambda: program.run(*tensors)
-        turns = cycle(self._in_turn([n.tensor for n in graph.inputs]))
+        turns = cycle(self._in_turn([n.tensor for n in graph.inputs], contracted(graph)))
         return lambda: program.run(*next(turns))
 
     def _inputs(self, graph: Graph) -> list[torch.Tensor]:
+        lengths = contracted(graph)
         found = []
         for i, node in enumerate(graph.inputs):
             given = self.inputs.get(node)
-            found.append(self._operand(i, node.tensor) if given is None else given)
+            if given is None:
+                given = self._operand(i, node.tensor, lengths.get(i, 1))
+            found.append(given)
         return found
 
 
+def contracted(graph: Graph) -> dict[int, int]:
+    """Return over how many elements products sum, for the inputs that are their right operands."""
+    varying = varying_axes(graph) if graph.level is Level.BLOCK else {}
+    positions = {node: i for i, node in enumerate(graph.inputs)}
+    found: dict[int, int] = {}
+
+    def meet(node: Node, length: int) -> None:
+        while node.inputs and (node.op.kind is OpKind.STRUCTURAL or node.op in _SAME):
+            node = node.inputs[0]
+        if node in positions:
+            position = positions[node]
+            found[position] = max(length, found.get(position, 1))
+
+    for node in graph.nodes():
+        if node.op is contraction.MATMUL:
+            right = node.inputs[1]
+            loops = (a.count for a in graph.loops if a.name in varying[right])
+            meet(right, right.shape[-2] * prod(loops))
+        elif node.op.kind is OpKind.GRAPH:
+            for position, length in contracted(node.attrs.graph).items():
+                meet(node.inputs[position], length)
+    return found
+
+
 def random_tensor(
-    wanted: TensorType, seed: int, device: torch.device | str = "cpu"
+    wanted: TensorType, seed: int, device: torch.device | str = "cpu", *, length: int = 1
 ) -> torch.Tensor:
     """Return a random tensor of a type, strides included; integers are zero, so that they can index.
 
     Sizes lie between 1/2 and 3/2: what is small by chance, and divided by, would make large numbers, whose
-    exponentials are denormal, and those take a processor a hundred cycles.
+    exponentials are denormal, and those take a processor a hundred cycles. For the same reason they are less where
+    products sum over a `length`: gates of large numbers are 0, their quotients anything.
     """
     generator = torch.Generator(device).manual_seed(seed)
     dtype = DTYPES[wanted.dtype]
     if wanted.dtype.is_float:
         values = torch.rand(wanted.shape, generator=generator, device=device) * 2 - 1
-        values = (values + values.sign() * 0.5).to(dtype)
+        values = ((values + values.sign() * 0.5) * length**-0.5).to(dtype)
     elif dtype is torch.bool:
         values = torch.rand(wanted.shape, generator=generator, device=device) < 0.8
     else:

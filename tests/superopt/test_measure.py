@@ -141,3 +141,22 @@ def test_compilers_are_waited_for_so_long_in_all_when_time_is_over(
     for _ in range(3):
         clock.prepare([])
     assert limits == [3.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("loops", [1, 5])
+def test_what_products_sum_over_is_small(loops: int) -> None:
+    x, w, bias = (b.input_(n, s) for n, s in (("x", (4, 320)), ("w", (64, 320)), ("b", (64,))))
+    g = b.BlockBuilder("linear", grid={"m": 4}, loops={"k": loops})
+    tiles = [g.load(x, ("m", 1), ("k", 320 // loops)), g.load(w, 64, ("k", 320 // loops))]
+    product = b.matmul(tiles[0], b.transpose(tiles[1]))
+    total = b.accum_sum(product, "k") if loops > 1 else product
+    g.store(b.add(total, g.load(bias, 64)), (4, 64), ("m", 1), 64)
+    kernel = g.graph()
+    assert measure.contracted(kernel) == {1: 320}
+    other = b.input_("other", (64, 320))
+    placed = b.kernel_graph("p", [bias, other, x], b.apply_graph(kernel, [x, other, bias]))
+    assert measure.contracted(placed) == {1: 320}
+    clock = Clock(NoCompiler(), {})  # type: ignore[arg-type]
+    one, two, three = clock._inputs(placed)
+    assert min(one.abs().max(), three.abs().max()) > 1
+    assert two.abs().max() < 0.1
