@@ -116,6 +116,8 @@ class IndexSpace:
 
     def _split(self, atom: Atom, outer: int) -> tuple[Atom, Atom]:
         extent = self._extent[atom]
+        if atom in map(self._root, self._whole):
+            raise NotFusible("a dim that is cut, joined or scanned is split afterwards")
         if extent % outer:
             raise NotFusible(f"a dim of {extent} does not split into parts of {extent}/{outer}")
         first, second = self._fresh(outer)[0], self._fresh(extent // outer)[0]

@@ -235,6 +235,18 @@ def test_what_reads_only_the_final_maximum_leaves_it_a_running_one() -> None:
     assert looped.passes.shifts
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_joined_dim_that_is_split_afterwards_is_no_kernel(joined: bool) -> None:
+    x = b.input_("x", (12, 32))
+    parts = [b.slice_(x, -2, 3, 12), b.slice_(x, -2, 0, 3)]
+    rolled = b.concat(parts, -2) if joined else b.exp(x)
+    windows = b.exp(b.reshape(rolled, (3, 4, 32)))
+    schedules = derive(whole_region(b.kernel_graph("windows", [x], [windows])))
+    assert bool(schedules) != joined
+    for schedule in schedules:
+        assert block_graph(schedule, dict.fromkeys(schedule.roles, 4), "windows")
+
+
 def test_columns_merged_from_two_dims_may_be_taken_one_row_at_a_time() -> None:
     x, w = b.input_("x", (32, 64)), b.input_("w", (8, 64, 256))
     merged = b.reshape(b.permute(w, (1, 0, 2)), (64, 8 * 256))
