@@ -30,6 +30,8 @@ _GPU_PRODUCT: Final = (64, 64)
 """Rows and columns of a product that runs at full rate on tensor cores."""
 _STREAMED_ROWS: Final = 32
 """Up to so many rows a CPU's product reads a transposed operand as it lies; for more it copies it."""
+_STRETCH: Final = 512
+"""A CPU's product goes over its whole result once for so many steps along what is contracted."""
 _TRANSPOSITION: Final = 3.0
 """Vector operations per element copied: 0.22 ns on Cascade Lake."""
 _RESCALING: Final = 3.0
@@ -332,7 +334,9 @@ class KernelModel:
             # a tile that outgrows the inner cache goes through the outer ones
             large = 4.0 * elements > machine.inner_cache_bytes / 4
             if op.spills and machine.kind == "cpu" and large:
-                cached += times * 4.0 * elements
+                product = op.product
+                stretches = 1 if product is None else ceil(sizes[product.inner] / _STRETCH)
+                cached += times * stretches * 4.0 * elements
             if op.closes and not op.passes and schedule.passes.shifts:  # it is rescaled every time
                 rescaled = trips * sizes[op.tile] * _RESCALING
                 compute += rescaled / machine.vector_ops

@@ -73,7 +73,7 @@ class Context:
     """Pointers that some vector loop has read."""
     fetched: set[str] = field(default_factory=set)
     """Pointers of which a vector loop has fetched what comes next."""
-    shared: dict[Node, tuple[str, str]] = field(default_factory=dict)
+    shared: dict[tuple[Node, Node], tuple[str, str]] = field(default_factory=dict)
     """Operands in pairs that blocks leave each other: where they are, and of which block each is."""
     remembered: list[tuple[int, int]] = field(default_factory=list)
     """Where in scratch memory, and how many, numbers of blocks stand: -1 before the first block."""

@@ -203,13 +203,14 @@ class Product:
         offsets: list[str],
     ) -> None:
         if dim == len(extents) - 2:
+            operands = self.node.inputs
             a, b, c = (
                 _Matrix(v.pointer + o, v.element, v.strides[r], v.strides[-1], v.in_scratch, n)
                 for v, o, r, n in zip(
                     (left, right, self.target),
                     offsets,
                     (rows, dim, rows),
-                    (None, None if offsets[1] else self.node.inputs[1], None),
+                    (*(None if o else i for o, i in zip(offsets, operands, strict=False)), None),
                     strict=True,
                 )
             )
@@ -272,13 +273,7 @@ class Product:
             )
             return
         if a.column != 1 or not whole:
-            depth = -(-k.full // _DEPTH) * _DEPTH
-            view = self.context.allocate((m.full, depth), DType.BF16, "rows", half=True)
-            self.context.write(
-                f"pack_rows_bf16({a.text}, {a.row}L, {a.column}L, {k.text}, {m.text}, "
-                f"{view.pointer}, {view.strides[0]}L);"
-            )
-            a = _Matrix(view.pointer, view.element, view.strides[0], 1, True)
+            a = self._rows_of(a, m, k)
         head = f"tiles, {m.text}, {n.text}, {k.text}, {a.text}, {a.row}L"
         tail = f"{c.text}, {c.row}L{self._bands()}"
         if (shared := self._shared_pairs(b, n, k)) is not None:
@@ -289,35 +284,61 @@ class Product:
             f"gemm_pairs<{flag}>({head}, {b.text}, {b.column}L, {b.row}L, {panel}, {tail});"
         )
 
+    def _rows_of(self, a: _Matrix, m: Extent, k: Extent) -> _Matrix:
+        """Copy a matrix into rows that tiles can read; a tensor's once for all blocks in turn that read it."""
+        depth = -(-k.full // _DEPTH) * _DEPTH
+        source = f"{a.text}, {a.row}L, {a.column}L, {k.text}, {m.text}"
+        kept = None if a.in_scratch else self._kept(a, m.full * depth)
+        if kept is None:
+            view = self.context.allocate((m.full, depth), DType.BF16, "rows", half=True)
+            self.context.write(f"pack_rows_bf16({source}, {view.pointer}, {view.strides[0]}L);")
+            return _Matrix(view.pointer, view.element, view.strides[0], 1, True)
+        rows, made, wanted = kept
+        with self.context.block(f"if ({made} != {wanted})"):
+            self.context.write(f"{made} = {wanted};")
+            self.context.write(f"pack_rows_bf16({source}, {rows}, {depth}L);")
+        return _Matrix(rows, a.element, depth, 1, True)
+
     def _shared_pairs(self, b: _Matrix, n: Extent, k: Extent) -> str | None:
         """Make all of an operand's tile into pairs that the blocks after this one find, where they need it too.
 
         A block may then have few rows, whose results stay in the first caches. What the block computes of the
         operand is computed then only.
         """
-        context = self.context
-        if b.origin is None or (b.in_scratch and not self.right):
-            return None
-        if (place := shared_over(context.program.graph, b.origin)) is None:
-            return None
-        slots = prod(a.count for a in place[0])
         size = -(-k.full // _DEPTH) * _DEPTH * -(-n.full // _PANEL) * _PANEL
-        if 2 * size * slots > _SHARED_BYTES:
+        kept = None if b.in_scratch and not self.right else self._kept(b, size)
+        if kept is None:
             return None
-        if self.node not in context.shared:
-            room = context.allocate((slots, size), DType.BF16, "pairs", dense=True, half=True)
-            context.shared[self.node] = (room.pointer, context.remember(slots))
-        pointer, made = context.shared[self.node]
-        slot, block = map(context.position, place)
-        pairs = f"{pointer} + ({slot}) * {size}L"
-        with context.block(f"if ({made}[{slot}] != {block})"):
-            context.write(f"{made}[{slot}] = {block};")
-            context.lines += self.right
+        pairs, made, wanted = kept
+        with self.context.block(f"if ({made} != {wanted})"):
+            self.context.write(f"{made} = {wanted};")
+            self.context.lines += self.right
             self.right = []
-            context.write(
+            self.context.write(
                 f"pack_pairs({b.text}, {b.column}L, {b.row}L, {n.text}, {k.text}, {pairs});"
             )
         return pairs
+
+    def _kept(self, matrix: _Matrix, size: int) -> tuple[str, str, str] | None:
+        """Return room for elements that last from block to block, whose tile they are, and whose are wanted.
+
+        None where the next block wants another tile, or caches do not hold them.
+        """
+        context = self.context
+        if matrix.origin is None:
+            return None
+        if (place := shared_over(context.program.graph, matrix.origin)) is None:
+            return None
+        slots = prod(a.count for a in place[0])
+        if 2 * size * slots > _SHARED_BYTES:
+            return None
+        key = (self.node, matrix.origin)
+        if key not in context.shared:
+            room = context.allocate((slots, size), DType.BF16, "kept", dense=True, half=True)
+            context.shared[key] = (room.pointer, context.remember(slots))
+        pointer, made = context.shared[key]
+        slot, block = map(context.position, place)
+        return f"{pointer} + ({slot}) * {size}L", f"{made}[{slot}]", block
 
     def _pairs_of(self, n: Extent, k: Extent) -> str:
         """Return room for a matrix [k, n] as pairs of rows."""

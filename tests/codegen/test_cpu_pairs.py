@@ -210,6 +210,18 @@ def test_one_block_per_head_keeps_nothing() -> None:
     assert "made" not in lower(graph, PAIRS, "alone").text
 
 
+@pytest.mark.parametrize("grid", [("m", "n"), ("n", "m")])
+def test_blocks_share_transposed_rows(folder: Path, grid: tuple[str, str]) -> None:
+    rows, columns, depth = 40, 90, 70
+    g = BlockBuilder("gram", grid={a: {"m": 3, "n": 3}[a] for a in grid}, loops={"k": 2})
+    x = g.load(b.input_("x", (rows, depth), DType.BF16, strides=(1, rows)), ("m", 16), ("k", 40))
+    w = g.load(b.input_("w", (depth, columns), DType.BF16), ("k", 40), ("n", 32))
+    product = b.matmul(b.cast(x, DType.F32), b.cast(w, DType.F32))
+    g.store(accum_sum(product, "k"), (rows, columns), ("m", 16), ("n", 32))
+    text = check(g.graph(), folder, config=PAIRS).text
+    assert "kept" in text
+
+
 @pytest.mark.parametrize("name", ["attention-bf16", "gated-mlp-bf16", "batched-products-bf16"])
 def test_block_graphs(folder: Path, name: str) -> None:
     assert "gemm_pairs" in check(BLOCK_GRAPHS[name](), folder, config=PAIRS).text

@@ -190,6 +190,20 @@ def test_one_block_costs_more_than_two_on_two_cores() -> None:
     assert two < one
 
 
+def test_a_result_that_outgrows_the_cache_is_read_again_for_every_stretch_of_a_product() -> None:
+    x, w = b.input_("x", (2048, 2048), DType.BF16), b.input_("w", (2048, 2048), DType.BF16)
+    g = b.kernel_graph("gram", [x, w], [b.abs_(b.matmul(x, w))])
+    region = make_region(g, [n for n in g.nodes() if is_compute(n)])
+    (schedule,) = [s for s in derive(region) if s.loop is None]
+
+    def seconds(cache_bytes: int) -> float:
+        machine = replace(MACHINE, inner_cache_bytes=cache_bytes)
+        return KernelModel(schedule, machine).seconds(dict.fromkeys(schedule.grid, 1024))
+
+    once = 4.0 * 2048 * 2048 / MACHINE.cache_bandwidth / MACHINE.cores
+    assert seconds(2 << 20) - seconds(1 << 30) > 3 * once
+
+
 def test_tiles_that_cut_vectors_and_lines_cost_more() -> None:
     x = b.input_("x", (8209, 129))
     graph = b.kernel_graph("g", [x], [b.reduce_sum(x, -2)])
