@@ -76,14 +76,80 @@ SO_INLINE void finish_stores() {
 
 // ---- Lanes that are not consecutive, and integer lanes -------------------------------------------
 
+template <class H, int... LANE>
+SO_INLINE vi join(H first, H second, lane_list<LANE...>) {
+  return __builtin_shufflevector(first, second, LANE...);
+}
+#if SO_USE_512
+typedef int32_t half_lanes SO_VECTOR(32);
+typedef long long long_lanes SO_VECTOR(64);
+template <class T> constexpr bool is_gathered = false;
+template <> constexpr bool is_gathered<float> = true;
+template <> constexpr bool is_gathered<bf16> = true;
+SO_INLINE vl first_half(vi x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), vl);
+}
+SO_INLINE vl second_half(vi x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15), vl);
+}
+// Words at byte offsets, of the first n lanes.
+SO_INLINE vi gather_words(uintptr_t from, vl low, vl high, long n) {
+  const unsigned lanes = (1u << n) - 1u;
+  const void* p = reinterpret_cast<const void*>(from);
+  const half_lanes first =
+      __builtin_ia32_gatherdiv16si(half_lanes{}, p, bit_cast<long_lanes>(low), lanes & 0xff, 1);
+  const half_lanes second =
+      __builtin_ia32_gatherdiv16si(half_lanes{}, p, bit_cast<long_lanes>(high), lanes >> 8, 1);
+  return join(first, second, count_lanes<VL>::type());
+}
+SO_INLINE vf gather(const float* p, vl low, vl high, long n) {
+  return bit_cast<vf>(gather_words(reinterpret_cast<uintptr_t>(p), low * 4, high * 4, n));
+}
+// Words that are aligned: none lies partly beyond the tensor's memory.
+SO_INLINE vf gather(const bf16* p, vl low, vl high, long n) {
+  const auto from = reinterpret_cast<uintptr_t>(p);
+  low = low * 2 + static_cast<int64_t>(from & 2);
+  high = high * 2 + static_cast<int64_t>(from & 2);
+  const vi words = gather_words(from & ~uintptr_t{3}, low & ~int64_t{3}, high & ~int64_t{3}, n);
+  const half_lanes first = __builtin_convertvector(low & 2, half_lanes);
+  const half_lanes second = __builtin_convertvector(high & 2, half_lanes);
+  const vi upper = join(first, second, count_lanes<VL>::type()) != 0;
+  return bit_cast<vf>(upper ? words & static_cast<int32_t>(upper_half) : words << 16);
+}
+#endif
+// One element per lane: where its place says, and `step` from lane to lane.
 template <class T>
-SO_INLINE vf load_strided(const T* p, long stride, long n = VL) {
+SO_INLINE vf load_scattered(const T* p, vi places, long stride, long step, long n = VL) {
+#if SO_USE_512
+  if constexpr (is_gathered<T>) {
+    const vi lane = iota();
+    const vl low = first_half(places) * stride + first_half(lane) * step;
+    const vl high = second_half(places) * stride + second_half(lane) * step;
+    return gather(p, low, high, n);
+  }
+#endif
   vf v = {};
-  for (long i = 0; i < n; ++i) v[i] = load_scalar<float>(p + i * stride);
+  for (long i = 0; i < n; ++i) v[i] = load_scalar<float>(p + places[i] * stride + i * step);
   return v;
 }
 template <class T>
+SO_INLINE vf load_strided(const T* p, long stride, long n = VL) {
+  return load_scattered(p, vi{}, 0, stride, n);
+}
+template <class T>
 SO_INLINE void store_strided(T* p, long stride, vf v, long n = VL) {
+#if SO_USE_512
+  if constexpr (is_gathered<T> && sizeof(T) == 4) {
+    typedef float half SO_VECTOR(32);
+    const unsigned lanes = (1u << n) - 1u;
+    const half below = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+    const vl low = first_half(iota()) * (4 * stride), high = second_half(iota()) * (4 * stride);
+    __builtin_ia32_scatterdiv16sf(p, lanes & 0xff, bit_cast<long_lanes>(low), below, 1);
+    const half above = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    __builtin_ia32_scatterdiv16sf(p, lanes >> 8, bit_cast<long_lanes>(high), above, 1);
+    return;
+  }
+#endif
   for (long i = 0; i < n; ++i) store(p + i * stride, static_cast<float>(v[i]));
 }
 
@@ -93,10 +159,6 @@ template <class T>
 SO_INLINE int32_t saturate(T x) {
   const int64_t wide = static_cast<int64_t>(x);
   return static_cast<int32_t>(wide < INT32_MIN ? INT32_MIN : wide > INT32_MAX ? INT32_MAX : wide);
-}
-template <class H, int... LANE>
-SO_INLINE vi join(H first, H second, lane_list<LANE...>) {
-  return __builtin_shufflevector(first, second, LANE...);
 }
 SO_INLINE vi saturate(vl low, vl high) {
   typedef int32_t half SO_VECTOR(SO_VECTOR_BYTES / 2);
@@ -164,14 +226,6 @@ SO_INLINE int64_t within(T place, long extent) {
 SO_INLINE vi within_lanes(vi places, long extent) {
   return min_integers(max_integers(places, vi{}), splat_integer(extent - 1));
 }
-// One element per lane, at places along one dim.
-template <class T>
-SO_INLINE vf load_scattered(const T* p, vi places, long stride, long step, long n = VL) {
-  vf v = {};
-  for (long i = 0; i < n; ++i) v[i] = load_scalar<float>(p + places[i] * stride + i * step);
-  return v;
-}
-
 // What argmax and argmin prefer to what they have: NaN to anything else, and the first of equals.
 template <class T>
 SO_INLINE bool above(T a, T b) { return a > b || (a != a && b == b); }
