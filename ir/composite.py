@@ -155,8 +155,7 @@ def _in_float32(definition: Callable[..., Node]) -> Callable[..., Node]:
     # torch computes norms of 16-bit tensors in float32 and rounds once at the end
     def wrapped(inputs: tuple[Node, ...], attrs: Any) -> Node:
         dtype = inputs[0].tensor.dtype
-        wide = DType.F32 if dtype.is_half else dtype
-        return b.cast(definition(tuple(b.cast(i, wide) for i in inputs), attrs), dtype)
+        return b.cast(definition(tuple(b.cast(i, dtype.wide) for i in inputs), attrs), dtype)
 
     return wrapped
 

@@ -42,6 +42,11 @@ class DType(Enum):
         return self in (DType.F16, DType.BF16)
 
     @property
+    def wide(self) -> "DType":
+        """The type in which PyTorch computes inside one operator: float32 for floats of 16 bits."""
+        return DType.F32 if self.is_half else self
+
+    @property
     def is_integer(self) -> bool:
         """True for the integer types (bool excluded)."""
         return self in (DType.I64, DType.I32, DType.I16, DType.I8, DType.U8)

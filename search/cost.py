@@ -397,7 +397,11 @@ class KernelModel:
         if product.kept is None:
             return seconds
         loop = schedule.loop
-        trips = -(-self._extents[loop] // tile[loop]) if loop in product.kept and loop else 1
+        trips = (
+            -(-self._extents[loop] // tile[loop])
+            if loop is not None and loop in product.kept
+            else 1
+        )
         bytes_ = product.element_bytes * sizes[product.operands[1]] * trips
         if bytes_ > machine.inner_cache_bytes / 2:
             return seconds

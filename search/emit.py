@@ -2,8 +2,9 @@
 
 Tiles keep the order of the tensors' dims, one tile dim per atom (and one of size 1 for a dim
 without atoms). Broadcasts stay lazy: a tile has size 1 along an atom that its value does not
-vary over. 16-bit floats are computed in float32 between load and store, but operands of products are
-rounded as in the program: processors multiply 16-bit floats faster.
+vary over. 16-bit floats are computed in float32 between load and store. Rounded in between, as in the
+program, are operands of products (processors multiply 16-bit floats faster), operands of comparisons and
+other steps, conversions that the program writes, and results that are small beside the largest tensor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,10 +101,6 @@ def _atom_strides(schedule: Schedule, node: Node) -> TensorType:
     return TensorType(_atom_shape(schedule, node), node.tensor.dtype, tuple(strides))
 
 
-def _wide(dtype: DType) -> DType:
-    return DType.F32 if dtype.is_half else dtype
-
-
 def _steps(node: Node) -> bool:
     """Say whether a rounding of an operand may change the result by a whole step."""
     to_whole = node.op is elementwise.CAST and not node.tensor.dtype.is_float
@@ -158,7 +155,7 @@ class _Emitter:
         outputs = tuple(self._store(o) for o in s.region.outputs)
         if len(set(outputs)) < len(outputs):
             raise NotFusible(
-                "two results differ only in roundings to 16 bits that a kernel leaves out"
+                "two results are one tile, maybe but for roundings that a kernel leaves out"
             )
         grid = tuple(Axis(self.names[a], self._count(a)) for a in s.grid)
         loops: tuple[Axis, ...] = ()
@@ -237,7 +234,7 @@ class _Emitter:
             slots = _slots(self._layout(node))
             maps = tuple(self._map(a, number) for a in slots)
             loaded = make(tile.LOAD, (self.inputs[node],), tile.LoadAttrs(maps))
-            return b.cast(loaded, _wide(node.tensor.dtype))
+            return b.cast(loaded, node.tensor.dtype.wide)
         if s.loop is not None and s.loop in s.space.reduced_by(node):
             operand_varies = any(i in s.passes.varies for i in node.inputs)
             if operand_varies:
@@ -294,7 +291,7 @@ class _Emitter:
         op = node.op
         layout = self._layout(node)
         if op is leaf.CONSTANT:
-            return b.constant(node.attrs.value, _wide(node.attrs.dtype))
+            return b.constant(node.attrs.value, node.attrs.dtype.wide)
         if op is leaf.IOTA:
             return self._iota(node, number)
         layouts = [self._layout(i) for i in node.inputs]
@@ -305,11 +302,11 @@ class _Emitter:
                 self._align(v, have, layout) for v, have in zip(operands, layouts, strict=True)
             ]
             if op is elementwise.CAST:
-                value = b.cast(aligned[0], _wide(node.attrs.dtype))
+                value = b.cast(aligned[0], node.attrs.dtype.wide)
             else:
                 value = make(op, aligned, node.attrs)
             asked = op is elementwise.CAST and node.attrs.rounds
-            if asked or self._rounds(node):
+            if asked or self._rounds_small(node):
                 value = b.cast(b.cast(value, node.tensor.dtype, rounds=True), DType.F32)
             return value
         if op is contraction.MATMUL:
@@ -318,7 +315,7 @@ class _Emitter:
             return self._reduce(node, operands[0], layouts[0], layout)
         return self._structural(node, operands, layouts, layout)
 
-    def _rounds(self, node: Node) -> bool:
+    def _rounds_small(self, node: Node) -> bool:
         """Say whether a result of 16 bits costs nothing to round, as programs do: differences of means show it.
 
         What comes of a maximum stays: numbers that were not rounded must not exceed it.

@@ -69,6 +69,8 @@ def _rows_transposed(node: Node, graph: Graph, users: Mapping[Node, Sequence[Nod
     rows = merged.inputs[0] if merged.op is structural.RESHAPE else merged
     if rows.shape[:-1] != node.shape[:-1] or (rows is not merged and users[merged] != [product]):
         return None
+    if product in graph.outputs or merged in graph.outputs:
+        return None
     left = _transposed(rows, [merged], graph, users)
     if left is None:
         return None

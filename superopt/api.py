@@ -62,21 +62,6 @@ _Run = Callable[[Sequence[Any], Mapping[str, Any]], Any]
 _REPLANS: Final = 8
 _DIRECT: Final = 4
 _REFUSALS: Final = 16
-_OPERATORS: Final = (
-    "__len__",
-    "__bool__",
-    "__iter__",
-    "__reversed__",
-    "__contains__",
-    "__getitem__",
-    "__setitem__",
-    "__delitem__",
-    "__add__",
-    "__mul__",
-    "__enter__",
-    "__exit__",
-)
-"""What Python looks up in the class of an object, past `__getattr__`."""
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -442,7 +427,7 @@ class OptimizedModule(torch.nn.Module, _Planning):
 
     def __new__(cls, module: torch.nn.Module, *args: Any) -> "OptimizedModule":
         """Make an instance of a class with the operators of the module's."""
-        found = {n: _delegated(n) for n in _OPERATORS if hasattr(type(module), n)}
+        found = {n: _delegated(n) for n in _operators(type(module))}
         made = type(cls.__name__, (cls,), {"__slots__": (), **found}) if found else cls
         return object.__new__(made)
 
@@ -487,8 +472,20 @@ class OptimizedModule(torch.nn.Module, _Planning):
         return f"superopt: {len(self.plans)} plans"
 
 
+def _operators(kind: type[torch.nn.Module]) -> list[str]:
+    """Return the special methods of a class of modules: Python looks them up past `__getattr__`."""
+    return [
+        name
+        for name in dir(kind)
+        if name.startswith("__") and name.endswith("__") and callable(getattr(kind, name))
+        if not hasattr(OptimizedModule, name)
+    ]
+
+
 def _delegated(name: str) -> Function:
     def operate(self: OptimizedModule, *args: Any) -> Any:
-        return getattr(self.original, name)(*args)
+        given = [a.original if isinstance(a, OptimizedModule) else a for a in args]
+        found = getattr(self.original, name)(*given)
+        return self if found is self.original else found
 
     return operate

@@ -548,8 +548,10 @@ def _slots(kind: type) -> list[str]:
 def _unwrapped(value: Any) -> Any:
     """Return what superopt or `torch.compile` was asked to make faster: it computes the same."""
     while True:
-        if isinstance(value, types.FunctionType) and _COMPILED in vars(value):
-            value = vars(value)[_COMPILED]
+        compiled = vars(value).get(_COMPILED) if isinstance(value, types.FunctionType) else None
+        # what wraps a compiled function carries its attributes too, but for this one
+        if compiled is not None and vars(value).get("__wrapped__") is compiled:
+            value = compiled
         elif getattr(type(value), WRAPS, False):
             value = value.original
         else:

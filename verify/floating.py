@@ -40,7 +40,7 @@ SLACK_ULPS = 16.0
 
 _NOT_FINITE: Final = "is inf or NaN where the original is not"
 _SUMS: Final = (contraction.MATMUL, contraction.REDUCE_SUM)
-_ROUNDS: Final = (OpKind.ELEMENTWISE, OpKind.REDUCTION, OpKind.CONTRACTION)
+_ROUNDING: Final = (OpKind.ELEMENTWISE, OpKind.REDUCTION, OpKind.CONTRACTION)
 _EXACT: Final = (
     elementwise.NEG,
     elementwise.ABS,
@@ -393,7 +393,7 @@ class _Rounding:
             # every product rounds before it is summed
             args = (self.moved(args[0], node.inputs[0].tensor.dtype), *args[1:])
         value = self._exact.apply(node, args)
-        if node.op.kind not in _ROUNDS or node.op in _EXACT or not value.is_floating_point():
+        if node.op.kind not in _ROUNDING or node.op in _EXACT or not value.is_floating_point():
             return value
         own = value.is_contiguous() and not any(_shares(value, a) for a in args)
         return self.moved(value, node.tensor.dtype, value if own else None)
@@ -451,11 +451,17 @@ class _Edges:
     def apply(self, node: Node, args: Sequence[Any]) -> Any:
         """Return the exact value of a node; NaN where it is at the edge of overflow."""
         value = self._exact.apply(node, args)
-        if node.op.kind not in _ROUNDS or not value.is_floating_point():
+        if node.op.kind not in _ROUNDING or not value.is_floating_point():
             return value
         held = torch.finfo(DTYPES[node.tensor.dtype])
-        near = (value.abs() / held.max - 1.0).abs() < SLACK_ULPS * held.eps
-        value = value.masked_fill(near, float("nan"))
+        if node.op not in _EXACT:
+            near = _near_largest(value, node)
+            if node.op.kind is OpKind.ELEMENTWISE:
+                # the largest number may be there to stay, as a mask
+                for operand, given in zip(node.inputs, args, strict=True):
+                    if given.is_floating_point():
+                        near = near & ~_near_largest(given, operand)
+            value = value.masked_fill(near, float("nan"))
         value = value.masked_fill(value.abs() < held.tiny * held.eps / 2, 0.0)
         if node.op not in _SUMS:
             return value
@@ -463,6 +469,11 @@ class _Edges:
         summed_in = torch.promote_types(DTYPES[node.tensor.dtype], torch.float32)
         largest = torch.finfo(summed_in).max
         return value.masked_fill((magnitude > largest) & (value.abs() <= largest), float("nan"))
+
+
+def _near_largest(value: torch.Tensor, node: Node) -> torch.Tensor:
+    held = torch.finfo(DTYPES[node.tensor.dtype])
+    return (value.abs() / held.max - 1.0).abs() < SLACK_ULPS * held.eps
 
 
 def _shares(value: torch.Tensor, argument: Any) -> bool:

@@ -77,9 +77,9 @@ def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]
             found.append(replace(first, contraction="dot", dot_columns=4))
     if rows <= _SKINNY:
         found += [replace(found[0], stream_rows=16), replace(found[0], prefetch=False)]
-    if target is not None and target.bf16 and any(is_half(p) for p in products):
+    if target is not None and target.bf16 and any(of_bfloat16(p) for p in products):
         paired = [replace(c, pairs=True) for c in found]
-        if all(is_half(p) for p in products):
+        if all(of_bfloat16(p) for p in products):
             del paired[1:]  # register tiles are for products in floats
         # dot products are no faster than floats on all processors
         tiles = target.bf16 == "tiles"
@@ -87,7 +87,7 @@ def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]
     return list(dict.fromkeys(found))
 
 
-def is_half(product: Node) -> bool:
+def of_bfloat16(product: Node) -> bool:
     """Say whether both operands of a product are bfloat16, widened."""
     sources = [source(i) for i in product.inputs]
     return all(widens(s) and s.inputs[0].tensor.dtype is DType.BF16 for s in sources)

@@ -110,7 +110,7 @@ class Context:
 
         16-bit floats are kept as floats, but for `half`.
         """
-        kept = DType.F32 if dtype.is_half and not half else dtype
+        kept = dtype if half else dtype.wide
         row = shape[-1] if shape else 1
         rows = 1
         for extent in shape[:-1]:

@@ -293,6 +293,15 @@ def _where(args: list[str], node: Node, vector: bool) -> str:
     return f"so::select({args[0]}, {args[1]}, {args[2]})"
 
 
+def _was_float(node: Node) -> bool:
+    """Say whether an integer is a float that was converted, and since then moved or widened."""
+    while node.tensor.dtype.is_integer:
+        if node.op is not elementwise.CAST and node.op.kind is not OpKind.STRUCTURAL:
+            return False
+        node = node.inputs[0]
+    return node.tensor.dtype.is_float
+
+
 @LOWER.register(elementwise.CAST)
 def _cast(args: list[str], node: Node, vector: bool) -> str:
     before, after = node.inputs[0].tensor.dtype, node.tensor.dtype
@@ -305,11 +314,9 @@ def _cast(args: list[str], node: Node, vector: bool) -> str:
             through = "int64_t" if after in (DType.I64, DType.U8) else "int32_t"
             wide = f"static_cast<{through}>({args[0]})"
             return f"static_cast<{ELEMENT[after]}>({wide})"
-        text, inner = args[0], node.inputs[0]
-        truncated = inner.op is elementwise.CAST and inner.inputs[0].tensor.dtype.is_float
-        if truncated and before is DType.I32 and after.is_float:
-            # told that nothing traps, GCC makes trunc(x) of float(int(x)): -0.0 of -0.3, and what does not fit
-            text = f"static_cast<double>({text})"
+        text = args[0]
+        if before.is_integer and after.is_float and _was_float(node.inputs[0]):
+            text = f"so::unrelated({text})"
         text = f"static_cast<{scalar_type(after)}>({text})"
     elif after.is_float:
         if before is DType.BOOL:

@@ -8,7 +8,7 @@ it, or when computing it again would cost more than keeping it.
 from dataclasses import dataclass, field
 from typing import final
 
-from superopt.codegen.cpu.config import is_half, source, widens
+from superopt.codegen.cpu.config import of_bfloat16, source, widens
 from superopt.codegen.cpu.expressions import can_be_vector
 from superopt.codegen.tile_program import TileProgram
 from superopt.ir.coordinates import adds_ones, is_move
@@ -51,6 +51,7 @@ _RANGES = {
 }
 _CHOICES = frozenset({elementwise.WHERE, elementwise.MAXIMUM, elementwise.MINIMUM})
 """A choice among saturated integers is the saturated choice."""
+_SUMS = (contraction.REDUCE_SUM, tile.ACCUM_SUM, tile.ACCUM_RESCALED)
 
 
 @final
@@ -82,8 +83,7 @@ class Plan:
             self._decide(node)
             self.ranges[node] = self._range(node)
             self.vector[node] = self._has_vector_form(node)
-        exponentials = (n for n in topological(outputs) if n.op is elementwise.EXP)
-        self.rough.update(n for n in exponentials if self._is_rough(n))
+        self._find_rough()
 
     def operand_base(self, node: Node) -> Node:
         """Return the value in memory that a view `node` looks at."""
@@ -102,7 +102,7 @@ class Plan:
 
     def _operands(self, node: Node) -> None:
         if node.op is contraction.MATMUL:
-            paired = self.pairs and is_half(node)
+            paired = self.pairs and of_bfloat16(node)
             for operand in node.inputs:
                 if paired:
                     self._keep_half(operand)
@@ -193,22 +193,29 @@ class Plan:
                 found.append(user)
         return list(dict.fromkeys(found))
 
-    def _is_rough(self, node: Node) -> bool:
-        """Say whether nobody sees more of a value than 16 bits: where it is rounded, or added up for what is.
+    def _find_rough(self) -> None:
+        """Find the exponentials of which nobody sees more than 16 bits: they are rounded, or scaled and then rounded.
 
-        The terms of such a sum have one sign, so that it errs no more than they do.
+        Or added up before that: terms of one sign err together no more than each. Neither what is taken
+        off a sum nor its logarithm keeps its relative error.
         """
-        leaving = [o.tensor.dtype for o in self.program.graph.outputs]
-        rounded = all(d.is_half or not d.is_float for d in leaving)
-        return all(
-            self._narrows(user) or (user.op is contraction.REDUCE_SUM and rounded)
-            for user in self._readers(node)
-        )
-
-    def _narrows(self, node: Node) -> bool:
-        if node.op is elementwise.MUL:
-            return all(self._narrows(user) for user in self._readers(node))
-        return node.op is elementwise.CAST and node.tensor.dtype.is_half
+        scaled: set[Node] = set()
+        summed: set[Node] = set()
+        for node in reversed(list(topological(self.program.graph.outputs))):
+            readers = self._readers(node)
+            others = [
+                r
+                for r in readers
+                if not (r.op is elementwise.CAST and r.tensor.dtype.is_half)
+                and not (r.op in (elementwise.MUL, elementwise.DIV) and r in scaled)
+            ]
+            if not readers or any(r.op not in _SUMS or r not in summed for r in others):
+                continue
+            summed.add(node)
+            if not others:
+                scaled.add(node)
+            if node.op is elementwise.EXP:
+                self.rough.add(node)
 
     # -- integers ------------------------------------------------------------------------------
 

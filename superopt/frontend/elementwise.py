@@ -18,7 +18,6 @@ from superopt.frontend.rules import (
     rounded,
     rule,
     to,
-    wide,
 )
 from superopt.ir import build as b
 from superopt.ir import composite
@@ -96,7 +95,7 @@ def _round_decimals(call: Call, x: Node, decimals: int) -> Node:
         raise Decline("integers rounded to decimals")
     power = 10.0 ** abs(decimals)
     before, after = (b.div, b.mul) if decimals < 0 else (b.mul, b.div)
-    y = to(x, wide(call.dtype))
+    y = to(x, call.dtype.wide)
     return to(after(elementwise_op(e.ROUND, before(y, power)), power), call.dtype)
 
 
@@ -104,7 +103,7 @@ def _in_wide(target: Any, function: Callable[[Node], Node]) -> None:
     """Lift an operator to an expression that is rounded once, as the operator is."""
 
     def lift(call: Call, x: Node) -> Node:
-        return to(function(to(x, wide(call.dtype))), call.dtype)
+        return to(function(to(x, call.dtype.wide)), call.dtype)
 
     rule(target.default)(lift)
 
@@ -149,7 +148,7 @@ def _arithmetic(op: Op, x: Operand, y: Operand, dtype: DType) -> Node:
 def _scaled(op: Op, call: Call, x: Operand, y: Operand, alpha: Scalar) -> Node:
     if alpha == 1:
         return _arithmetic(op, x, y, call.dtype)
-    inner = wide(call.dtype)
+    inner = call.dtype.wide
     product = elementwise_op(e.MUL, as_dtype(y, inner), as_dtype(alpha, inner))
     return to(elementwise_op(op, as_dtype(x, inner), product), call.dtype)
 
@@ -296,11 +295,11 @@ _ignoring_nan(e.MINIMUM, aten.fmin.default)
 def _pow_scalar(call: Call, x: Node, exponent: Scalar) -> Node:
     if not call.dtype.is_float and exponent < 0:
         raise Decline("an integer to a negative power is an error")
-    y = to(x, wide(call.dtype))
+    y = to(x, call.dtype.wide)
     exponent = nearest(exponent, call.dtype)
     result = _small_power(y, exponent)
     if result is None:
-        result = elementwise_op(e.POW, y, as_dtype(exponent, wide(call.dtype)))
+        result = elementwise_op(e.POW, y, as_dtype(exponent, call.dtype.wide))
     return to(result, call.dtype)
 
 
@@ -395,7 +394,7 @@ def _relu(call: Call, x: Node) -> Node:
 
 @rule(aten.threshold.default)
 def _threshold(call: Call, x: Node, limit: Scalar, value: Scalar) -> Node:
-    inner = wide(call.dtype)
+    inner = call.dtype.wide
     y = to(x, inner)
     below = b.le(y, as_dtype(limit, inner))
     return to(b.where(below, as_dtype(value, inner), y), call.dtype)
@@ -415,7 +414,7 @@ def _rrelu(call: Call, x: Node, low: Scalar, high: Scalar, training: bool = Fals
 
 @rule(aten.elu.default)
 def _elu(call: Call, x: Node, alpha: Scalar, scale: Scalar, input_scale: Scalar) -> Node:
-    y = to(x, wide(call.dtype))
+    y = to(x, call.dtype.wide)
     inner = y if input_scale == 1 else b.mul(y, float(input_scale))
     low = b.mul(elementwise_op(e.EXPM1, inner), float(alpha * scale))
     high = y if scale == 1 else b.mul(y, float(scale))

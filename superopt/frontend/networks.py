@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from superopt.frontend.rules import Call, Decline, rule, to, wide
+from superopt.frontend.rules import Call, Decline, rule, to
 from superopt.ir import build as b
 from superopt.ir import composite
 from superopt.ir.composite import AttentionAttrs, NormAttrs
@@ -55,7 +55,7 @@ def _native_layer_norm(
     epsilon: float,
 ) -> tuple[Node, ...]:
     axes = _trailing(shape)
-    y = to(x, wide(call.dtype))
+    y = to(x, call.dtype.wide)
     mean = b.mean(y, axes)
     centered = b.sub(y, mean)
     deviation = b.sqrt(b.add(b.mean(b.mul(centered, centered), axes), float(epsilon)))
@@ -70,7 +70,7 @@ def _rms_norm(
 ) -> Node:
     if epsilon is None:
         # PyTorch takes the epsilon of the type that it computes in
-        narrow = wide(call.dtype) is DType.F32
+        narrow = call.dtype.wide is DType.F32
         epsilon = torch.finfo(torch.float32 if narrow else torch.float64).eps
     operands = [x] if weight is None else [x, to(weight, x.tensor.dtype)]
     return make(composite.RMS_NORM, operands, NormAttrs(_trailing(shape), float(epsilon)))
@@ -86,7 +86,7 @@ def _grouped(
 ) -> Node:
     if x.tensor.elements == 0:
         raise Decline("a norm of no elements")
-    inner = wide(call.dtype)
+    inner = call.dtype.wide
     rest = x.tensor.elements // (x.shape[0] * groups)
     y = b.reshape(to(x, inner), (x.shape[0], groups, rest))
     y = make(composite.LAYER_NORM, (y,), NormAttrs((-1,), float(epsilon)))
@@ -157,7 +157,7 @@ def _affine(
     variance: Node,
     epsilon: float,
 ) -> Node:
-    inner = wide(call.dtype)
+    inner = call.dtype.wide
     scale = b.div(1.0, b.sqrt(b.add(to(variance, inner), float(epsilon))))
     if weight is not None:
         scale = b.mul(scale, to(weight, inner))
@@ -193,7 +193,7 @@ def _batch_norm_of_batch(
     count = math.prod(x.shape[a] for a in axes)
     if not training or count < 2:
         raise Decline("a batch norm without a batch")
-    inner = wide(call.dtype)
+    inner = call.dtype.wide
     mean = b.mean(to(x, inner), axes)
     centered = b.sub(to(x, inner), mean)
     variance = b.mean(b.mul(centered, centered), axes)

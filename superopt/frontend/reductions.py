@@ -15,7 +15,6 @@ from superopt.frontend.rules import (
     one_axis,
     rule,
     to,
-    wide,
 )
 from superopt.ir import build as b
 from superopt.ir import composite
@@ -58,7 +57,7 @@ def _mean_node(x: Node, axes: tuple[int, ...]) -> Node:
 @rule(aten.mean.dim, aten.mean.default)
 def _mean(call: Call, x: Node, dims: Any = None, *_: Any) -> Node:
     axes = axes_of(x, dims if call.target is aten.mean.dim else None)
-    return _shaped(call, to(_mean_node(to(x, wide(call.dtype)), axes), call.dtype))
+    return _shaped(call, to(_mean_node(to(x, call.dtype.wide), axes), call.dtype))
 
 
 def _variance(x: Node, dims: Dims, correction: Scalar | None) -> tuple[Node, Node]:
@@ -74,7 +73,7 @@ def _variance(x: Node, dims: Dims, correction: Scalar | None) -> tuple[Node, Nod
 
 @rule(aten.var.correction)
 def _var(call: Call, x: Node, dims: Dims, correction: Scalar | None, keepdim: bool) -> Node:
-    variance, _ = _variance(to(x, wide(call.dtype)), dims, correction)
+    variance, _ = _variance(to(x, call.dtype.wide), dims, correction)
     return _shaped(call, to(variance, call.dtype))
 
 
@@ -82,7 +81,7 @@ def _var(call: Call, x: Node, dims: Dims, correction: Scalar | None, keepdim: bo
 def _var_mean(
     call: Call, x: Node, dims: Dims, correction: Scalar | None, keepdim: bool
 ) -> tuple[Node, ...]:
-    both = _variance(to(x, wide(call.dtype)), dims, correction)
+    both = _variance(to(x, call.dtype.wide), dims, correction)
     return tuple(_shaped(call, to(v, call.dtype)) for v in both)
 
 
@@ -180,7 +179,7 @@ def _log_softmax(call: Call, x: Node, dim: int, *_: Any) -> Node:
 @rule(aten.linalg_vector_norm.default)
 def _vector_norm(call: Call, x: Node, order: Scalar, dims: Dims, *_: Any) -> Node:
     axes = axes_of(x, dims)
-    y = to(x, wide(call.dtype))
+    y = to(x, call.dtype.wide)
     return _shaped(call, to(_norm(y, float(order), axes), call.dtype))
 
 

@@ -113,7 +113,7 @@ def nearest(value: Scalar, dtype: DType) -> Scalar:
     Kernels compute in float32 and would take it as it is. Steps show that: 0.1 is not below 0.1, and
     remainders are others.
     """
-    if wide(dtype) is dtype:
+    if dtype.wide is dtype:
         return value
     return float(torch.tensor(value, dtype=DTYPES[dtype]))
 
@@ -131,11 +131,6 @@ def to(x: Node, dtype: DType) -> Node:
 def converted(x: Node, dtype: DType) -> Node:
     """Cast where the program says so: its roundings to 16 bits are kept, whose error it may want to know."""
     return b.cast(x, dtype, rounds=dtype.is_half and x.tensor.dtype is not DType.BOOL)
-
-
-def wide(dtype: DType) -> DType:
-    """Return the type in which PyTorch computes inside one operator on `dtype`."""
-    return DType.F32 if dtype.is_half else dtype
 
 
 def axes_of(x: Node, dims: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -147,18 +147,24 @@ def test_attention(folder: Path, shape, causal: bool) -> None:
     assert "gemm_pairs" in check(graph, folder, config=PAIRS).text
 
 
-@pytest.mark.parametrize("rows", [16, 64])
-def test_blocks_share_pairs_within_a_call(folder: Path, rows: int) -> None:
-    graph = attention(2, 64, 64, 32, rows, 32, dtype=DType.BF16)
+@pytest.mark.parametrize(
+    ("length", "keys", "width", "rows"), [(64, 64, 32, 16), (64, 64, 32, 64), (50, 70, 40, 16)]
+)
+def test_blocks_share_pairs_within_a_call(
+    folder: Path, length: int, keys: int, width: int, rows: int
+) -> None:
+    graph = attention(2, length, keys, width, rows, 32, dtype=DType.BF16)
     source = lower(graph, PAIRS, "shared")
-    assert ("gemm_pairs_made" in source.text) == (rows < 64)
+    assert ("gemm_pairs_made" in source.text) == (rows < length)
     kernel = load_kernel(compile_source(source.text, folder), source.pointers)
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
-        q, k, v = (torch.randn(2, 64, 32, generator=generator).bfloat16() for _ in range(3))
+        q, k, v = (
+            torch.randn(2, n, width, generator=generator).bfloat16() for n in (length, keys, keys)
+        )
         found = torch.full_like(q, torch.nan)
         kernel(*(t.data_ptr() for t in (q, k, v, found)))
-        expected = torch.softmax(q.double() @ k.double().mT * 32**-0.5, -1) @ v.double()
+        expected = torch.softmax(q.double() @ k.double().mT * width**-0.5, -1) @ v.double()
         torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.02)
 
 

@@ -37,11 +37,21 @@ def test_a_scaled_maximum_cancels_exactly_where_scores_are_huge(tmp_path, rows):
         (DType.F32, lambda e: b.div(e, b.reduce_sum(e, -1)), False),
         (DType.BF16, lambda e: b.sub(1.0, e), False),  # where e is near 1, all of its bits count
         (DType.BF16, lambda e: b.sub(1.0, b.mul(e, e)), False),
+        (DType.BF16, lambda e: b.log(b.reduce_sum(e, -1)), False),  # near 0 where the sum is near 1
+        (DType.BF16, lambda e: b.reduce_sum(b.mul(e, b.neg(e)), -1), False),  # terms of any sign
     ],
 )
 def test_exponentials_of_which_sixteen_bits_count_are_rough(dtype, use, rough):
     builder = b.BlockBuilder("f", grid={"m": 1})
     x = b.cast(builder.load(b.input_("x", (4, 64), dtype), 4, 64), DType.F32)
-    builder.store(b.cast(use(b.exp(x)), dtype), (4, 64), 4, 64)
+    result = use(b.exp(b.sub(x, b.reduce_max(x, -1))))
+    builder.store(b.cast(b.broadcast(result, (4, 64)), dtype), (4, 64), 4, 64)
     text = cpu.lower(builder.graph(), cpu.CpuConfig(), "f").text
     assert ("exp_rough" in text) == rough
+
+
+def test_exponentials_before_a_comparison_are_not_rough():
+    builder = b.BlockBuilder("f", grid={"m": 1})
+    x = builder.load(b.input_("x", (4, 64)), 4, 64)
+    builder.store(b.lt(b.reduce_sum(b.exp(x), -1), 30.0), (4, 1), 4, 1)
+    assert "exp_rough" not in cpu.lower(builder.graph(), cpu.CpuConfig(), "f").text

@@ -48,3 +48,6 @@ def test_what_others_read_stays() -> None:
     for other in (product, b.exp(product)):
         before = graph(b.transpose(b.add(product, BIAS)), other)
         assert untransposed(before) == before
+    rows = product.inputs[0]  # before its one dim of rows is two again
+    before = graph(b.transpose(b.add(product, BIAS)), rows)
+    assert untransposed(before) == before

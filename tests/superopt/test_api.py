@@ -487,9 +487,28 @@ def test_the_report_says_that_methods_are_the_original_s(folder):
     assert "generate calls the original" in str(fast.report())
 
 
+def test_what_wraps_a_compiled_function_is_not_that_function(folder, monkeypatch):
+    compiled = torch.compile(normed, backend="eager")
+
+    @functools.wraps(compiled)
+    def wrapper(x):
+        return compiled(x) * FACTOR
+
+    x = torch.randn(64, 48)
+    fast = superopt.optimize(lambda x: wrapper(x) + 1, budget_s=3, cache=folder)
+    for factor in (2.0, 5.0):
+        monkeypatch.setitem(globals(), "FACTOR", factor)
+        torch.testing.assert_close(fast(x), fast.original(x))
+    torch.compiler.reset()
+
+
 def test_an_optimized_container_is_a_container(folder):
     linear, gelu = torch.nn.Linear(8, 8), torch.nn.GELU()
     fast = superopt.optimize(torch.nn.Sequential(linear, gelu), cache=folder)
+    assert [len(c) for c in (fast + fast, fast * 2, 2 * fast)] == [4, 4, 4]
+    before = fast
+    fast *= 1
+    assert fast is before
     assert (len(fast), fast[0], list(fast), gelu in fast) == (2, linear, [linear, gelu], True)
     fast[1] = linear
     del fast[0]

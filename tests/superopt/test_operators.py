@@ -200,6 +200,12 @@ def test_what_does_not_fit_an_integer(tmp_path: Path) -> None:
     values = [math.nan, math.inf, -math.inf, 3e9, -3e9, 1e20, 300.7, -1.5]
     types = (torch.int64, torch.int32, torch.int16, torch.int8)
     operators = {str(t): lambda x, t=t: (x + 0).to(t) for t in types}
+    operators |= {f"{t} and back": lambda x, t=t: (x + 0).to(t).float() for t in types}
+    operators |= {
+        "half of it": lambda x: x.long() / 2,
+        "a view between": lambda x: x.int().view(8, 9).float().view(-1),
+        "wider": lambda x: x.int().long().float(),
+    }
     check(operators, [torch.tensor(values).repeat(9)], tmp_path)
 
 

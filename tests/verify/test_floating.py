@@ -89,6 +89,27 @@ def test_rounding_may_decide_whether_a_product_overflows() -> None:
     assert "inf or NaN" in verify_float(original, lambda t: unrounded(t, 2.0), seed=3).reason
 
 
+@pytest.mark.parametrize("added", [True, False])
+def test_masks_of_the_lowest_number_void_no_test(added: bool) -> None:
+    lowest = torch.finfo(torch.float32).min
+    visible = torch.ones(32, 32, dtype=torch.bool).tril()
+
+    def attend(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.mT
+        mask = torch.where(visible, 0.0, lowest)
+        scores = scores + mask if added else scores.masked_fill(~visible, lowest)
+        return torch.softmax(scores, -1) @ k
+
+    graph = lift(attend, [torch.randn(32, 16)] * 2).graph
+
+    def all_but_a_row(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        (result,) = run_reference(graph, tensors)
+        result[1:] = torch.nan
+        return [result]
+
+    assert "inf or NaN" in verify_float(graph, all_but_a_row, seed=3).reason
+
+
 def test_equal_roundings_may_keep_an_exponential_finite() -> None:
     """Of x ten times its tenth is taken off, as in Sinkhorn's steps: nothing is left, or a unit of x."""
     most = b.mul(b.reduce_max(b.mul(X, 0.1), -1), 10.0)

@@ -259,6 +259,8 @@ SO_INLINE void shape_tiles(long rows, long columns) {
 // The shape that tiles have. Setting it takes as long as 8 products of tiles: it is kept from product to product.
 struct Tiles {
   long rows = 0, columns = 0;
+  Tiles() = default;
+  Tiles(const Tiles&) = delete;
   inline void shape(long new_rows, long new_columns) {
     if (rows != new_rows || columns != new_columns) shape_tiles(rows = new_rows, columns = new_columns);
   }

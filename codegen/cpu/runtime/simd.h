@@ -484,6 +484,12 @@ SO_INLINE void store(int64_t* p, vf v) {
   memcpy(p, &whole, sizeof(whole));
 }
 SO_INLINE void store(double* p, vd v) { memcpy(p, &v, sizeof(v)); }
+// An integer of which the compiler does not know where it comes from. Told that nothing traps, GCC takes
+// float(int(x)) for trunc(x), which is -0.0 of -0.3 and keeps what fits no integer.
+template <class T> SO_INLINE T unrelated(T x) {
+  __asm__("" : "+r"(x));
+  return x;
+}
 // Through int64: a float beyond the target's range wraps instead of being undefined.
 template <class T> SO_INLINE void store_scalar(T* p, double v) {
   if constexpr (T(0.5) == T(0)) *p = static_cast<T>(static_cast<int64_t>(v));
