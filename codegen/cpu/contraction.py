@@ -38,6 +38,9 @@ _LINE_BYTES, _PAGE_BYTES = 64, 4096
 _ELEMENT_BYTES = {"so::bf16": 2, "so::f16": 2}
 _DOT_PARTS = 8  # groups of rows that gemm_dot has under way
 _SHARED_BYTES = 1 << 20  # half of a second cache
+_STRIP = 240  # see gemm_swapped
+_SWAPPED_TILES = {2: 12, 3: 8, 4: 6, 5: 5}  # vectors and rows of its register tiles
+_FILLED = 0.8  # how full their lanes must be
 _DEPTH, _PANEL = 32, 32  # of a tile, and columns in pairs: see runtime/gemm_bf16.h
 
 
@@ -382,8 +385,44 @@ class Product:
         shared = m.full > _FEW_ROWS and abs(a.row) * 4 % _SHARED_SETS_BYTES == 0 and a.row != 0
         return a.element != "float" or (shared and not a.in_scratch)
 
+    def _swapped_lanes(self, m: Extent, n: Extent, k: Extent) -> tuple[int, int] | None:
+        """Return the vectors of a register tile, and all lanes, that hold the rows as columns, where that pays.
+
+        It does where they fill vectors, and are few beside what else would be transposed.
+        """
+        config = self.context.config
+        if config.contraction != "auto" or config.vectors < 4 or any(self.bands):
+            return None
+        if 3 * m.full * (k.full + n.full) > k.full * n.full:
+            return None
+        widths = (_MOST_LANES * v for v in _SWAPPED_TILES)
+        lanes, vectors = min((-(-m.full // w) * w, -w // _MOST_LANES) for w in widths)
+        if m.full < _FILLED * lanes or 4 * lanes * k.full > _SHARED_BYTES:
+            return None
+        return -vectors, lanes
+
+    def _swap(
+        self, a: _Matrix, b: _Matrix, c: _Matrix, extents: list[Extent], vectors: int, lanes: int
+    ) -> None:
+        """Multiply with the few rows of `a` as columns, and transpose the result."""
+        m, n, k = extents
+        depth = -(-k.full // max(1, round(k.full / _PANEL_DEPTH)))
+        turned, strip = (
+            self.context.allocate((count, lanes), DType.F32, name, dense=True).pointer
+            for count, name in ((k.full, "turned"), (_STRIP, "strip"))
+        )
+        self.context.write(
+            f"gemm_swapped<{_SWAPPED_TILES[vectors]}, {vectors}, {_flag(self.accumulate)}, {depth}>"
+            f"({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {a.column}L, {b.text}, "
+            f"{b.column}L, {turned}, {strip}, {c.text}, {c.row}L);"
+        )
+
     def _packed(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent) -> None:
         config = self.context.config
+        swapped = self._swapped_lanes(m, n, k)
+        if swapped is not None and b.row == 1 and b.element == "float":
+            self._swap(a, b, c, [m, n, k], *swapped)
+            return
         if a.element != "float":
             along = a.column == 1
             a = self._copied_rows(a, m, k) if along else _swapped(self._pack(_swapped(a), k, m))

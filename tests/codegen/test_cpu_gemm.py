@@ -143,6 +143,20 @@ def test_dot_in_pairs_of_vectors(folder, width):
 
 
 @pytest.mark.parametrize("width", [64, 32, 16])
+def test_swapped_any_extent(folder, width):
+    kernel = build(
+        "auto a = (const float*)va; auto b = (const float*)vb;\n"
+        "static float turned[200 * 80], strip[STRIP * 80];\n"
+        "if (e[3]) gemm_swapped<6, 2, true, 48>(m, n, k, a, k, 1, b, k, turned, strip, c, e[4]);\n"
+        "else gemm_swapped<6, 2, false, 48>(m, n, k, a, k, 1, b, k, turned, strip, c, e[4]);",
+        folder,
+        width,
+    )
+    check_rows_by_rows(kernel, "float", (37, 70, 131))
+    check_rows_by_rows(kernel, "float", (64, 250, 96))
+
+
+@pytest.mark.parametrize("width", [64, 32, 16])
 @pytest.mark.parametrize("element", TYPES)
 def test_packed_any_extent(folder, width, element):
     kernel = build(

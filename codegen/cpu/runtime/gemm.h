@@ -8,6 +8,7 @@
 //   gemm_nn   B contiguous along n; A is broadcast, its strides are free
 //   gemm_dot  A and B contiguous along k: vectors along k, one horizontal sum per output
 //   gemm_packed  B contiguous along k, many rows of A: gemm_nn on parts of B, transposed
+//   gemm_swapped  the same for some tens of rows of A: these are transposed, and the result back
 //   pack      copies that make one of the above applicable, or its walk contiguous
 //
 // The register-tile scheme is that of Goto and van de Geijn, "Anatomy of high-performance matrix
@@ -446,6 +447,33 @@ SO_INLINE void gemm_packed(long m, long n, long k, const TA* a, long am, long ak
   if (REST != 0 && j < n)
     panel_packed<MR, NV, ACCUMULATE, M, REST, KC>(m, n - j, k, a, am, ak, b + j * bn, bn, bk, panel,
                                                   c + j, cm, max_of(0, out.top(j)), out.bottom(n), in);
+}
+
+// C[m, n] (+)= A[m, k] B[n, k]^T for some tens of rows of A, B contiguous along k: A is transposed, in `turned`
+// (room for k rows of m, rounded up to NV * VL), and C^T = B A^T made in strips (room for STRIP such rows), so
+// that B is read where it lies. The rows of A, rounded up, are the columns of register tiles.
+constexpr long STRIP = 240;
+template <int MR, int NV, bool ACCUMULATE, int KC, class TA>
+SO_INLINE void gemm_swapped(long m, long n, long k, const TA* a, long am, long ak, const float* b,
+                            long bn, float* turned, float* strip, float* c, long cm) {
+  const long ld = (m + NV * VL - 1) / (NV * VL) * (NV * VL);
+  pack(a, am, ak, m, k, turned, ld);
+  if (m < ld)
+    for (long x = 0; x < k; ++x)
+      for (long i = m; i < ld; ++i) turned[x * ld + i] = 0.0f;
+  for (long j = 0; j < n; j += STRIP) {
+    const long rows = min_of(STRIP, n - j);
+    if (ACCUMULATE) pack(c + j, cm, 1L, m, rows, strip, ld);
+    for (long x = 0; x < k; x += KC) {
+      const float *from = b + j * bn + x, *with = turned + x * ld;
+      const long depth = min_of(KC, k - x);
+      if (ACCUMULATE || x > 0)
+        gemm_nn<MR, NV, true>(rows, ld, depth, from, bn, 1L, with, ld, strip, ld);
+      else
+        gemm_nn<MR, NV, false>(rows, ld, depth, from, bn, 1L, with, ld, strip, ld);
+    }
+    pack(strip, ld, 1L, rows, m, c + j, cm);
+  }
 }
 
 }  // namespace so
