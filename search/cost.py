@@ -37,6 +37,8 @@ _TRANSPOSITION: Final = 3.0
 _RESCALING: Final = 3.0
 """Vector operations per element that is accumulated under a running maximum, and iteration: 512 queries by 64 keys take
 0.8 ms longer than by 128 (4 x 2048 x 64, two Xeon cores with AMX, float32 13.1 ms and bfloat16 4.5)."""
+_KEPT_BYTES: Final = 1 << 16
+"""What values of rows or columns may take that blocks of a CPU leave to each other."""
 _LINE_BYTES: Final = 64
 _PAGE_BYTES: Final = 4096
 """Where in a cache lines may lie depends on where they lie in their pages."""
@@ -124,6 +126,8 @@ class _Op:
     spills: bool
     kept: frozenset[Atom] | None
     """Over what it varies, where blocks leave it to each other."""
+    room: float
+    """How many bytes it may take then, for all iterations."""
 
 
 @final
@@ -142,6 +146,10 @@ class _Read:
     element_bytes: int
     unique: float
     base: Node
+
+
+def _split(schedule: Schedule) -> set[Atom]:
+    return {a for a, role in schedule.roles.items() if role is not Role.WHOLE}
 
 
 @final
@@ -202,7 +210,7 @@ class KernelModel:
         return self._sets.setdefault(atoms, len(self._sets))
 
     def _op(self, node: Node) -> _Op:
-        present = self._present[node]
+        present, schedule = self._present[node], self._schedule
         closes = any(i in self._schedule.passes.varies for i in node.inputs)
         kind = node.op.kind
         product = None
@@ -233,7 +241,8 @@ class KernelModel:
         passes, tile = self._passes.get(node, 0), self._set(present)
         row = self._set(self._along(shaped, -1))
         kept = present if node in self._left else None
-        return _Op(self._set(counted), row, passes, closes, rate, product, tile, spills, kept)
+        room = _KEPT_BYTES if schedule.loop in present <= _split(schedule) else inf
+        return _Op(self._set(counted), row, passes, closes, rate, product, tile, spills, kept, room)
 
     def _left_to_others(self) -> set[Node]:
         """Return what kernels compute once for all blocks in turn that need it, if it is the same for them.
@@ -246,7 +255,7 @@ class KernelModel:
             return set()
         found: set[Node] = set()
         users = users_of(schedule.region.outputs)
-        split = {a for a, role in schedule.roles.items() if role is not Role.WHOLE}
+        split = _split(schedule)
         for node in reversed(schedule.region.body):
             needed = all(
                 u in found or (self._keeps_right(u) and u.inputs[0] is not node)
@@ -323,7 +332,7 @@ class KernelModel:
         for op in self._ops:
             times = op.passes * trips if op.passes else trips if op.closes else 1
             elements = sizes[op.elements]
-            if op.kept is not None:
+            if op.kept is not None and 4.0 * elements * trips <= op.room:
                 times /= self._sharing(op.kept, tile)
             if op.product is not None:
                 compute += times * self._product_s(op.product, elements, sizes, kept)
@@ -413,7 +422,8 @@ class KernelModel:
         several = [a for a, count in counts.items() if count > 1]
         if not several or several[-1] in kept:
             return 1
-        return prod(n for a, n in counts.items() if a not in kept)
+        in_turn = ceil(prod(counts.values()) / self._machine.cores)
+        return min(in_turn, prod(n for a, n in counts.items() if a not in kept))
 
     def _traffic(self, sizes: list[int], blocks: int, trips: float) -> tuple[float, float]:
         """Bytes from memory, and bytes from the caches, of the whole kernel."""

@@ -310,6 +310,23 @@ def test_what_is_fetched_ahead_has_to_stay() -> None:
     assert more(4096, gpu) == pytest.approx(more(4096 + 64, gpu), rel=0.02)
 
 
+def test_cores_leave_each_other_nothing() -> None:
+    """What both of two blocks of columns compute of rows costs twice what it does where rows are split."""
+    x, w = b.input_("x", (256, 512)), b.input_("w", (512, 128))
+
+    def seconds(left: Node, rows: int, columns: int) -> float:
+        graph = b.kernel_graph("g", [x, w], [b.matmul(left, w)])
+        region = make_region(graph, [n for n in graph.nodes() if is_compute(n)])
+        schedule = next(s for s in derive(region) if s.loop)
+        sizes = {512: 64, 256: rows, 128: columns}
+        tiles = {a: sizes[schedule.space.extent(a)] for a in schedule.roles}
+        return KernelModel(schedule, MACHINE).seconds(tiles)
+
+    computed = b.sigmoid(x)
+    by_rows, by_columns = (seconds(computed, *t) - seconds(x, *t) for t in ((128, 128), (256, 64)))
+    assert by_columns > 1.9 * by_rows
+
+
 def test_what_accumulates_under_a_running_maximum_is_rescaled_every_time() -> None:
     """Few keys per iteration cost more; a tile of a quarter of the second cache does not leave it yet."""
     q, k, v = (b.input_(n, (4, 2048, 64)) for n in "qkv")
