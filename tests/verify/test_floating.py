@@ -184,6 +184,19 @@ def test_a_rounding_error_that_is_the_result_is_not_dropped(narrow: DType) -> No
     )
 
 
+def test_a_few_quotients_of_what_cancels_are_no_output_of_noise() -> None:
+    """An update of factors in bfloat16, divided by sums that come near 0 here and there."""
+
+    def update(v: torch.Tensor, h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return h * ((v.mT @ w) / (h @ (w.mT @ w) + 1e-3))
+
+    shapes = ((128, 64), (64, 16), (128, 16))
+    graph = lift(update, [torch.randn(s).bfloat16() for s in shapes]).graph
+    test = floating.FloatTest(graph, seed=3)
+    in_float = test.check(lambda t: [update(*(x.float() for x in t)).bfloat16()], ["normal"])
+    assert in_float.accurate, in_float.reason
+
+
 def test_wrong_shapes_types_and_counts_are_reported() -> None:
     original = graph(b.mul(X, 2.0))
     assert "0 outputs" in verify_float(original, lambda t: [], seed=1).reason
