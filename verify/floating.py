@@ -530,9 +530,10 @@ def _output_errors(
     rows = [t.reshape(-1, columns) for t in (exact, moved, own, found)]
     # a few rows at a time stay in the caches through all the steps
     pieces = [torch.split(t, max(1, _PIECE // columns)) for t in rows]
+    largest = torch.finfo(own.dtype).max
     sizes = []
     for piece in zip(*pieces, strict=True):
-        found_sizes, reason = _row_errors(*(t.to(torch.float64) for t in piece))
+        found_sizes, reason = _row_errors(*(t.to(torch.float64) for t in piece), largest)
         if reason:
             return 0.0, float("inf"), reason
         sizes.append(found_sizes)
@@ -554,14 +555,17 @@ def _output_errors(
 
 
 def _row_errors(
-    e: torch.Tensor, m: torch.Tensor, o: torch.Tensor, f: torch.Tensor
+    e: torch.Tensor, m: torch.Tensor, o: torch.Tensor, f: torch.Tensor, largest: float
 ) -> tuple[torch.Tensor, str]:
-    """Return each row's scale and the errors of `o`, `f` and `m`, 4 x rows; or what is wrong."""
+    """Return each row's scale and the errors of `o`, `f` and `m`, 4 x rows; or what is wrong.
+
+    `largest`: the largest number of the output's type.
+    """
     finite = torch.isfinite(o) & torch.isfinite(e)
     if bool((finite & ~torch.isfinite(f)).any()):
         return e, _NOT_FINITE
     if not bool(finite.all()):
-        wrong = torch.isnan(o) & ~torch.isnan(e) & torch.isinf(f) & ~torch.isinf(e)
+        wrong = torch.isnan(o) & torch.isinf(f) & (e.abs() <= largest)
         if bool(wrong.any()):
             return e, "is infinite where it should be a number"
     zero = torch.zeros((), dtype=torch.float64, device=e.device)

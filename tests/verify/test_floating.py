@@ -128,6 +128,23 @@ def test_equal_roundings_may_keep_an_exponential_finite() -> None:
     assert "inf or NaN" in refused.reason
 
 
+def test_what_is_too_large_for_its_type_may_be_infinite() -> None:
+    x = b.input_("x", (16, 64), DType.F16)
+    square = b.mul(b.mul(x, 1000.0), b.mul(x, 1000.0))
+    original = b.kernel_graph("g", [x], [b.sub(square, b.mul(square, 0.5))])
+
+    def wide(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [((tensors[0].float() * 1000.0).square() * 0.5).half()]
+
+    def infinite(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [r.masked_fill(r.isnan(), torch.inf) for r in run_reference(original, tensors)]
+
+    (normal,) = draw_inputs(original, "normal", 3)
+    assert bool((run_reference(original, [normal])[0].isnan() & wide([normal])[0].isinf()).any())
+    assert verify_float(original, wide, seed=3).accurate
+    assert "should be a number" in verify_float(original, infinite, seed=3).reason
+
+
 def test_rounding_may_decide_whether_a_quotient_is_of_zeros() -> None:
     """Weights that no float holds, and the original has by a rounding: a cluster without points."""
     x = b.input_("x", (64, 200), DType.BF16)
