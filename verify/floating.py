@@ -588,7 +588,7 @@ def _other_noise(reference: _Reference, found: list[torch.Tensor]) -> str:
         # counted, since a few quotients of what nearly cancelled may be larger than all the rest together
         noisy = known & ((o - e).abs() > o.abs() / 2)
         other = noisy & ((f - o).abs() > (o - e).abs() / 2)
-        if 2 * int(noisy.sum()) > int(known.sum()) and 2 * int(other.sum()) > int(noisy.sum()):
+        if 2 * int(noisy.sum()) > int(known.sum()) and 100 * int(other.sum()) > int(noisy.sum()):
             return f"output {index} is made of rounding errors, and the candidate makes other ones"
     return ""
 
