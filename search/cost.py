@@ -146,6 +146,7 @@ class _Read:
     element_bytes: int
     unique: float
     base: Node
+    varies: frozenset[Atom]
 
 
 def _split(schedule: Schedule) -> set[Atom]:
@@ -295,7 +296,7 @@ class KernelModel:
         gather = next((n for n in users if n.op is structural.GATHER and n.inputs[0] is node), None)
         if gather is not None:
             unique = min(unique, float(gather.tensor.size_bytes))
-        elements = self._set(self._present[gather or node])
+        varies = self._present[gather or node]
         passes = self._passes.get(node, 0)
         strides = (lies or node.tensor).element_strides
         along = self._along(node, strides.index(1)) if 1 in strides else frozenset[Atom]()
@@ -305,7 +306,16 @@ class KernelModel:
         if ahead and any(n.op is not contraction.MATMUL for n in users):
             # rows at a multiple of a page share few places: only what lies there competes for them
             spread = gcd(_PAGE_BYTES, *(s * size for s in strides if s > 1))
-        return _Read(elements, self._set(along), spread, passes, size, unique, view_base(node))
+        return _Read(
+            self._set(varies),
+            self._set(along),
+            spread,
+            passes,
+            size,
+            unique,
+            view_base(node),
+            varies,
+        )
 
     # -- what does -----------------------------------------------------------------------------
 
@@ -349,7 +359,7 @@ class KernelModel:
             if op.closes and not op.passes and schedule.passes.shifts:  # it is rescaled every time
                 rescaled = trips * sizes[op.tile] * _RESCALING
                 compute += rescaled / machine.vector_ops
-        moved, touched = self._traffic(sizes, blocks, trips)
+        moved, touched = self._traffic(sizes, tile, blocks, trips)
         waves = ceil(blocks / machine.cores) * machine.cores
         compute_s = compute * waves / machine.cores
         cache_s = (touched + cached * blocks) / machine.cache_bandwidth / machine.cores
@@ -425,10 +435,29 @@ class KernelModel:
         in_turn = ceil(prod(counts.values()) / self._machine.cores)
         return min(in_turn, prod(n for a, n in counts.items() if a not in kept))
 
-    def _traffic(self, sizes: list[int], blocks: int, trips: float) -> tuple[float, float]:
+    def _cores_that_read(self, varies: frozenset[Atom], tile: Mapping[Atom, int]) -> float:
+        """Return how many cores read an element of what varies over these.
+
+        A core takes blocks in turn. Two that read the same at the same time wait for memory both: on a CPU the outer
+        cache gives neither what it has not fetched for the other yet.
+        """
+        if self._machine.kind != "cpu":
+            return 1.0
+        counts = {a: -(-self._extents[a] // tile[a]) for a in self._schedule.grid}
+        span = blocks = prod(counts.values())
+        for atom, count in counts.items():
+            if count > 1 and atom not in varies:
+                return max(1.0, self._machine.cores * span / blocks)
+            span //= count
+        return 1.0
+
+    def _traffic(
+        self, sizes: list[int], tile: Mapping[Atom, int], blocks: int, trips: float
+    ) -> tuple[float, float]:
         """Bytes from memory, and bytes from the caches, of the whole kernel."""
         moved = touched = 0.0
         first: dict[Node, float] = {}
+        cores: dict[Node, float] = {}
         for read in self._reads:
             times = (read.passes * trips or 1) * blocks
             total = float(read.element_bytes * sizes[read.elements] * times)
@@ -443,4 +472,7 @@ class KernelModel:
             # several views of one tensor are read together: memory gives it once
             whole = float(tensor(read.base.type).size_bytes)
             first[read.base] = min(first.get(read.base, 0.0) + read.unique, whole)
-        return moved + sum(first.values()) + self._written, touched
+            readers = min(self._cores_that_read(read.varies, tile), float(blocks))
+            cores[read.base] = max(cores.get(read.base, 1.0), readers)
+        moved += sum(bytes_ * cores[base] for base, bytes_ in first.items())
+        return moved + self._written, touched

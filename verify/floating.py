@@ -533,7 +533,7 @@ def _output_errors(
     largest = torch.finfo(own.dtype).max
     sizes = []
     for piece in zip(*pieces, strict=True):
-        found_sizes, reason = _row_errors(*(t.to(torch.float64) for t in piece), largest)
+        found_sizes, reason = _row_errors(largest, *(t.to(torch.float64) for t in piece))
         if reason:
             return 0.0, float("inf"), reason
         sizes.append(found_sizes)
@@ -555,7 +555,7 @@ def _output_errors(
 
 
 def _row_errors(
-    e: torch.Tensor, m: torch.Tensor, o: torch.Tensor, f: torch.Tensor, largest: float
+    largest: float, e: torch.Tensor, m: torch.Tensor, o: torch.Tensor, f: torch.Tensor
 ) -> tuple[torch.Tensor, str]:
     """Return each row's scale and the errors of `o`, `f` and `m`, 4 x rows; or what is wrong.
 

@@ -190,6 +190,20 @@ def test_one_block_costs_more_than_two_on_two_cores() -> None:
     assert two < one
 
 
+def test_weights_that_both_cores_read_come_from_memory_twice() -> None:
+    x, w = b.input_("x", (16, 4096)), b.input_("w", (4096, 4096))
+    graph = b.kernel_graph("g", [x, w], [b.matmul(x, w)])
+    schedule = derive(make_region(graph, [graph.outputs[0]]))[0]
+    rows, columns = schedule.grid
+    slow = replace(MACHINE, memory_bandwidth=1e9)
+    by_rows = KernelModel(schedule, slow).seconds({rows: 8, columns: 4096})
+    by_columns = KernelModel(schedule, slow).seconds({rows: 16, columns: 2048})
+    assert by_rows > 1.9 * by_columns
+    # four blocks of columns, each core takes two of one half of the rows
+    in_turn = KernelModel(schedule, slow).seconds({rows: 8, columns: 1024})
+    assert in_turn > 1.9 * by_columns
+
+
 def test_a_result_that_outgrows_the_cache_is_read_again_for_every_stretch_of_a_product() -> None:
     x, w = b.input_("x", (2048, 2048), DType.BF16), b.input_("w", (2048, 2048), DType.BF16)
     g = b.kernel_graph("gram", [x, w], [b.abs_(b.matmul(x, w))])
