@@ -60,11 +60,12 @@ _SLOW: Final = {
 
 def library_cost(node: Node, machine: Target) -> float:
     """Return the predicted seconds of one op as a library kernel."""
-    read = node.inputs
-    written = node.tensor.size_bytes
-    if node.op in (structural.GATHER, structural.TAKE):
-        read, written = node.inputs[1:], 2 * written
-    moved = sum(tensor(i.type).size_bytes for i in read) + written
+    size = node.tensor.size_bytes
+    gathers = node.op in (structural.GATHER, structural.TAKE)
+    read = size if gathers else 0
+    read += sum(tensor(i.type).size_bytes for i in (node.inputs[1:] if gathers else node.inputs))
+    # a CPU reads what it writes first
+    moved = read + (2 * size if machine.kind == "cpu" else size)
     flops = node.op.flops(tuple(i.type for i in node.inputs), node.type) if node.op.flops else 0
     rate = _product_flops(node, machine) * machine.library_efficiency
     if node.op.kind not in (OpKind.CONTRACTION, OpKind.LIBRARY):

@@ -403,7 +403,7 @@ def test_blocks_leave_sizes_of_rows_to_each_other() -> None:
 def test_dear_operators_are_dear_in_the_library_too() -> None:
     """A sigmoid looked cheaper alone than in the kernel that reads it, which counts what it takes."""
     x = b.input_("x", (1 << 20,))
-    assert library_cost(b.sigmoid(x), MACHINE) > 1.5 * library_cost(b.neg(x), MACHINE)
+    assert library_cost(b.sigmoid(x), MACHINE) > 1.3 * library_cost(b.neg(x), MACHINE)
     logits, target = (
         b.input_("logits", (64, 4099), DType.BF16),
         b.input_("t", (64, 4099), DType.BF16),
