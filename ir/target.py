@@ -12,6 +12,10 @@ from superopt.ir.errors import SuperoptError
 
 _FORMAT: Final = "superopt target 1"
 
+KEPT_BYTES: Final = 1 << 16
+"""What a value that blocks of a CPU leave to each other may take for all places of the loops, in float32: it shares a
+second cache with tiles."""
+
 
 @final
 @dataclass(frozen=True, slots=True)

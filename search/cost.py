@@ -15,7 +15,7 @@ from superopt.ir.node import Node, users_of
 from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.ops.shapes import tensor
-from superopt.ir.target import Target
+from superopt.ir.target import KEPT_BYTES, Target
 from superopt.ir.types import DType
 from superopt.search.indices import Atom, IndexSpace
 from superopt.search.region import view_base, view_type
@@ -37,8 +37,6 @@ _TRANSPOSITION: Final = 3.0
 _RESCALING: Final = 3.0
 """Vector operations per element that is accumulated under a running maximum, and iteration: 512 queries by 64 keys take
 0.8 ms longer than by 128 (4 x 2048 x 64, two Xeon cores with AMX, float32 13.1 ms and bfloat16 4.5)."""
-_KEPT_BYTES: Final = 1 << 16
-"""What values of rows or columns may take that blocks of a CPU leave to each other."""
 _LINE_BYTES: Final = 64
 _PAGE_BYTES: Final = 4096
 """Where in a cache lines may lie depends on where they lie in their pages."""
@@ -243,7 +241,7 @@ class KernelModel:
         passes, tile = self._passes.get(node, 0), self._set(present)
         row = self._set(self._along(shaped, -1))
         kept = present if node in self._left else None
-        room = _KEPT_BYTES if schedule.loop in present <= _split(schedule) else inf
+        room = KEPT_BYTES if schedule.loop in present <= _split(schedule) else inf
         return _Op(self._set(counted), row, passes, closes, rate, product, tile, spills, kept, room)
 
     def _left_to_others(self) -> set[Node]:

@@ -25,7 +25,7 @@ from superopt.ir.node import Node, topological
 from superopt.ir.ops import contraction, elementwise, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.target import Target
-from superopt.ir.tiles import varying_axes
+from superopt.ir.tiles import dim_sources
 from superopt.ir.types import TensorType
 from superopt.plan import KernelSource
 from superopt.runtime import Program, build_program
@@ -43,8 +43,6 @@ _PATIENCE_S: Final = 15.0
 _KERNEL_S: Final = 0.2
 """For how long a kernel is timed: one of 50 ms six times, one of 10 ms as often as any."""
 
-
-NOTHING: Final[Mapping[int, int]] = {}
 _SAME: Final = (elementwise.CAST, tile.LOAD)
 
 
@@ -116,7 +114,7 @@ class Clock:
     refused: CompileError | None = None
     late: int = 0
     _random: dict[tuple[int, TensorType, int], torch.Tensor] = field(default_factory=dict)
-    _copies: dict[tuple[int, TensorType], list[torch.Tensor]] = field(default_factory=dict)
+    _copies: dict[tuple[int, TensorType, int], list[torch.Tensor]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +221,7 @@ class Clock:
         return call
 
     def _in_turn(
-        self, wanted: Sequence[TensorType], lengths: Mapping[int, int] = NOTHING
+        self, wanted: Sequence[TensorType], lengths: Mapping[int, int]
     ) -> list[list[torch.Tensor]]:
         """Return operands for one call after the other: large ones are not in a cache again yet."""
         first = [self._operand(i, kind, lengths.get(i, 1)) for i, kind in enumerate(wanted)]
@@ -233,21 +231,21 @@ class Clock:
             return [first]
         size = sum(t.nbytes for t, is_large in zip(first, large, strict=True) if is_large)
         # kept while one kernel is timed: those of a program of many weights would fill the memory
-        keys = set(enumerate(wanted))
+        keys = {(i, kind, lengths.get(i, 1)) for i, kind in enumerate(wanted)}
         self._copies = {key: c for key, c in self._copies.items() if key in keys}
         turns = [first]
         for number in range(2 * self.target.outer_cache_bytes // size):
             copies = [
-                self._copy(i, kind, tensor, number) if is_large else tensor
+                self._copy((i, kind, lengths.get(i, 1)), tensor, number) if is_large else tensor
                 for i, (kind, tensor, is_large) in enumerate(zip(wanted, first, large, strict=True))
             ]
             turns.append(copies)
         return turns
 
     def _copy(
-        self, position: int, wanted: TensorType, source: torch.Tensor, number: int
+        self, key: tuple[int, TensorType, int], source: torch.Tensor, number: int
     ) -> torch.Tensor:
-        copies = self._copies.setdefault((position, wanted), [])
+        copies = self._copies.setdefault(key, [])
         while len(copies) <= number:
             storage = source.untyped_storage().clone()  # type: ignore[no-untyped-call]
             layout = (source.storage_offset(), source.shape, source.stride())
@@ -348,7 +346,7 @@ class Clock:
 
 def contracted(graph: Graph) -> dict[int, int]:
     """Return over how many elements products sum, for the inputs that are their right operands."""
-    varying = varying_axes(graph) if graph.level is Level.BLOCK else {}
+    sources = dim_sources(graph) if graph.level is Level.BLOCK else {}
     positions = {node: i for i, node in enumerate(graph.inputs)}
     found: dict[int, int] = {}
 
@@ -362,7 +360,9 @@ def contracted(graph: Graph) -> dict[int, int]:
     for node in graph.nodes():
         if node.op is contraction.MATMUL:
             right = node.inputs[1]
-            loops = (a.count for a in graph.loops if a.name in varying[right])
+            along = sources[right][-2] if right in sources else None
+            axes = {name for name, _ in along.map.axes} if along else set()
+            loops = (a.count for a in graph.loops if a.name in axes)
             meet(right, right.shape[-2] * prod(loops))
         elif node.op.kind is OpKind.GRAPH:
             for position, length in contracted(node.attrs.graph).items():

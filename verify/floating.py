@@ -64,6 +64,11 @@ DISTRIBUTIONS = ("normal", "uniform", "large", "tiny", "constant-rows", "mixed",
 HARDEST: Final = ("constant-rows", "overflow-edge")
 """Where algebra that is right in a field first fails: enough to choose between variants."""
 
+_MADE_OF_NOISE: Final = 0.5
+"""The share of an output's numbers that are rounding errors from which they are what it is for."""
+_OTHER_NOISE: Final = 0.01
+"""The share of these that may be other ones: each is a correction, and wrong alone."""
+
 _USUAL: Final = "normal"
 """Where no output is a rounding error but those that the program makes of one."""
 
@@ -588,7 +593,8 @@ def _other_noise(reference: _Reference, found: list[torch.Tensor]) -> str:
         # counted, since a few quotients of what nearly cancelled may be larger than all the rest together
         noisy = known & ((o - e).abs() > o.abs() / 2)
         other = noisy & ((f - o).abs() > (o - e).abs() / 2)
-        if 2 * int(noisy.sum()) > int(known.sum()) and 100 * int(other.sum()) > int(noisy.sum()):
+        count, differ = int(noisy.sum()), int(other.sum())
+        if count > _MADE_OF_NOISE * int(known.sum()) and differ > _OTHER_NOISE * count:
             return f"output {index} is made of rounding errors, and the candidate makes other ones"
     return ""
 

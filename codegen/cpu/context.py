@@ -73,8 +73,8 @@ class Context:
     """Pointers that some vector loop has read."""
     fetched: set[str] = field(default_factory=set)
     """Pointers of which a vector loop has fetched what comes next."""
-    shared: dict[tuple[Node, Node], tuple[str, str]] = field(default_factory=dict)
-    """Operands in pairs that blocks leave each other: where they are, and of which block each is."""
+    shared: dict[tuple[Node, str], tuple[str, str]] = field(default_factory=dict)
+    """Operands of products, in rows or pairs, that blocks leave each other: where they are, and of which block each is."""
     remembered: list[tuple[int, int]] = field(default_factory=list)
     """Where in scratch memory, and how many, numbers of blocks stand: -1 before the first block."""
     counter: int = 0

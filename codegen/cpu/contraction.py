@@ -139,7 +139,7 @@ class Product:
     target: View
     accumulate: bool
     right: list[str] = field(default_factory=list)
-    """The text that computes what is in no loop's body yet: of the right operand, for this product alone."""
+    """The text before the product that computes what nothing else needs of its right operand."""
     bands: tuple[Band | None, Band | None] = (None, None)
     """Where the left operand and the result count."""
 
@@ -291,7 +291,7 @@ class Product:
         """Copy a matrix into rows that tiles can read; a tensor's once for all blocks in turn that read it."""
         depth = -(-k.full // _DEPTH) * _DEPTH
         source = f"{a.text}, {a.row}L, {a.column}L, {k.text}, {m.text}"
-        kept = None if a.in_scratch else self._kept(a, m.full * depth)
+        kept = None if a.in_scratch else self._kept("rows", a, m.full * depth)
         if kept is None:
             view = self.context.allocate((m.full, depth), DType.BF16, "rows", half=True)
             self.context.write(f"pack_rows_bf16({source}, {view.pointer}, {view.strides[0]}L);")
@@ -309,20 +309,21 @@ class Product:
         operand is computed then only.
         """
         size = -(-k.full // _DEPTH) * _DEPTH * -(-n.full // _PANEL) * _PANEL
-        kept = None if b.in_scratch and not self.right else self._kept(b, size)
+        computed = self.right if b.origin is self.node.inputs[1] else []
+        kept = None if b.in_scratch and not computed else self._kept("pairs", b, size)
         if kept is None:
             return None
         pairs, made, wanted = kept
+        if computed:
+            self.right = [f"  if ({made} != {wanted}) {{", *computed, "  }"]
         with self.context.block(f"if ({made} != {wanted})"):
             self.context.write(f"{made} = {wanted};")
-            self.context.lines += self.right
-            self.right = []
             self.context.write(
                 f"pack_pairs({b.text}, {b.column}L, {b.row}L, {n.text}, {k.text}, {pairs});"
             )
         return pairs
 
-    def _kept(self, matrix: _Matrix, size: int) -> tuple[str, str, str] | None:
+    def _kept(self, name: str, matrix: _Matrix, size: int) -> tuple[str, str, str] | None:
         """Return room for elements that last from block to block, whose tile they are, and whose are wanted.
 
         None where the next block wants another tile, or caches do not hold them.
@@ -335,9 +336,9 @@ class Product:
         slots = prod(a.count for a in place[0])
         if 2 * size * slots > _SHARED_BYTES:
             return None
-        key = (self.node, matrix.origin)
+        key = (self.node, name)
         if key not in context.shared:
-            room = context.allocate((slots, size), DType.BF16, "kept", dense=True, half=True)
+            room = context.allocate((slots, size), DType.BF16, name, dense=True, half=True)
             context.shared[key] = (room.pointer, context.remember(slots))
         pointer, made = context.shared[key]
         slot, block = map(context.position, place)

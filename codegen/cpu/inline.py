@@ -5,6 +5,7 @@ needs memory when it is a product, a reduction or a loop's state, when a product
 it, or when computing it again would cost more than keeping it.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -12,6 +13,7 @@ from superopt.codegen.cpu.config import of_bfloat16, source, widens
 from superopt.codegen.cpu.expressions import can_be_vector
 from superopt.codegen.tile_program import TileProgram
 from superopt.ir.coordinates import adds_ones, is_move
+from superopt.ir.graph import Graph
 from superopt.ir.node import Node, topological, users_of
 from superopt.ir.ops import contraction, elementwise, leaf, structural, tile
 from superopt.ir.ops.registry import OpKind
@@ -62,6 +64,8 @@ class Plan:
     program: TileProgram
     pairs: bool = False
     """Whether products of bfloat16 take it as it is."""
+    rough: frozenset[Node] = frozenset()
+    """Exponentials of which 16 bits count."""
     memory: set[Node] = field(default_factory=set)
     halves: set[Node] = field(default_factory=set)
     """Values in memory that stay in 16 bits: only such products read them."""
@@ -71,8 +75,6 @@ class Plan:
     vector: dict[Node, bool] = field(default_factory=dict)
     merged: dict[Node, Node] = field(default_factory=dict)
     """A product that goes straight into an accumulator, and that accumulator."""
-    rough: set[Node] = field(default_factory=set)
-    """Exponentials of which 16 bits count."""
 
     def __post_init__(self) -> None:
         outputs = self.program.graph.outputs
@@ -83,7 +85,6 @@ class Plan:
             self._decide(node)
             self.ranges[node] = self._range(node)
             self.vector[node] = self._has_vector_form(node)
-        self._find_rough()
 
     def operand_base(self, node: Node) -> Node:
         """Return the value in memory that a view `node` looks at."""
@@ -183,39 +184,7 @@ class Plan:
 
     def _readers(self, node: Node) -> list[Node]:
         """Users, looking through moves, which are read in place."""
-        found: list[Node] = []
-        stack = list(self.users[node])
-        while stack:
-            user = stack.pop()
-            if is_move(user):
-                stack += self.users[user]
-            else:
-                found.append(user)
-        return list(dict.fromkeys(found))
-
-    def _find_rough(self) -> None:
-        """Find the exponentials of which nobody sees more than 16 bits: they are rounded, or scaled and then rounded.
-
-        Or added up before that: terms of one sign err together no more than each. Neither what is taken
-        off a sum nor its logarithm keeps its relative error.
-        """
-        scaled: set[Node] = set()
-        summed: set[Node] = set()
-        for node in reversed(list(topological(self.program.graph.outputs))):
-            readers = self._readers(node)
-            others = [
-                r
-                for r in readers
-                if not (r.op is elementwise.CAST and r.tensor.dtype.is_half)
-                and not (r.op in (elementwise.MUL, elementwise.DIV) and r in scaled)
-            ]
-            if not readers or any(r.op not in _SUMS or r not in summed for r in others):
-                continue
-            summed.add(node)
-            if not others:
-                scaled.add(node)
-            if node.op is elementwise.EXP:
-                self.rough.add(node)
+        return _readers(self.users, node)
 
     # -- integers ------------------------------------------------------------------------------
 
@@ -282,6 +251,43 @@ class Plan:
         others = [self.ranges[i] for i in user.inputs if i is not node]
         inside = all(_INT32[0] < a and b < _INT32[1] for a, b in others)
         return user.op in elementwise.COMPARISONS and saturated and inside
+
+
+def rough_exponentials(graph: Graph) -> frozenset[Node]:
+    """Return the exponentials of which nobody sees more than 16 bits: they are rounded, or scaled and then rounded.
+
+    Or added up before that: terms of one sign err together no more than each. Neither what is taken
+    off a sum nor its logarithm keeps its relative error.
+    """
+    users = users_of(graph.outputs)
+    scaled: set[Node] = set()
+    summed: set[Node] = set()
+    for node in reversed(list(topological(graph.outputs))):
+        readers = _readers(users, node)
+        others = [
+            r
+            for r in readers
+            if not (r.op is elementwise.CAST and r.tensor.dtype.is_half)
+            and not (r.op in (elementwise.MUL, elementwise.DIV) and r in scaled)
+        ]
+        if not readers or any(r.op not in _SUMS or r not in summed for r in others):
+            continue
+        summed.add(node)
+        if not others:
+            scaled.add(node)
+    return frozenset(n for n in summed if n.op is elementwise.EXP)
+
+
+def _readers(users: Mapping[Node, Sequence[Node]], node: Node) -> list[Node]:
+    found: list[Node] = []
+    stack = list(users[node])
+    while stack:
+        user = stack.pop()
+        if is_move(user):
+            stack += users[user]
+        else:
+            found.append(user)
+    return list(dict.fromkeys(found))
 
 
 def _arithmetic_range(node: Node, inputs: list[tuple[int, int]]) -> tuple[int, int] | None:

@@ -22,7 +22,7 @@ from superopt.codegen.cpu.divide import shared_divisions
 from superopt.codegen.cpu.environment import Environment
 from superopt.codegen.cpu.expressions import LOWER, literal
 from superopt.codegen.cpu.fused import FusedLoop
-from superopt.codegen.cpu.inline import Plan
+from superopt.codegen.cpu.inline import Plan, rough_exponentials
 from superopt.codegen.cpu.members import Member, MemberKind, carried, combine_kind, identity
 from superopt.codegen.cpu.sharing import is_kept, left_to_others, only_right_of, shared_over
 from superopt.codegen.cpu.transposed import rows_of
@@ -60,22 +60,25 @@ def lower(graph: Graph, config: CpuConfig, name: str) -> Source:
             library's kernel.
     """
     inlined = inline_threads(graph)
-    program = tile_program(shared_divisions(inlined if config.pairs else unrounded(inlined)))
+    block = inlined if config.pairs else unrounded(inlined)
+    program = tile_program(shared_divisions(block))
     for node in program.graph.nodes():
         if node.op in LOWER.unsupported:
             raise CodegenError(f"{node.op.name}: {LOWER.unsupported[node.op]}")
         if node.tensor.dtype.is_complex:
             raise CodegenError("complex tiles have no C++ form")
-    return _Kernel(program, config, name).source()
+    return _Kernel(program, config, name, rough_exponentials(block)).source()
 
 
 @final
 class _Kernel:
-    def __init__(self, program: TileProgram, config: CpuConfig, name: str) -> None:
+    def __init__(
+        self, program: TileProgram, config: CpuConfig, name: str, rough: frozenset[Node]
+    ) -> None:
         self.graph = graph = program.graph
         self.name = name
         self.context = Context(program, config)
-        self.plan = Plan(program, config.pairs)
+        self.plan = Plan(program, config.pairs, rough)
         self.fused = FusedLoop(self.context, self.plan)
         self.inputs = {n: f"in{i}_{_word(n.attrs.name)}" for i, n in enumerate(graph.inputs)}
         self.outputs = [f"out{i}" for i in range(len(graph.outputs))]

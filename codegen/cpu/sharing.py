@@ -9,16 +9,13 @@ Blocks that follow each other in a thread differ in the innermost grid axis: wha
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Final
 
 from superopt.codegen.cpu.inline import Plan
 from superopt.ir.graph import Axis, Graph
 from superopt.ir.node import Node
 from superopt.ir.ops.registry import OpKind
+from superopt.ir.target import KEPT_BYTES
 from superopt.ir.tiles import varying_axes
-
-_KEPT_BYTES: Final = 1 << 16
-"""What a value that is left to others may take for all places of the loops: they share a second cache with tiles."""
 
 
 def shared_over(graph: Graph, node: Node) -> tuple[list[Axis], list[Axis]] | None:
@@ -33,10 +30,12 @@ def shared_over(graph: Graph, node: Node) -> tuple[list[Axis], list[Axis]] | Non
 def only_right_of(plan: Plan, product: Node, nodes: Sequence[Node]) -> list[Node]:
     """Return those of `nodes` that nothing but the right operand of one product needs."""
     found: set[Node] = set()
+    left = {product.inputs[0]}
     for node in reversed(nodes):
-        users = set(plan.users[node])
-        if users == {product} and product.inputs[0] is node:
+        if node in left:
+            left.update(node.inputs)
             continue
+        users = set(plan.users[node])
         # states are carried through loops, by every block for itself
         if users and users <= found | {product} and node.op.kind is not OpKind.TILE:
             found.add(node)
@@ -45,7 +44,7 @@ def only_right_of(plan: Plan, product: Node, nodes: Sequence[Node]) -> list[Node
 
 def is_kept(node: Node, places: int) -> bool:
     """Say whether there is room for a value at every place of the loops."""
-    return 4 * node.tensor.elements * places <= _KEPT_BYTES
+    return 4 * node.tensor.elements * places <= KEPT_BYTES
 
 
 def left_to_others(plan: Plan, nodes: Sequence[Node]) -> list[list[Node]]:

@@ -154,6 +154,7 @@ def test_swapped_any_extent(folder, width):
     )
     check_rows_by_rows(kernel, "float", (37, 70, 131))
     check_rows_by_rows(kernel, "float", (64, 250, 96))
+    check_rows_by_rows(kernel, "float", (64, 250, 0))
 
 
 @pytest.mark.parametrize("width", [64, 32, 16])

@@ -1,6 +1,7 @@
 """Products of bfloat16 as it is: the runtime's three ways, and kernels that use them."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -225,7 +226,60 @@ def test_blocks_share_transposed_rows(folder: Path, grid: tuple[str, str]) -> No
     product = b.matmul(b.cast(x, DType.F32), b.cast(w, DType.F32))
     g.store(accum_sum(product, "k"), (rows, columns), ("m", 16), ("n", 32))
     text = check(g.graph(), folder, config=PAIRS).text
-    assert "kept" in text
+    assert "const rows" in text
+
+
+def column() -> Graph:
+    """A product of one column, computed for each block, with a matrix that is the same for all."""
+    build = BlockBuilder("column", grid={"j": 6})
+    x = build.load(b.input_("x", (64, 40), DType.BF16), 64, 40)
+    w = build.load(b.input_("w", (6, 40, 1), DType.BF16), ("j", 1), 40, 1)
+    left, right = b.cast(b.reshape(x, (1, 64, 40)), DType.F32), b.cast(w, DType.F32)
+    product = b.matmul(left, rounded(b.mul(right, 2.0)))
+    build.store(b.cast(product, DType.BF16), (6, 64, 1), ("j", 1), 64, 1)
+    return build.graph()
+
+
+def gram() -> Graph:
+    """What is computed is both operands, one of them transposed; its pieces are the loop's."""
+    build = BlockBuilder("gram", grid={"b": 2, "j": 3}, loops={"k": 4})
+    x = build.load(b.input_("x", (2, 16, 64), DType.BF16), ("b", 1), 16, ("k", 16))
+    s = build.load(b.input_("s", (3, 1, 1)), ("j", 1), 1, 1)
+    value = rounded(b.mul(b.cast(x, DType.F32), 2.0))
+    total = accum_sum(b.matmul(value, b.transpose(value)), "k")
+    result = b.reshape(b.mul(total, s), (1, 1, 16, 16))
+    build.store(result, (2, 3, 16, 16), ("b", 1), ("j", 1), 16, 16)
+    return build.graph()
+
+
+def square() -> Graph:
+    """A tensor is both operands, in rows and in pairs."""
+    build = BlockBuilder("square", grid={"b": 2, "j": 3})
+    x = b.cast(build.load(b.input_("x", (2, 40, 40), DType.BF16), ("b", 1), 40, 40), DType.F32)
+    y = build.load(b.input_("y", (3, 40, 40)), ("j", 1), 40, 40)
+    product = b.mul(b.matmul(x, x), y)
+    build.store(b.reshape(product, (1, 1, 40, 40)), (2, 3, 40, 40), ("b", 1), ("j", 1), 40, 40)
+    return build.graph()
+
+
+@pytest.mark.parametrize("make", [column, gram, square])
+def test_operands_that_blocks_leave_each_other(folder: Path, make: Callable[[], Graph]) -> None:
+    check(make(), folder, config=PAIRS)
+
+
+def test_shared_operands_are_computed_with_denormals(folder: Path) -> None:
+    build = BlockBuilder("denormal", grid={"n": 1, "m": 4})
+    x = b.cast(build.load(b.input_("x", (32, 32), DType.BF16), ("m", 8), 32), DType.F32)
+    w = b.cast(build.load(b.input_("w", (32, 32), DType.BF16), 32, 32), DType.F32)
+    ones = b.where(b.gt(w, 0.0), b.constant(1.0, DType.F32), b.constant(0.0, DType.F32))
+    build.store(b.matmul(x, rounded(ones)), (32, 32), ("m", 8), 32)
+    source = lower(build.graph(), PAIRS, "denormal")
+    assert "gemm_pairs_made" in source.text
+    kernel = load_kernel(compile_source(source.text, folder), source.pointers)
+    x_, w_ = torch.ones(32, 32).bfloat16(), torch.full((32, 32), 2.0**-130).bfloat16()
+    found = torch.empty(32, 32)
+    kernel(*(t.data_ptr() for t in (x_, w_, found)))
+    assert (found == 32).all()
 
 
 @pytest.mark.parametrize("name", ["attention-bf16", "gated-mlp-bf16", "batched-products-bf16"])

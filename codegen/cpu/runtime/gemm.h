@@ -464,7 +464,7 @@ SO_INLINE void gemm_swapped(long m, long n, long k, const TA* a, long am, long a
   for (long j = 0; j < n; j += STRIP) {
     const long rows = min_of(STRIP, n - j);
     if (ACCUMULATE) pack(c + j, cm, 1L, m, rows, strip, ld);
-    for (long x = 0; x < k; x += KC) {
+    for (long x = 0; x == 0 || x < k; x += KC) {  // a sum of nothing is written too
       const float *from = b + j * bn + x, *with = turned + x * ld;
       const long depth = min_of(KC, k - x);
       if (ACCUMULATE || x > 0)
