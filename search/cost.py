@@ -37,6 +37,8 @@ _TRANSPOSITION: Final = 3.0
 _RESCALING: Final = 3.0
 """Vector operations per element that is accumulated under a running maximum, and iteration: 512 queries by 64 keys take
 0.8 ms longer than by 128 (4 x 2048 x 64, two Xeon cores with AMX, float32 13.1 ms and bfloat16 4.5)."""
+_WRITTEN: Final = {"cpu": 2.0, "cuda": 1.0}
+"""Bytes moved per byte written: a CPU reads what it writes first."""
 _LINE_BYTES: Final = 64
 _PAGE_BYTES: Final = 4096
 """Where in a cache lines may lie depends on where they lie in their pages."""
@@ -62,8 +64,7 @@ def library_cost(node: Node, machine: Target) -> float:
     gathers = node.op in (structural.GATHER, structural.TAKE)
     read = size if gathers else 0
     read += sum(tensor(i.type).size_bytes for i in (node.inputs[1:] if gathers else node.inputs))
-    # a CPU reads what it writes first
-    moved = read + (2 * size if machine.kind == "cpu" else size)
+    moved = read + _WRITTEN[machine.kind] * size
     flops = node.op.flops(tuple(i.type for i in node.inputs), node.type) if node.op.flops else 0
     rate = _product_flops(node, machine) * machine.library_efficiency
     if node.op.kind not in (OpKind.CONTRACTION, OpKind.LIBRARY):
@@ -174,7 +175,8 @@ class KernelModel:
         self._whole = [prod([self._extents[a] for a in atoms]) for atoms in self._sets]
         self._visible = visible(schedule)
         self._visible_elements = self._visible.share({})
-        self._written = sum(2.0 * n.tensor.size_bytes for n in schedule.region.outputs)
+        written = sum(n.tensor.size_bytes for n in schedule.region.outputs)
+        self._written = _WRITTEN[machine.kind] * written
 
     # -- what does not depend on the tiles -----------------------------------------------------
 
@@ -331,21 +333,22 @@ class KernelModel:
         sizes = [prod([tile[a] for a in atoms]) for atoms in self._sets]
         if machine.kind != "cpu" and not self._fits(sizes):
             return inf
-        blocks = prod(-(-self._extents[a] // tile[a]) for a in schedule.grid)
+        counts = {a: -(-e // tile[a]) for a, e in self._extents.items()}
+        blocks = prod(counts[a] for a in schedule.grid)
         loop = schedule.loop
         # iterations that masks leave; within them, a CPU's products compute little more than that
         share = self._visible.share(tile)
         kept = self._visible_elements / share if machine.kind == "cpu" and share else 1.0
-        trips = 1.0 if loop is None else share * -(-self._extents[loop] // tile[loop])
+        trips = 1.0 if loop is None else share * counts[loop]
         compute = cached = 0.0
         for op in self._ops:
             times = op.passes * trips if op.passes else trips if op.closes else 1
             elements = sizes[op.elements]
             if op.kept is not None and 4.0 * elements * trips <= op.room:
-                times /= self._sharing(op.kept, tile)
+                times /= self._sharing(op.kept, counts)
             if op.product is not None:
                 compute += times * self._product_s(op.product, elements, sizes, kept)
-                compute += times * self._transposed_s(op.product, sizes, tile)
+                compute += times * self._transposed_s(op.product, sizes, counts)
             else:
                 wasted = self._rounded(op.row, sizes, machine.vector_lanes)
                 compute += times * elements * wasted * op.seconds_per_element
@@ -358,7 +361,7 @@ class KernelModel:
             if op.closes and not op.passes and schedule.passes.shifts:  # it is rescaled every time
                 rescaled = trips * sizes[op.tile] * _RESCALING
                 compute += rescaled / machine.vector_ops
-        moved, touched = self._traffic(sizes, tile, blocks, trips)
+        moved, touched = self._traffic(sizes, counts, blocks, trips)
         waves = ceil(blocks / machine.cores) * machine.cores
         compute_s = compute * waves / machine.cores
         cache_s = (touched + cached * blocks) / machine.cache_bandwidth / machine.cores
@@ -404,9 +407,11 @@ class KernelModel:
         rate = product.flops / machine.cores * max(reuse, 0.05) * 0.9
         return kept * 2.0 * elements * sizes[product.inner] / rate
 
-    def _transposed_s(self, product: _Product, sizes: list[int], tile: Mapping[Atom, int]) -> float:
+    def _transposed_s(
+        self, product: _Product, sizes: list[int], counts: Mapping[Atom, int]
+    ) -> float:
         """Seconds on one core of bringing the right operand of one tile product into shape."""
-        machine, schedule = self._machine, self._schedule
+        machine, loop = self._machine, self._schedule.loop
         if machine.kind != "cpu" or not product.transposed:
             return 0.0
         if sizes[product.rows] <= _STREAMED_ROWS and product.kept is None:
@@ -414,44 +419,39 @@ class KernelModel:
         seconds = _transposition_s(sizes[product.inner] * sizes[product.columns], machine)
         if product.kept is None:
             return seconds
-        loop = schedule.loop
-        trips = (
-            -(-self._extents[loop] // tile[loop])
-            if loop is not None and loop in product.kept
-            else 1
-        )
+        trips = counts[loop] if loop in product.kept else 1
         bytes_ = product.element_bytes * sizes[product.operands[1]] * trips
         if bytes_ > machine.inner_cache_bytes / 2:
             return seconds
-        return seconds / self._sharing(product.kept, tile)
+        return seconds / self._sharing(product.kept, counts)
 
-    def _sharing(self, kept: frozenset[Atom], tile: Mapping[Atom, int]) -> int:
-        """Return how many blocks in turn differ in nothing that a value varies over: they find what the first made."""
-        counts = {a: -(-self._extents[a] // tile[a]) for a in self._schedule.grid}
-        several = [a for a, count in counts.items() if count > 1]
-        if not several or several[-1] in kept:
+    def _sharing(self, kept: frozenset[Atom], counts: Mapping[Atom, int]) -> int:
+        """Return how many blocks in turn differ in nothing that a value varies over: they find what the first made.
+
+        `counts`: the tiles along each grid atom.
+        """
+        grid = [a for a in self._schedule.grid if counts[a] > 1]
+        if not grid or grid[-1] in kept:
             return 1
-        in_turn = ceil(prod(counts.values()) / self._machine.cores)
-        return min(in_turn, prod(n for a, n in counts.items() if a not in kept))
+        in_turn = ceil(prod(counts[a] for a in grid) / self._machine.cores)
+        return min(in_turn, prod(counts[a] for a in grid if a not in kept))
 
-    def _cores_that_read(self, varies: frozenset[Atom], tile: Mapping[Atom, int]) -> float:
+    def _cores_that_read(self, varies: frozenset[Atom], counts: Mapping[Atom, int]) -> float:
         """Return how many cores read an element of what varies over these.
 
         A core takes blocks in turn. Two that read the same at the same time wait for memory both: on a CPU the outer
         cache gives neither what it has not fetched for the other yet.
         """
-        if self._machine.kind != "cpu":
-            return 1.0
-        counts = {a: -(-self._extents[a] // tile[a]) for a in self._schedule.grid}
-        span = blocks = prod(counts.values())
-        for atom, count in counts.items():
-            if count > 1 and atom not in varies:
-                return max(1.0, self._machine.cores * span / blocks)
-            span //= count
+        blocks = span = prod(counts[a] for a in self._schedule.grid)
+        cores = self._machine.cores if self._machine.kind == "cpu" else 1
+        for atom in self._schedule.grid:
+            if counts[atom] > 1 and atom not in varies:
+                return max(1.0, min(cores, blocks) * span / blocks)
+            span //= counts[atom]
         return 1.0
 
     def _traffic(
-        self, sizes: list[int], tile: Mapping[Atom, int], blocks: int, trips: float
+        self, sizes: list[int], counts: Mapping[Atom, int], blocks: int, trips: float
     ) -> tuple[float, float]:
         """Bytes from memory, and bytes from the caches, of the whole kernel."""
         moved = touched = 0.0
@@ -471,7 +471,7 @@ class KernelModel:
             # several views of one tensor are read together: memory gives it once
             whole = float(tensor(read.base.type).size_bytes)
             first[read.base] = min(first.get(read.base, 0.0) + read.unique, whole)
-            readers = min(self._cores_that_read(read.varies, tile), float(blocks))
+            readers = self._cores_that_read(read.varies, counts)
             cores[read.base] = max(cores.get(read.base, 1.0), readers)
         moved += sum(bytes_ * cores[base] for base, bytes_ in first.items())
         return moved + self._written, touched

@@ -62,6 +62,8 @@ _Run = Callable[[Sequence[Any], Mapping[str, Any]], Any]
 _REPLANS: Final = 8
 _DIRECT: Final = 4
 _REFUSALS: Final = 16
+_OF_ITEMS: Final = ("__contains__", "__setitem__")
+"""Special methods whose operands are parts of a container, and stay what they are."""
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -484,8 +486,9 @@ def _operators(kind: type[torch.nn.Module]) -> list[str]:
 
 def _delegated(name: str) -> Function:
     def operate(self: OptimizedModule, *args: Any) -> Any:
-        given = [a.original if isinstance(a, OptimizedModule) else a for a in args]
-        found = getattr(self.original, name)(*given)
+        if name not in _OF_ITEMS:  # a container takes no other class for one
+            args = tuple(a.original if isinstance(a, OptimizedModule) else a for a in args)
+        found = getattr(self.original, name)(*args)
         return self if found is self.original else found
 
     return operate

@@ -44,6 +44,9 @@ _KERNEL_S: Final = 0.2
 """For how long a kernel is timed: one of 50 ms six times, one of 10 ms as often as any."""
 
 _SAME: Final = (elementwise.CAST, tile.LOAD)
+"""What gives the elements of its operand; so does all that moves them."""
+_Operand = tuple[int, TensorType, int]
+"""Random operands: of which input, of which type, and over how many of its elements products sum."""
 
 
 @final
@@ -113,8 +116,8 @@ class Clock:
     failures: list[str] = field(default_factory=list)
     refused: CompileError | None = None
     late: int = 0
-    _random: dict[tuple[int, TensorType, int], torch.Tensor] = field(default_factory=dict)
-    _copies: dict[tuple[int, TensorType, int], list[torch.Tensor]] = field(default_factory=dict)
+    _random: dict[_Operand, torch.Tensor] = field(default_factory=dict)
+    _copies: dict[_Operand, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -209,7 +212,7 @@ class Clock:
         return known
 
     def _call(self, graph: Graph, entry: Entry) -> Callable[[], object]:
-        operands = self._in_turn([n.tensor for n in graph.inputs], contracted(graph))
+        operands = self._in_turn(_operands(graph))
         results = [_poisoned(o.tensor, self.device) for o in graph.outputs]
         addresses = cycle([[t.data_ptr() for t in (*each, *results)] for each in operands])
         held = (operands, results)
@@ -220,33 +223,29 @@ class Clock:
 
         return call
 
-    def _in_turn(
-        self, wanted: Sequence[TensorType], lengths: Mapping[int, int]
-    ) -> list[list[torch.Tensor]]:
+    def _in_turn(self, wanted: Sequence[_Operand]) -> list[list[torch.Tensor]]:
         """Return operands for one call after the other: large ones are not in a cache again yet."""
-        first = [self._operand(i, kind, lengths.get(i, 1)) for i, kind in enumerate(wanted)]
+        first = [self._operand(w) for w in wanted]
         large = [t.nbytes >= self.target.inner_cache_bytes for t in first]
         read = sum(t.nbytes for t in self.inputs.values())
         if read <= self.target.outer_cache_bytes or not any(large):
             return [first]
         size = sum(t.nbytes for t, is_large in zip(first, large, strict=True) if is_large)
         # kept while one kernel is timed: those of a program of many weights would fill the memory
-        keys = {(i, kind, lengths.get(i, 1)) for i, kind in enumerate(wanted)}
-        self._copies = {key: c for key, c in self._copies.items() if key in keys}
+        self._copies = {w: c for w, c in self._copies.items() if w in wanted}
         turns = [first]
         for number in range(2 * self.target.outer_cache_bytes // size):
             copies = [
-                self._copy((i, kind, lengths.get(i, 1)), tensor, number) if is_large else tensor
-                for i, (kind, tensor, is_large) in enumerate(zip(wanted, first, large, strict=True))
+                self._copy(w, number) if is_large else tensor
+                for w, tensor, is_large in zip(wanted, first, large, strict=True)
             ]
             turns.append(copies)
         return turns
 
-    def _copy(
-        self, key: tuple[int, TensorType, int], source: torch.Tensor, number: int
-    ) -> torch.Tensor:
-        copies = self._copies.setdefault(key, [])
+    def _copy(self, wanted: _Operand, number: int) -> torch.Tensor:
+        copies = self._copies.setdefault(wanted, [])
         while len(copies) <= number:
+            source = self._operand(wanted)
             storage = source.untyped_storage().clone()  # type: ignore[no-untyped-call]
             layout = (source.storage_offset(), source.shape, source.stride())
             copies.append(
@@ -254,18 +253,15 @@ class Clock:
             )
         return copies[number]
 
-    def _operand(self, position: int, wanted: TensorType, length: int) -> torch.Tensor:
-        key = (position, wanted, length)
-        if key not in self._random:
+    def _operand(self, wanted: _Operand) -> torch.Tensor:
+        if wanted not in self._random:
+            position, kind, length = wanted
             seed = self.seed + position
-            self._random[key] = random_tensor(wanted, seed, self.device, length=length)
-        return self._random[key]
+            self._random[wanted] = random_tensor(kind, seed, self.device, length=length)
+        return self._random[wanted]
 
     def _agrees(self, graph: Graph, entry: Entry) -> bool:
-        lengths = contracted(graph)
-        operands = [
-            self._operand(i, n.tensor, lengths.get(i, 1)) for i, n in enumerate(graph.inputs)
-        ]
+        operands = [self._operand(w) for w in _operands(graph)]
         results = [_poisoned(o.tensor, self.device) for o in graph.outputs]
         entry(*(t.data_ptr() for t in (*operands, *results)))
         try:
@@ -330,18 +326,17 @@ class Clock:
         if any(node in self.inputs for node in graph.inputs):
             tensors = self._inputs(graph)
             return lambda: program.run(*tensors)
-        turns = cycle(self._in_turn([n.tensor for n in graph.inputs], contracted(graph)))
+        turns = cycle(self._in_turn(_operands(graph)))
         return lambda: program.run(*next(turns))
 
     def _inputs(self, graph: Graph) -> list[torch.Tensor]:
-        lengths = contracted(graph)
-        found = []
-        for i, node in enumerate(graph.inputs):
-            given = self.inputs.get(node)
-            if given is None:
-                given = self._operand(i, node.tensor, lengths.get(i, 1))
-            found.append(given)
-        return found
+        pairs = zip(graph.inputs, _operands(graph), strict=True)
+        return [self.inputs[n] if n in self.inputs else self._operand(w) for n, w in pairs]
+
+
+def _operands(graph: Graph) -> list[_Operand]:
+    lengths = contracted(graph)
+    return [(i, n.tensor, lengths.get(i, 1)) for i, n in enumerate(graph.inputs)]
 
 
 def contracted(graph: Graph) -> dict[int, int]:

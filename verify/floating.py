@@ -589,12 +589,13 @@ def _other_noise(reference: _Reference, found: list[torch.Tensor]) -> str:
         if not o.is_floating_point():
             continue
         e, o, f = (t.to(torch.float64) for t in (e, o, f))
-        known = e.isfinite() & f.isfinite() & o.isfinite() & (o != 0)
+        known = e.isfinite() & f.isfinite() & o.isfinite()
         # counted, since a few quotients of what nearly cancelled may be larger than all the rest together
         noisy = known & ((o - e).abs() > o.abs() / 2)
-        other = noisy & ((f - o).abs() > (o - e).abs() / 2)
-        count, differ = int(noisy.sum()), int(other.sum())
-        if count > _MADE_OF_NOISE * int(known.sum()) and differ > _OTHER_NOISE * count:
+        seen = noisy & (o != 0)
+        other = (noisy | (known & (o == 0))) & ((f - o).abs() > (o - e).abs() / 2)
+        count, differ = int(seen.sum()), int(other.sum())
+        if count > _MADE_OF_NOISE * int((known & (o != 0)).sum()) and differ > _OTHER_NOISE * count:
             return f"output {index} is made of rounding errors, and the candidate makes other ones"
     return ""
 

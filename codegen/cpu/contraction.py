@@ -20,6 +20,7 @@ from superopt.codegen.errors import CodegenError
 from superopt.ir.coordinates import is_move
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, structural
+from superopt.ir.tiles import varying_axes
 from superopt.ir.types import DType, Run, reshape_runs
 
 _FLUSHED = (DType.F32, DType.F16, DType.BF16)
@@ -37,7 +38,7 @@ _STRETCH, _LINE, _CACHE_WAY = 256, 16, 1024  # floats: a quarter of the sets, a 
 _LINE_BYTES, _PAGE_BYTES = 64, 4096
 _ELEMENT_BYTES = {"so::bf16": 2, "so::f16": 2}
 _DOT_PARTS = 8  # groups of rows that gemm_dot has under way
-_SHARED_BYTES = 1 << 20  # half of a second cache
+_HALF_CACHE_BYTES = 1 << 20  # the second one
 _STRIP = 240  # see gemm_swapped
 _SWAPPED_TILES = {2: 12, 3: 8, 4: 6, 5: 5}  # vectors and rows of its register tiles
 _FILLED = 0.8  # how full their lanes must be
@@ -315,7 +316,10 @@ class Product:
             return None
         pairs, made, wanted = kept
         if computed:
-            self.right = [f"  if ({made} != {wanted}) {{", *computed, "  }"]
+            # before the product, whose denormals count as 0; the number changes when the pairs are made
+            step = "  " * (self.context.depth - 1)
+            head = f"{step}if ({made} != {wanted}) {{"
+            self.right = [head, *(f"  {line}" for line in computed), f"{step}}}"]
         with self.context.block(f"if ({made} != {wanted})"):
             self.context.write(f"{made} = {wanted};")
             self.context.write(
@@ -328,13 +332,13 @@ class Product:
 
         None where the next block wants another tile, or caches do not hold them.
         """
-        context = self.context
+        context, graph = self.context, self.context.program.graph
         if matrix.origin is None:
             return None
-        if (place := shared_over(context.program.graph, matrix.origin)) is None:
+        if (place := shared_over(graph, varying_axes(graph)[matrix.origin])) is None:
             return None
         slots = prod(a.count for a in place[0])
-        if 2 * size * slots > _SHARED_BYTES:
+        if 2 * size * slots > _HALF_CACHE_BYTES:
             return None
         key = (self.node, name)
         if key not in context.shared:
@@ -396,24 +400,25 @@ class Product:
             return None
         if 3 * m.full * (k.full + n.full) > k.full * n.full:
             return None
-        widths = (_MOST_LANES * v for v in _SWAPPED_TILES)
-        lanes, vectors = min((-(-m.full // w) * w, -w // _MOST_LANES) for w in widths)
-        if m.full < _FILLED * lanes or 4 * lanes * k.full > _SHARED_BYTES:
+        lanes = {v: -(-m.full // (_MOST_LANES * v)) * _MOST_LANES * v for v in _SWAPPED_TILES}
+        vectors = min(
+            reversed(lanes), key=lanes.__getitem__
+        )  # the widest of those that waste least
+        if m.full < _FILLED * lanes[vectors] or 4 * lanes[vectors] * k.full > _HALF_CACHE_BYTES:
             return None
-        return -vectors, lanes
+        return vectors, lanes[vectors]
 
     def _swap(
         self, a: _Matrix, b: _Matrix, c: _Matrix, extents: list[Extent], vectors: int, lanes: int
     ) -> None:
         """Multiply with the few rows of `a` as columns, and transpose the result."""
         m, n, k = extents
-        depth = -(-k.full // max(1, round(k.full / _PANEL_DEPTH)))
         turned, strip = (
             self.context.allocate((count, lanes), DType.F32, name, dense=True).pointer
             for count, name in ((k.full, "turned"), (_STRIP, "strip"))
         )
         self.context.write(
-            f"gemm_swapped<{_SWAPPED_TILES[vectors]}, {vectors}, {_flag(self.accumulate)}, {depth}>"
+            f"gemm_swapped<{_SWAPPED_TILES[vectors]}, {vectors}, {_flag(self.accumulate)}, {_stretch(k)}>"
             f"({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {a.column}L, {b.text}, "
             f"{b.column}L, {turned}, {strip}, {c.text}, {c.row}L);"
         )
@@ -429,7 +434,7 @@ class Product:
             a = self._copied_rows(a, m, k) if along else _swapped(self._pack(_swapped(a), k, m))
         rows, vectors = self._register_tile(m, n)
         # stretches of about one length: a short last one costs a pass over the result like any other
-        depth = -(-k.full // max(1, round(k.full / _PANEL_DEPTH)))
+        depth = _stretch(k)
         panel = self.context.allocate(
             (depth, config.vectors * _MOST_LANES), DType.F32, "panel", dense=True
         )
@@ -513,6 +518,11 @@ class Product:
 
 def _swapped(matrix: _Matrix) -> _Matrix:
     return replace(matrix, row=matrix.column, column=matrix.row)
+
+
+def _stretch(k: Extent) -> int:
+    """Return in how long pieces k is walked: even ones of about `_PANEL_DEPTH`."""
+    return -(-k.full // max(1, round(k.full / _PANEL_DEPTH)))
 
 
 def _flag(value: bool) -> str:

@@ -168,7 +168,7 @@ class Plan:
     def _worth_keeping(self, node: Node) -> bool:
         if widens(node) and self.operand_base(node).op is tile.LOAD:
             return False
-        users = self._readers(node)
+        users = _readers(self.users, node)
         loops = self.program.loops_of
         cost = self.cost[node]
         if any(not self._scope(u) <= loops[node] for u in users) and cost > 1:
@@ -181,10 +181,6 @@ class Plan:
         found = self.program.loops_of[node]
         loop = getattr(node.attrs, "loop", None)
         return found | {loop} if loop else found
-
-    def _readers(self, node: Node) -> list[Node]:
-        """Users, looking through moves, which are read in place."""
-        return _readers(self.users, node)
 
     # -- integers ------------------------------------------------------------------------------
 
@@ -279,6 +275,7 @@ def rough_exponentials(graph: Graph) -> frozenset[Node]:
 
 
 def _readers(users: Mapping[Node, Sequence[Node]], node: Node) -> list[Node]:
+    """Return the users of a value, looking through moves, which are read in place."""
     found: list[Node] = []
     stack = list(users[node])
     while stack:

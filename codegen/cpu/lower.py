@@ -34,7 +34,7 @@ from superopt.ir.node import Node, rebuild, rewrite
 from superopt.ir.ops import contraction, elementwise, structural, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.threads import inline_threads
-from superopt.ir.tiles import DimSource, is_accumulator
+from superopt.ir.tiles import DimSource, is_accumulator, varying_axes
 from superopt.ir.types import DType, contiguous_strides
 
 _SCRATCH_LIMIT_BYTES = 64 << 20
@@ -299,7 +299,7 @@ class _Kernel:
     def _once(self, group: list[Node]) -> None:
         """Compute values that the blocks after this one find, where they need them too."""
         context = self.context
-        place = shared_over(self.graph, group[0])
+        place = shared_over(self.graph, varying_axes(self.graph)[group[0]])
         assert place is not None
         slot, block = map(context.position, place)
         count = prod(a.count for a in place[0])

@@ -18,9 +18,8 @@ from superopt.ir.target import KEPT_BYTES
 from superopt.ir.tiles import varying_axes
 
 
-def shared_over(graph: Graph, node: Node) -> tuple[list[Axis], list[Axis]] | None:
-    """Return the loop and the grid axes that tell values of `node` apart, if blocks in turn share them."""
-    axes = varying_axes(graph)[node]
+def shared_over(graph: Graph, axes: frozenset[str]) -> tuple[list[Axis], list[Axis]] | None:
+    """Return which loop and which grid axes those are over which a value varies, if blocks in turn share it."""
     inner = [a for a in graph.grid if a.count > 1][-1:]
     if not inner or inner[0].name in axes:
         return None
@@ -59,7 +58,7 @@ def left_to_others(plan: Plan, nodes: Sequence[Node]) -> list[list[Node]]:
         if n in plan.memory
         and n.op.kind not in (OpKind.TILE, OpKind.CONTRACTION)
         and axes[n] & loops
-        and shared_over(graph, n) is not None
+        and shared_over(graph, axes[n]) is not None
     }
 
     def fits(node: Node) -> bool:

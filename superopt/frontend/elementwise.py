@@ -310,22 +310,17 @@ _SMALL_POWER: Final = 4
 def _small_power(x: Node, exponent: Scalar) -> Node | None:
     """Return the products and roots that PyTorch uses for common exponents."""
     if exponent in (1, 2, 3):
-        result = x
-        for _ in range(int(exponent) - 1):
-            result = b.mul(result, x)
-        return result
+        return _halves_power(x, exponent)
     if not x.tensor.dtype.is_float:
         return None
     roots: dict[float, Callable[[], Node]] = {
         0.5: lambda: b.sqrt(x),
         -0.5: lambda: b.div(1.0, b.sqrt(x)),
-        -1.0: lambda: b.div(1.0, x),
         -2.0: lambda: b.div(1.0, b.mul(x, x)),
     }
     if exponent in roots:
         return roots[exponent]()
-    # -2.5 would give -inf for -0.0
-    if exponent % 0.5 == 0 and 0 < abs(exponent) <= _SMALL_POWER and exponent != -2.5:
+    if exponent % 0.5 == 0 and 0 < abs(exponent) <= _SMALL_POWER:
         return _halves_power(x, exponent)
     return None
 
@@ -339,7 +334,8 @@ def _halves_power(x: Node, exponent: Scalar) -> Node:
     if exponent % 1 == 0:
         return result
     root = b.sqrt(x)
-    result = b.mul(result, root) if exponent > 0 else b.div(result, root)
+    # roots of -0.0 are -0.0, powers of it are not negative
+    result = b.abs_(b.mul(result, root) if exponent > 0 else b.div(result, root))
     return b.where(b.eq(x, -math.inf), math.inf if exponent > 0 else 0.0, result)
 
 

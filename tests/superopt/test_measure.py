@@ -49,16 +49,16 @@ def test_large_operands_are_not_found_in_a_cache() -> None:
     target = Target(inner_cache_bytes=4096, outer_cache_bytes=20000)
     given = {b.input_("all", (8000,)): torch.zeros(8000)}
     clock = Clock(NoCompiler(), given, target=target)  # type: ignore[arg-type]
-    turns = clock._in_turn([x.tensor, w.tensor], {})
+    turns = clock._in_turn([(0, x.tensor, 1), (1, w.tensor, 1)])
     assert len({t.data_ptr() for _, t in turns}) * 4096 * 4 >= 2 * target.outer_cache_bytes
     assert len({t.data_ptr() for t, _ in turns}) == 1
     assert all(torch.equal(t, turns[0][1]) for _, t in turns)
     # copies of what another kernel read are let go
-    clock._in_turn([x.tensor, b.input_("v", (5000,)).tensor], {})
+    clock._in_turn([(0, x.tensor, 1), (1, b.input_("v", (5000,)).tensor, 1)])
     assert [kind.shape for _, kind, _ in clock._copies] == [(5000,)]
     # a program that fits the caches keeps its operands there
     clock.inputs = {}
-    assert len(clock._in_turn([x.tensor, w.tensor], {})) == 1
+    assert len(clock._in_turn([(0, x.tensor, 1), (1, w.tensor, 1)])) == 1
 
 
 def test_kernels_are_prepared_together_without_what_is_malformed() -> None:
