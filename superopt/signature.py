@@ -6,9 +6,11 @@ tracing, function modes, tensor subclasses, and everything whose meaning a plan 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from typing import Any, Final
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 _PLAIN: Final = (bool, int, float, complex, str, type(None), torch.dtype)
@@ -29,13 +31,21 @@ _dispatch_modes = _probe("_len_torch_dispatch_stack")
 _function_modes = _probe("_len_torch_function_stack")
 _tracing = _probe("_get_tracing_state")
 _grad_enabled = torch.is_grad_enabled
+_NESTED: Final = repeat("is_nested")
+_NO: Final = repeat(False)
 _Tensor = torch.Tensor
 _Parameter = torch.nn.Parameter
 
 
 def altered() -> bool:
-    """Say whether function modes or tracing are on, which `tensor_check` does not see."""
-    return bool(_function_modes() or _tracing())
+    """Say whether function modes, tracing or forward gradients are on, which `tensor_check` does not see."""
+    return bool(_function_modes() or _tracing() or _forward_gradients())
+
+
+def _forward_gradients() -> bool:
+    """Say whether tensors may carry tangents: `torch.no_grad` leaves these on."""
+    level: int = getattr(forward_ad, "_current_level", -1)
+    return level >= 0
 
 
 def tensor_check(args: Sequence[Any]) -> Callable[..., bool] | None:
@@ -60,12 +70,15 @@ def tensor_check(args: Sequence[Any]) -> Callable[..., bool] | None:
         other = check(*args[:-1], args[-1].new_empty((*args[-1].shape, 3)))
     except (ImportError, TypeError, ValueError, RuntimeError):
         return None
-    return check if good and not other else None
+    if not good or other:
+        return None
+    # the check ends the process where a tensor has no strides
+    return lambda *given: True not in map(getattr, given, _NESTED, _NO) and check(*given)
 
 
 def signature(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
     """Return the key of a call, or None where only the original may run."""
-    if _autocast() or _dispatch_modes() or _function_modes() or _tracing() or _peek() is not None:
+    if _autocast() or _dispatch_modes() or altered() or _peek() is not None:
         return None
     parts: list[Any] = []
     gradients = _grad_enabled()
@@ -74,7 +87,7 @@ def signature(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> A
         if kind is _Tensor or kind is _Parameter:
             if gradients and value.requires_grad:
                 return None
-            if value.is_sparse or value.is_neg():
+            if _held_otherwise(value):
                 return None
             parts += (value.shape, value.dtype, value.device, value.stride())
             continue
@@ -89,6 +102,12 @@ def signature(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> A
                 return None
             parts += (name, part)
     return tuple(parts)
+
+
+def _held_otherwise(value: torch.Tensor) -> bool:
+    """Say whether a tensor's memory does not hold its elements, each where its strides say."""
+    dense = value.layout is torch.strided and not value.is_nested
+    return not dense or value.is_neg() or value._is_zerotensor()
 
 
 def _other(value: Any, gradients: bool) -> Any:
@@ -127,6 +146,8 @@ def refusal(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         return "autocast is on"
     if _dispatch_modes() or _function_modes():
         return "a mode that changes what functions of PyTorch do is on"
+    if _forward_gradients():
+        return "forward gradients are on"
     if _tracing() or _peek() is not None:
         return "the call is part of a trace or a transform, such as vmap or jit.trace"
     places = [*((str(i), v) for i, v in enumerate(args)), *kwargs.items()]
@@ -149,6 +170,6 @@ def _refused(leaf: Any) -> str:
         return f"is a {kind.__name__}, not a plain tensor"
     if _grad_enabled() and leaf.requires_grad:
         return "requires gradients: plans are for inference, under torch.no_grad()"
-    if leaf.is_sparse:
-        return "is sparse"
-    return "is a negative view" if leaf.is_neg() else ""
+    if leaf.layout is not torch.strided or leaf.is_nested:
+        return "is no dense tensor"
+    return "is a view of other values than its memory holds" if _held_otherwise(leaf) else ""

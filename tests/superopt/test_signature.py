@@ -1,5 +1,8 @@
+import warnings
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,11 +56,25 @@ def test_every_difference_that_matters_is_in_the_key():
     assert signature((base,), {"p": 1}) != signature((base,), {"q": 1})
 
 
+def early(make):
+    """Return what PyTorch warns of as a prototype."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make()
+
+
+def nested(*parts):
+    return early(lambda: torch.nested.nested_tensor(list(parts)))
+
+
 def unservable():
     x = torch.randn(3, 4)
     yield "a gradient", (x.clone().requires_grad_(),)
     yield "a subclass", (x.as_subclass(Special),)
     yield "a sparse tensor", (x.to_sparse(),)
+    yield "a sparse tensor of rows", (early(x[None].to_sparse_csr),)
+    yield "a nested tensor", (nested(x, x),)
+    yield "a tensor without memory", (torch._efficientzerotensor((3,)),)
     yield "a negated view", (torch._neg_view(x),)
     yield "an object", (x, object())
     yield "an object in a list", ([x, object()],)
@@ -79,6 +96,9 @@ def test_modes_have_no_key():
         assert signature((x,)) is None
     with Functions():
         assert signature((x,)) is None
+        assert altered()
+    with torch.no_grad(), forward_ad.dual_level():
+        assert signature((forward_ad.make_dual(x, x),)) is None
         assert altered()
     with Dispatch():
         assert signature((x,)) is None
@@ -109,6 +129,8 @@ def test_the_fast_check_agrees_with_the_key():
     assert not check(x, torch._neg_view(y))
     assert not check(x, y.as_subclass(Special))
     assert not check(x, 3)
+    assert not check(x, nested(y, y))
+    assert not check(x, torch._efficientzerotensor((4,)))
     with torch.autocast("cpu"):
         assert not check(x, y)
     with Dispatch():

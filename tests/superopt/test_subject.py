@@ -107,7 +107,7 @@ def test_calls_that_no_plan_may_serve_are_reported(folder):
     assert fast.report().unplanned == (
         "argument 0 requires gradients: plans are for inference, under torch.no_grad()",
         "autocast is on",
-        "argument 0 is sparse",
+        "argument 0 is no dense tensor",
     )
 
 
