@@ -60,10 +60,10 @@ template <class Function> SO_INLINE vf map_lanes(vf x, vf y) {
 
 SO_SCALAR(exp) SO_SCALAR(exp2) SO_SCALAR(expm1) SO_SCALAR(log) SO_SCALAR(log1p) SO_SCALAR(log2)
 SO_SCALAR(log10) SO_SCALAR(tanh) SO_SCALAR(erf) SO_SCALAR(sqrt) SO_SCALAR(floor) SO_SCALAR(ceil) SO_SCALAR(trunc)
+SO_SCALAR(asin) SO_SCALAR(acos) SO_SCALAR(atan) SO_SCALAR(asinh) SO_SCALAR(acosh) SO_SCALAR(atanh)
 SO_SCALAR_AND_LANES(sin) SO_SCALAR_AND_LANES(cos)
 // Rare in practice: one C library call per lane.
-SO_BY_LANES(tan) SO_BY_LANES(asin) SO_BY_LANES(acos) SO_BY_LANES(atan) SO_BY_LANES(sinh)
-SO_BY_LANES(cosh) SO_BY_LANES(asinh) SO_BY_LANES(acosh) SO_BY_LANES(atanh) SO_BY_LANES(lgamma)
+SO_BY_LANES(tan) SO_BY_LANES(sinh) SO_BY_LANES(cosh) SO_BY_LANES(lgamma)
 
 SO_INLINE float round(float x) { return __builtin_rintf(x); }
 SO_INLINE double round(double x) { return __builtin_rint(x); }
@@ -595,6 +595,92 @@ SO_INLINE vf cos(vf x) {
   vf size = abs(x);
   if (__builtin_expect(any(mask_not(size <= trig_bound)), 0)) return map_lanes<cos_function>(x);
   return trig(size, 1);
+}
+
+// ---- asin, acos, atan, and their hyperbolic kin -------------------------------------------------
+
+// asin(x) / x - 1 over x^2, from s = x^2 <= (9/16)^2: relative error of x + x s p below 2^-28.
+SO_INLINE vf asin_series(vf s) {
+  vf p = fma(splat<vf>(0x1.84fbf6p-5f), s, splat<vf>(0x1.b9e72ep-8f));
+  p = fma(p, s, splat<vf>(0x1.169d94p-5f));
+  p = fma(p, s, splat<vf>(0x1.6a59a6p-5f));
+  p = fma(p, s, splat<vf>(0x1.334932p-4f));
+  return fma(p, s, splat<vf>(0x1.555526p-3f));
+}
+// What |x| above 9/16 is taken from: asin(x) = pi / 2 - 2 asin(sqrt((1 - x) / 2)), where that is below 1/2.
+struct arc_parts {
+  vi large;
+  vf angle;  // asin of |x|, or of that root
+};
+SO_INLINE arc_parts arc_reduce(vf size) {
+  arc_parts parts;
+  parts.large = size > 0.5625f;
+  vf half = fma(splat<vf>(-0.5f), size, splat<vf>(0.5f));  // exact, and negative beyond 1: its root is NaN
+  vf s = select(parts.large, half, size * size);
+  vf root = select(parts.large, sqrt(half), size);
+  parts.angle = fma(root * s, asin_series(s), root);
+  return parts;
+}
+constexpr float half_pi = 0x1.921fb6p+0f, half_pi_rest = -0x1.777a5cp-25f;
+
+// Measured: 1.33 / 1.33 / 1.37 ulp.
+SO_INLINE vf asin(vf x) {
+  arc_parts parts = arc_reduce(abs(x));
+  vf large = half_pi - fma(splat<vf>(2.0f), parts.angle, splat<vf>(-half_pi_rest));
+  return copysign(select(parts.large, large, parts.angle), x);
+}
+// Measured: 1.06 / 1.06 / 1.07 ulp.
+SO_INLINE vf acos(vf x) {
+  arc_parts parts = arc_reduce(abs(x));
+  vf angle = copysign(parts.angle, x);
+  vf twice = parts.angle + parts.angle;
+  vf large = select(x < 0.0f, 2 * half_pi - (twice - 2 * half_pi_rest), twice);
+  return select(parts.large, large, half_pi - (angle - half_pi_rest));
+}
+// From |x| or 1 / |x|, whichever is below 1: pi / 2 less the latter's.
+// Measured: 1.31 / 1.31 / 1.45 ulp.
+SO_INLINE vf atan(vf x) {
+  vf size = abs(x);
+  vi large = size > 1.0f;
+  vf z = select(large, 1.0f / size, size);
+  vf s = z * z;
+  vf p = fma(splat<vf>(-0x1.d32dacp-10f), s, splat<vf>(0x1.6410e4p-7f));
+  p = fma(p, s, splat<vf>(-0x1.fd6fbcp-6f));
+  p = fma(p, s, splat<vf>(0x1.da24cap-5f));
+  p = fma(p, s, splat<vf>(-0x1.580814p-4f));
+  p = fma(p, s, splat<vf>(0x1.c08c1ap-4f));
+  p = fma(p, s, splat<vf>(-0x1.242084p-3f));
+  p = fma(p, s, splat<vf>(0x1.9991e4p-3f));
+  p = fma(p, s, splat<vf>(-0x1.55553ep-2f));
+  vf angle = fma(z * s, p, z);
+  return copysign(select(large, half_pi - (angle - half_pi_rest), angle), x);
+}
+constexpr float log_two = 0x1.62e430p-1f;
+// log(x + sqrt(x^2 + 1)) as log1p of what is added to 1; past 2^30 that is log(2 x).
+// Measured: 1.73 / 1.73 / 1.73 ulp.
+SO_INLINE vf asinh(vf x) {
+  vf size = abs(x);
+  vi large = size > 0x1p30f;
+  vf s = select(large, splat<vf>(0.0f), size * size);
+  vf near = log1p(size + s / (sqrt(s + 1.0f) + 1.0f));
+  if (__builtin_expect(any(large), 0)) near = select(large, log(size) + log_two, near);
+  return copysign(near, x);
+}
+// With t = x - 1, which is exact below 2 and rounds little above: log1p(t + sqrt(2 t + t^2)).
+// Measured: 2.00 / 2.00 / 2.00 ulp.
+SO_INLINE vf acosh(vf x) {
+  vi large = x > 0x1p30f;
+  vf t = x - 1.0f;
+  vf near = log1p(t + sqrt(fma(t, select(large, splat<vf>(0.0f), t), t + t)));
+  if (__builtin_expect(any(large), 0)) near = select(large, log(x) + log_two, near);
+  return select(x < 1.0f, splat<vf>(__builtin_nanf("")), near);
+}
+// Measured: 1.66 / 1.66 / 1.66 ulp.
+SO_INLINE vf atanh(vf x) {
+  vf size = abs(x);
+  vf twice = size + size;  // what the division loses counts less, the smaller x is
+  vf inside = 0.5f * log1p(twice + twice * size / (1.0f - size));
+  return copysign(select(size > 1.0f, splat<vf>(__builtin_nanf("")), inside), x);
 }
 
 // ---- pow ----------------------------------------------------------------------------------------
