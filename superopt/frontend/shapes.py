@@ -224,6 +224,43 @@ def _gather(call: Call, x: Node, dim: int, index: Node, *_: Any) -> Node:
     return b.gather(x, index, axis)
 
 
+_WRITES = 8
+"""Positions per row up to which writing there is a choice for each element."""
+
+
+@rule(
+    aten.scatter.value,
+    aten.scatter.src,
+    aten.scatter_add.default,
+)
+def _scatter(call: Call, x: Node, dim: int, index: Node, source: Node | Scalar) -> Node:
+    """Let each element ask whether it is written: no loop writes where data says."""
+    if not x.shape or index.tensor.rank != x.tensor.rank:
+        raise Decline("scatter by an index of another rank")
+    axis = one_axis(x, dim)
+    rows = [n for i, n in enumerate(x.shape) if i != axis + len(x.shape)]
+    if rows != [n for i, n in enumerate(index.shape) if i != axis + len(x.shape)]:
+        raise Decline("scatter into a part of the rows")
+    if not 0 < index.shape[axis] <= _WRITES:
+        raise Decline("scatter to many places of a row")
+    places = [b.slice_(index, axis, i, i + 1) for i in range(index.shape[axis])]
+    if call.dtype.is_float:
+        # PyTorch refuses an index beyond its tensor; a kernel cannot, and lets nobody miss it
+        for place in places:
+            inside = b.and_(b.ge(place, 0), b.lt(place, x.shape[axis]))
+            x = b.where(inside, x, b.constant(math.nan, call.dtype))
+    at = b.iota(x.shape, axis, index.tensor.dtype)
+    for i, place in enumerate(places):
+        if isinstance(source, Node):
+            value = b.slice_(source, axis, i, i + 1)
+        else:
+            value = rounded(source, call.dtype)
+        if call.target is aten.scatter_add.default:
+            value = b.add(x, value)
+        x = b.where(b.eq(at, place), value, x)
+    return x
+
+
 def _from_start(index: Node, size: int) -> Node:
     """Turn negative indices, which count from the end, into positions."""
     if _never_negative(index):

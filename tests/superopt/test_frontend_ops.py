@@ -421,6 +421,10 @@ def indexing(x: torch.Tensor, i: torch.Tensor, ii: torch.Tensor) -> Results:
         "none": x[:, None],
         "take_along": torch.take_along_dim(x, ii, 1),
         "one_hot": F.one_hot(i, 5),
+        "scatter": x.scatter(1, ii[:, :1], 2),
+        "scatter_twice": x.scatter(1, ii[:, :1].repeat(1, 2), x[:, 2:4]),
+        "scatter_add": x.scatter_add(1, ii[:, :1].repeat(1, 2), x[:, 2:4]),
+        "scatter_integers": torch.zeros_like(ii).scatter(1, ii[:, :1] % ii.shape[1], 1),
         "negative_slice": x[-3:-1],
     }
 
