@@ -42,6 +42,7 @@ from superopt.search.partition import Group, is_compute, partition
 from superopt.search.reassociate import reassociated
 from superopt.search.region import Region, extract, make_region, substitute
 from superopt.search.schedule import Schedule, derive
+from superopt.search.sparse import without_known_factors
 from superopt.search.tiling import best_tiles, choices
 from superopt.search.transposes import untransposed
 from superopt.verify.equivalence import Verdict, provable, verify_field
@@ -335,7 +336,7 @@ class Driver:
 
     def _cheaper(self, plain: Graph) -> Graph:
         """Return a graph with products in the order and layout of least work, where that costs no accuracy."""
-        cheaper = reassociated(untransposed(plain))
+        cheaper = reassociated(untransposed(without_known_factors(plain)))
         return cheaper if cheaper == plain or self._accurate(cheaper) else plain
 
     def _moved(self, plain: Graph) -> Graph:

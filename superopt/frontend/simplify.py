@@ -9,6 +9,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from superopt.ir import build as b
 from superopt.ir.node import Node, make, rebuild
 from superopt.ir.ops import elementwise as e
@@ -24,13 +26,19 @@ _COMPARE: dict[Op, Callable[[Any, Any], bool]] = {
     e.GT: operator.gt,
     e.GE: operator.ge,
 }
+_ARITHMETIC: dict[Op, Callable[[float, float], float]] = {
+    e.ADD: operator.add,
+    e.SUB: operator.sub,
+    e.MUL: operator.mul,
+    e.DIV: operator.truediv,
+}
 _INVERSE = {e.EQ: e.NE, e.NE: e.EQ, e.LT: e.GE, e.GE: e.LT, e.GT: e.LE, e.LE: e.GT}
 
 
 def simplified(node: Node, inputs: tuple[Node, ...]) -> Node:
     """Return `node` over `inputs` in its simplest equal form."""
     rebuilt = rebuild(node, inputs)
-    found = _simpler(_with_scalars(rebuilt))
+    found = _number(rebuilt) or _simpler(_with_scalars(rebuilt))
     return found if found is not None and found.type == node.type else rebuilt
 
 
@@ -39,6 +47,22 @@ def _uniform(node: Node) -> Node | None:
     while node.op in (structural.RESHAPE, structural.BROADCAST):
         node = node.inputs[0]
     return node if node.op is leaf.CONSTANT else None
+
+
+def _number(node: Node) -> Node | None:
+    """Compute with filled tensors as with numbers; rounding the result of twice the digits is exact."""
+    rule = _ARITHMETIC.get(node.op)
+    if rule is None or node.tensor.dtype is not DType.F32:
+        return None
+    left, right = (_uniform(i) for i in node.inputs)
+    if left is None or right is None or (node.op is e.DIV and not right.attrs.value):
+        return None
+    value = rule(_single(left.attrs.value), _single(right.attrs.value))
+    return b.full(node.shape, _single(value), DType.F32)
+
+
+def _single(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32))
 
 
 def _with_scalars(node: Node) -> Node:

@@ -651,6 +651,24 @@ def test_filled_operands_keep_the_shape_of_the_result(runner: Any) -> None:
     runner.check(lifted, (x * torch.ones(2, 3), torch.ones(4), x), x)
 
 
+def test_numbers_in_tensors_are_computed(runner: Any) -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return x @ (torch.eye(7) - torch.ones(7, 7) / 7)
+
+    x = randn(3, 7)
+    lifted = lift(program, (x,))
+    assert not lifted.parameters
+    runner.check(lifted, program(x), x)
+
+
+def test_a_place_outside_of_its_row_is_seen(runner: Any) -> None:
+    x, index = randn(3, 7), torch.tensor([[2], [7], [-1]])
+    lifted = lift(lambda x, i: x.scatter(1, i, 0.5), (x, index))
+    inside = x.scatter(1, torch.tensor([[2], [0], [0]]), 0.5)
+    inside[1:] = float("nan")
+    runner.check(lifted, inside, x, index)
+
+
 @pytest.mark.parametrize(
     ("function", "views"),
     [
