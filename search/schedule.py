@@ -3,7 +3,7 @@
 A region with loop index n is one kernel when no op inside the loop needs the finished value of a
 reduction over n. Where one does, either the loop runs again (another *pass* that recomputes what
 it needs) or, for maxima, a running value and rescaling accumulators carry (see
-`superopt.search.online`). All schedules of a region follow from its index structure; nothing
+`superopt.ir.homogeneity`). All schedules of a region follow from its index structure; nothing
 looks for a named pattern.
 
 In: a `Region`. Out: `Schedule`s; `superopt.search.emit` makes the block graph of one for given tile
@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import final
 
+from superopt.ir.homogeneity import Homogeneity, homogeneity, is_reduction
 from superopt.ir.node import Node, topological
 from superopt.ir.ops import contraction, leaf
 from superopt.search.coalesce import coalesce
 from superopt.search.errors import NotFusible
 from superopt.search.indices import Atom, IndexSpace
-from superopt.search.online import Homogeneity, homogeneity, is_reduction
 from superopt.search.reads import separated
 from superopt.search.region import Region
 

@@ -152,7 +152,7 @@ class Product:
         extents = self.context.extents(self.node)
         offsets = ["", "", ""]
         with self.context.block(""), ExitStack() as loops:
-            if self.node.tensor.dtype in _FLUSHED:
+            if self.node.tensor.dtype in _FLUSHED and not self._in_pairs(left, right):
                 self.context.write("const Flush flush;")
             for free, parts, own in ((-2, rows, 0), (-1, columns, 1)):
                 inner = parts[-1][0] if parts else 1
@@ -249,7 +249,7 @@ class Product:
             c = replace(c, row=c.column, column=c.row)
         if c.column != 1 and n.full > 1:
             raise CodegenError("the result of a product must be contiguous along its columns")
-        if self.context.config.pairs and a.element == b.element == "so::bf16":
+        if self._in_pairs(a, b):
             self._pairs(a, b, c, m, n, k)
             return
         if b.column == 1 or n.full == 1 != b.row:
@@ -258,6 +258,10 @@ class Product:
             self._dot(a, b, c, m, n, k)
         else:
             self._packed(a, b, c, m, n, k)
+
+    def _in_pairs(self, a: View | _Matrix, b: View | _Matrix) -> bool:
+        """Say whether the product is one of 16 bits, which takes denormals for 0 by itself."""
+        return self.context.config.pairs and a.element == b.element == "so::bf16"
 
     def _pairs(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent) -> None:
         """Multiply bfloat16: the rows of one operand as they lie, the other one in pairs."""

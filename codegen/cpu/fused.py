@@ -60,7 +60,7 @@ class FusedLoop:
 
     def _reads_rows(self, member: Member, written: set[Node]) -> bool:
         """Check that values written in this pass are read at the row that is being computed."""
-        if member.kind in ("rescale", "finish"):
+        if member.kind in ("rescale", "settle"):
             return True
         lane = member.rank - 1
         wanted = identity_coords(tuple(e.full for e in member.extents[:-1]))
@@ -220,6 +220,22 @@ class FusedLoop:
         return phases
 
     def _rows(self, members: list[Member], dim: int, lane: int, first: str) -> None:
+        if all(m.kind == "rescale" for m in members):
+            tests = dict.fromkeys(self._scales(m, dim, first) for m in members)
+            with self.context.block(f"if ({' || '.join(tests)})"):
+                self._each_row(members, dim, lane, first)
+        else:
+            self._each_row(members, dim, lane, first)
+
+    def _scales(self, member: Member, dim: int, first: str) -> str:
+        """Return the test whether a group's rows are not all left as they are."""
+        _, view = member.factors[0]
+        shape = (*member.old_shape[:-1], 1)
+        env = Environment(self.context, self.plan, member.extents, dim, first)
+        address, _ = env.address(view, identity_coords(shape))
+        return f"scales({address}, s{dim} - {first})"
+
+    def _each_row(self, members: list[Member], dim: int, lane: int, first: str) -> None:
         group = RowGroup(dim, first)
         with self.context.block(f"for (long r{dim} = {first}; r{dim} < s{dim}; ++r{dim})"):
             row = Row(self.context, self.plan, members[0].rank, lane, group=group)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import final
+from typing import Literal, final
 
 from superopt.codegen.cpu.bands import hidden
 from superopt.codegen.cpu.config import CpuConfig, widens
@@ -30,6 +30,7 @@ from superopt.codegen.errors import CodegenError
 from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
 from superopt.ir.coordinates import identity_coords
 from superopt.ir.graph import Graph
+from superopt.ir.homogeneity import may_lag
 from superopt.ir.node import Node, rebuild, rewrite
 from superopt.ir.ops import contraction, elementwise, structural, tile
 from superopt.ir.ops.registry import OpKind
@@ -83,6 +84,7 @@ class _Kernel:
         self.inputs = {n: f"in{i}_{_word(n.attrs.name)}" for i, n in enumerate(graph.inputs)}
         self.outputs = [f"out{i}" for i in range(len(graph.outputs))]
         self.factors: dict[Node, dict[int, View]] = {}
+        self.peaks: dict[Node, View] = {}
         self.in_loops: list[str] = []
         self.aliases: set[Node] = set()
         self.operands: dict[Node, list[Node]] = {}
@@ -241,6 +243,9 @@ class _Kernel:
                 if node.attrs.power not in self.factors[shift]:
                     view = self.context.allocate(shift.shape, shift.tensor.dtype, "factor")
                     self.factors[shift][node.attrs.power] = view
+        for shift in self.factors:
+            if may_lag(shift, self.graph.nodes()):
+                self.peaks[shift] = self.context.allocate(shift.shape, shift.tensor.dtype, "peak")
 
     def _view(self, node: Node, stem: str, *, dense: bool = False) -> View:
         view = self.context.views.get(node)
@@ -378,7 +383,10 @@ class _Kernel:
             self._view(state, "last")
             return
         view = self._view(state, "state")
-        self._fill(view, state.shape, identity(combine_kind(state), state.tensor.dtype))
+        for started in (view, self.peaks.get(state)):
+            if started is not None:
+                neutral = identity(combine_kind(state), state.tensor.dtype)
+                self._fill(started, state.shape, neutral)
 
     def _bounded(self, loop: str) -> bool:
         return bool(self.graph.axis(loop).bounds)
@@ -388,22 +396,13 @@ class _Kernel:
         self.context.write(f"fill<{view.element}>({view.pointer}, {count}L, {value});")
 
     def _finish(self, loop: Loop) -> None:
+        for shift in loop.states:
+            if shift in self.factors:
+                self._add(self._shift("settle", shift, None, self._full(shift.shape)))
         for state in loop.states:
             extents = self._full(state.shape)
             if state.op is tile.ACCUM_RESCALED:
-                shift = state.inputs[1]
-                view = self.context.views[shift]
-                self._add(
-                    Member(
-                        "finish",
-                        state,
-                        None,
-                        self.context.views[state],
-                        extents,
-                        factors=((1, view),),
-                        old_shape=shift.shape,
-                    )
-                )
+                self._add(self._rescale(state, extents))
             elif state.op is tile.ACCUM_LAST and state.inputs[0].op is tile.PREFIX_MAX:
                 shift = state.inputs[0]
                 self._add(Member("write", state, shift, self.context.views[state], extents))
@@ -547,13 +546,28 @@ class _Kernel:
         return _WRITE_AHEAD_BYTES // store.tensor.dtype.size_bytes if whole and large else 0
 
     def _prefix(self, node: Node) -> None:
-        factors = tuple(self.factors.get(node, {}).items())
         sources = self.context.program.sources[node.inputs[0]]
         if any(s is not None and s.ragged and _runs_over(s, node.attrs.loop) for s in sources):
             raise CodegenError("prefix_max of a dim that is ragged along its own loop")
         extents = tuple(self.context.extents(node.inputs[0]))
+        self._add(self._shift("prefix", node, node.inputs[0], extents))
+
+    def _shift(
+        self,
+        kind: Literal["prefix", "settle"],
+        node: Node,
+        source: Node | None,
+        extents: tuple[Extent, ...],
+    ) -> Member:
+        factors = tuple(self.factors.get(node, {}).items())
+        view, peak = self.context.views[node], self.peaks.get(node)
+        return Member(kind, node, source, view, extents, factors=factors, peak=peak)
+
+    def _rescale(self, node: Node, extents: tuple[Extent, ...]) -> Member:
+        shift = node.inputs[1]
+        factors = ((node.attrs.power, self.factors[shift][node.attrs.power]),)
         view = self.context.views[node]
-        self._add(Member("prefix", node, node.inputs[0], view, extents, factors=factors))
+        return Member("rescale", node, None, view, extents, (), factors, old_shape=shift.shape)
 
     def _accumulate(self, node: Node) -> None:
         if node.op is tile.ACCUM_LAST and node.inputs[0].op is tile.PREFIX_MAX:
@@ -561,12 +575,6 @@ class _Kernel:
         operand = node.inputs[0]
         view = self.context.views[node]
         extents = tuple(self.context.extents(operand))
-        factors: tuple[tuple[int, View], ...] = ()
-        shape: tuple[int, ...] = ()
-        if node.op is tile.ACCUM_RESCALED:
-            shift = node.inputs[1]
-            factors = ((node.attrs.power, self.factors[shift][node.attrs.power]),)
-            shape = shift.shape
         sources = self.context.program.sources[operand]
         # what has no operand in this iteration is rescaled all the same
         whole = tuple(
@@ -574,11 +582,15 @@ class _Kernel:
             for full, extent, source in zip(self._full(node.shape), extents, sources, strict=True)
         )
         merged = operand in self.plan.merged
-        if factors and (merged or whole != extents):
-            self._add(Member("rescale", node, None, view, whole, (), factors, shape))
-            factors, shape = (), ()
+        member = Member("accumulate", node, operand, view, extents)
+        if node.op is tile.ACCUM_RESCALED:
+            rescale = self._rescale(node, whole)
+            if merged or whole != extents:
+                self._add(rescale)
+            else:
+                member = replace(member, factors=rescale.factors, old_shape=rescale.old_shape)
         if not merged:
-            self._add(Member("accumulate", node, operand, view, extents, (), factors, shape))
+            self._add(member)
             return
         self._product(operand, view, accumulate=True)
 

@@ -14,7 +14,7 @@ from superopt.ir.ops import contraction, tile
 from superopt.ir.types import DType
 
 MemberKind = Literal[
-    "write", "reduce", "scan", "place", "accumulate", "prefix", "rescale", "finish", "store"
+    "write", "reduce", "scan", "place", "accumulate", "prefix", "rescale", "settle", "store"
 ]
 _IDENTITY = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf")}
 _COMBINE = {
@@ -88,7 +88,9 @@ class Member:
     extents: tuple[Extent, ...]
     axes: tuple[int, ...] = ()
     factors: tuple[tuple[int, View], ...] = ()
-    """prefix: for each power in use, where exp(power * (old - new)) goes; rescale: whence."""
+    """prefix, settle: for each power in use, where exp(power * (old - new)) goes; rescale: whence."""
+    peak: View | None = None
+    """prefix, settle: where the maximum is kept, if the shift in force may lag behind it."""
     old_shape: tuple[int, ...] = ()
     carry: View | None = None
     dense: int | None = None

@@ -12,7 +12,7 @@ from typing import Final, final
 
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
 from superopt.codegen.cpu.environment import Environment, Pair, Touched
-from superopt.codegen.cpu.expressions import literal, scalar_type
+from superopt.codegen.cpu.expressions import scalar_type
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.cpu.members import Member, carried, combine, combine_kind, identity
 from superopt.ir.coordinates import Coordinates, identity_coords
@@ -24,6 +24,8 @@ _CHAIN: Final = 32
 """Additions in turn to one partial sum of a long row."""
 _SHORTEST_PAIRS: Final = 64
 _MOST_LANES: Final = 16
+_SHORT: Final = 64
+"""Elements of a row whose loop the compiler unrolls."""
 
 _Totals = dict[Node, list[str]]
 """The partial results of each reduction: one variable per unrolled step."""
@@ -203,7 +205,10 @@ class Row:
         for member in reduces:
             totals[member.node] = [self.context.fresh("t") for _ in range(unroll)]
         # written first: it tells whether pairs of vectors pay
-        single = [f"for (; {lane} + VL <= {extent.text}; {lane} += VL) {{"]
+        # a few vectors at every turn of the loop around: their latencies overlap
+        short = extent.known and extent.full <= _SHORT
+        single = [f"#pragma GCC unroll {_SHORT // _MOST_LANES}"] if short else []
+        single += [f"for (; {lane} + VL <= {extent.text}; {lane} += VL) {{"]
         single += [*self._step(loop, totals, 0, lane), "}"]
         # The text does not know the vector width: the compiler folds what an extent rules out.
         long_and_light = extent.full >= 64 * unroll and (reduces or len(loop.members) < 3)
@@ -328,8 +333,8 @@ class Row:
         if member.kind == "rescale":
             self._rescale(member, env, at)
             return
-        if member.kind == "finish":
-            self._finish(member, env, at)
+        if member.kind == "settle":
+            self._settle(member, env, at)
             return
         assert member.source is not None
         env.target = member.node if member.source is member.node else None
@@ -493,7 +498,13 @@ class Row:
     def _prefix(self, member: Member, env: Environment, value: str, at: Coordinates) -> None:
         dtype = member.node.tensor.dtype
         old = env.define(env.load(member.view, at), dtype)
-        new = env.define(combine("max", old, value, dtype, vector=env.vector), dtype)
+        if member.peak is None:
+            new = env.define(combine("max", old, value, dtype, vector=env.vector), dtype)
+        else:
+            before = env.define(env.load(member.peak, at), dtype)
+            peak = env.define(combine("max", before, value, dtype, vector=env.vector), dtype)
+            env.store(member.peak, at, peak)
+            new = env.define(f"so::lagging({old}, {peak})", dtype)
         env.store(member.view, at, new)
         env.cache[(member.node, at)] = new
         suffix = "" if env.vector else "_one"
@@ -507,14 +518,15 @@ class Row:
         dtype = member.node.tensor.dtype
         env.store(member.view, at, env.define(f"{env.load(member.view, at)} * {factor}", dtype))
 
-    def _finish(self, member: Member, env: Environment, at: Coordinates) -> None:
-        """Scale by exp(-inf) where the maximum stayed -inf: what was added counts nothing."""
+    def _settle(self, member: Member, env: Environment, at: Coordinates) -> None:
+        """Let the maximum be the shift after the loop."""
         dtype = member.node.tensor.dtype
-        shift = self._factor(member, env, at)
-        value = env.define(env.load(member.view, at), dtype)
-        low = f"{shift} == -__builtin_inff()"
-        scaled = f"{value} * {env.splat(literal(0.0, dtype), dtype)}"
-        env.store(member.view, at, env.define(f"select({low}, {scaled}, {value})", dtype))
+        old = env.define(env.load(member.view, at), dtype)
+        peak = old if member.peak is None else env.define(env.load(member.peak, at), dtype)
+        env.store(member.view, at, peak)
+        env.cache[(member.node, at)] = peak
+        for power, view in member.factors:
+            env.store(view, at, env.define(f"so::settled({old}, {peak}, {float(power)!r}f)", dtype))
 
 
 def _neutral(kind: str, dtype: DType) -> str:

@@ -14,8 +14,9 @@ from superopt.codegen.cpu.lower import lower
 from superopt.ir import build as b
 from superopt.ir.build import BlockBuilder
 from superopt.ir.graph import Graph
-from superopt.ir.ops import contraction
+from superopt.ir.ops import contraction, tile
 from superopt.ir.types import DType
+from superopt.verify.reference import run_reference
 from tests.codegen.meaning import check, launched, tensor
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
@@ -81,3 +82,37 @@ def test_fold_rows(tmp_path: Path, width: int) -> None:
         assert (to[rows : lanes + 1] == 77).all()
         assert (to[lanes + 1 + rows :] == 77).all()
         partial = np.random.default_rng(rows).standard_normal((lanes, lanes)).astype(np.float32)
+
+
+def running(*, homogeneous: bool) -> Graph:
+    """Sums over tiles of 20 with a running maximum per row, which is a result, too."""
+    g = BlockBuilder("running", grid={"m": 1}, loops={"n": 5})
+    x = g.load(b.input_("x", (18, 100), DType.F32), 18, ("n", 20))
+    top = b.accumulate(tile.PREFIX_MAX, b.reduce_max(x, -1), "n")
+    value = b.exp(b.sub(x, b.finite_or_zero(top))) if homogeneous else x
+    wide = b.accum_rescaled(b.matmul(value, b.transpose(x)), top, "n")
+    g.store(b.accum_rescaled(b.reduce_sum(value, -1), top, "n"), (18, 1), 18, 1)
+    g.store(wide, (18, 18), 18, 18)
+    g.store(b.accumulate(tile.ACCUM_LAST, top, "n"), (18, 1), 18, 1)
+    return g.graph()
+
+
+@pytest.mark.parametrize("homogeneous", [True, False])
+@pytest.mark.parametrize("step", [0.1, 1.5, 3.0, 20.0])
+def test_a_shift_may_lag(tmp_path: Path, step: float, *, homogeneous: bool) -> None:
+    graph = running(homogeneous=homogeneous)
+    source = lower(graph, CpuConfig(), graph.name)
+    assert ("lagging" in source.text) == homogeneous
+    (kernel,) = compile_many([source], tmp_path)
+    assert isinstance(kernel, Kernel), kernel
+    x = torch.rand(18, 100, generator=torch.Generator().manual_seed(3)) / 8
+    x += (
+        step * torch.arange(100).div(20, rounding_mode="floor") * torch.linspace(-1, 1, 18)[:, None]
+    )
+    check(graph, [x], launched(kernel, graph, [x]))
+    if not homogeneous:
+        return
+    x[0], x[1, 30], x[2, :60], x[17, 99] = -torch.inf, torch.nan, -torch.inf, torch.inf
+    found, exact = launched(kernel, graph, [x]), run_reference(graph, [x])
+    for got, want in ((found[0], exact[0]), (found[2], exact[2])):
+        torch.testing.assert_close(got, want, equal_nan=True)

@@ -207,6 +207,7 @@ template <bool ACCUMULATE, bool TRANSPOSED>
 SO_NOINLINE void multiply_pairs(long m, long n, long k, const bf16* a, long am, const bf16* b, float* c,
                                 long cm) {
   constexpr int MR = VL == 16 ? 12 : 4;
+  const Flush flush;
   for (long j = 0; j < n; j += PANEL, b += round_up(k, DEPTH) * PANEL)
     for (long i = 0; i < m; i += MR) {
       float out[MR][PANEL];

@@ -242,11 +242,16 @@ SO_FORCED vf round_to<bf16>(vf x) { return bit_cast<vf>(round_bf16(x) & upper_ha
 template <class H>
 SO_INLINE float round_to(float x) { return widen(narrow(x, H{}), H{}); }
 
+// The shift of a running maximum `peak` (Milakov & Gimelshein, 2018): it stays until it is LAG below, so that
+// what is accumulated is rarely rescaled (Zadouri et al., FlashAttention-4, 2026) and by no more than exp(LAG) larger.
+constexpr float LAG = 4.0f;
+SO_INLINE vf lagging(vf shift, vf peak) { return select(peak > shift + LAG, peak, shift); }
+SO_INLINE float lagging(float shift, float peak) { return peak > shift + LAG ? peak : shift; }
+SO_INLINE double lagging(double shift, double peak) { return peak > shift + LAG ? peak : shift; }
 // exp(m - shift) is meant to be free of NaN where m never was finite.
 SO_INLINE vf finite_or_zero(vf m) { return select(m > -__builtin_inff(), m, vf{}); }
 SO_INLINE float finite_or_zero(float m) { return m > -__builtin_inff() ? m : 0.0f; }
 SO_INLINE double finite_or_zero(double m) { return m > -__builtin_inf() ? m : 0.0; }
-
 template <class T>
 SO_INLINE T floor_divide(T a, T b) {
   const T q = a / b;
@@ -294,6 +299,21 @@ SO_INLINE void fold_rows(const float* partial, float* to, long rows) {
   for (int i = 0; i < VL; ++i) v[i] = load<vf>(partial + i * VL);
   fold_vectors<VL, 1>(v, Combine{});
   store_n(to, v[0], rows);
+}
+
+// exp(power * (shift - peak)); 0 where the maximum stayed -inf: what was added counts nothing.
+SO_INLINE vf settled(vf shift, vf peak, float power) {
+  const vf factor = select(shift == peak, splat<vf>(1.0f), so::exp((shift - peak) * power));
+  return select(peak == -__builtin_inff(), vf{}, factor);
+}
+template <class T>
+SO_INLINE T settled(T shift, T peak, float power) {
+  if (shift == peak) return peak == -__builtin_inff() ? T(0) : T(1);
+  return so::exp_one((shift - peak) * power);
+}
+// Whether a group of rows is to be scaled: not all of their factors are 1.
+SO_INLINE bool scales(const float* factors, long rows) {
+  return any(load_n<vf>(factors, (int)rows, 1.0f) != 1.0f);
 }
 
 // C[m,n] (+)= A[m,k] B[k,n] for element types without a vector form, any strides.

@@ -7,11 +7,12 @@ is the online softmax (Milakov & Gimelshein, 2018) for every program whose value
 property, whatever it is called. The analysis computes c, the *degree*, node by node.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
 from superopt.ir.node import Node
-from superopt.ir.ops import contraction, elementwise, leaf, structural
+from superopt.ir.ops import contraction, elementwise, leaf, structural, tile
 from superopt.ir.ops.registry import OpKind
 
 
@@ -149,6 +150,27 @@ def homogeneity(shift: Node, body: tuple[Node, ...], closes: frozenset[Node]) ->
                 total = _NONE
         found[node] = total
     return Homogeneity(found, rescale)
+
+
+def may_lag(shift: Node, nodes: Iterable[Node]) -> bool:
+    """Say whether another shift than `shift`, a prefix_max, would do in each iteration of its loop.
+
+    It would where all that is made of it is homogeneous and ends in accum_rescaled of the same degree,
+    or in the maximum itself after the loop. `nodes`: those of its block graph, operands first.
+    """
+    found: dict[Node, Degree | None] = {shift: Degree(True, 1.0)}
+    for node in nodes:
+        operands = [found.get(i, _NONE) for i in node.inputs]
+        if node is shift or all(o == _NONE for o in operands):
+            continue
+        if node.op is tile.ACCUM_RESCALED and node.inputs[1] is shift:
+            if operands[0] != Degree(False, -node.attrs.power):
+                return False
+        elif not (node.op is tile.ACCUM_LAST and node.inputs[0] is shift):
+            found[node] = degree(node, operands)
+            if found[node] is None:
+                return False
+    return True
 
 
 def is_reduction(node: Node) -> bool:
