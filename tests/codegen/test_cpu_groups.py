@@ -98,7 +98,7 @@ def running(*, homogeneous: bool) -> Graph:
 
 
 @pytest.mark.parametrize("homogeneous", [True, False])
-@pytest.mark.parametrize("step", [0.1, 1.5, 3.0, 20.0])
+@pytest.mark.parametrize("step", [0.1, 1.5, 3.0, 60.0])
 def test_a_shift_may_lag(tmp_path: Path, step: float, *, homogeneous: bool) -> None:
     graph = running(homogeneous=homogeneous)
     source = lower(graph, CpuConfig(), graph.name)
