@@ -15,7 +15,7 @@ the outputs are proven equal. The bound of an error is the prover's: it sees eve
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Final, final
@@ -129,6 +129,24 @@ class Sweep:
         return Claim(graph, tuple(ranges))
 
     def _cuts(self, left: Node, right: Node, skip: float) -> set[Node]:
+        """Return values that both nodes read, past `skip` others on each path: the claim's variables.
+
+        A value that one of them reads the other may depend on all the same, through what lies between or
+        by computing it again. As a variable of one side alone it would refute the claim, so it is none.
+        """
+        opened: set[Node] = set()
+        while True:
+            cuts = self._first_shared(left, right, skip, opened)
+            sides = [cuts.intersection(topological([side], stop=cuts)) for side in (left, right)]
+            alone = sides[0] ^ sides[1]
+            if not alone:
+                return cuts
+            # the last of them first: what it is made of may be what the other side reads
+            opened.add(max(alone, key=self.numbers.__getitem__))
+
+    def _first_shared(
+        self, left: Node, right: Node, skip: float, opened: Container[Node]
+    ) -> set[Node]:
         """Return the first values below both nodes that both have, past `skip` others on each path."""
         shared = self.below[left] & self.below[right]
         passed: dict[Node, float] = {left: 0, right: 0}
@@ -141,7 +159,7 @@ class Sweep:
                 continue
             done.add(node)
             distance = passed[node]
-            if node in self.cuttable and shared >> self.numbers[node] & 1:
+            if node in self.cuttable and node not in opened and shared >> self.numbers[node] & 1:
                 if distance >= skip:
                     cuts.add(node)
                     continue

@@ -218,6 +218,28 @@ def test_related_values_are_proven_over_a_larger_part() -> None:
         assert not verify_field(left, wrong, seed=5)
 
 
+def test_what_one_side_alone_reads_is_no_variable() -> None:
+    """The gate hides the normalized rows from the other side, which computes them again."""
+    x, w = b.input_("x", (4, 4)), b.input_("w", (4, 4))
+    rows = b.add(x, b.mul(x, x))
+    root = b.sqrt(b.add(b.reduce_sum(b.mul(rows, rows), -1), 1.0))
+    normal = b.div(rows, root)
+    gate = b.exp(normal)
+    left = b.mul(gate, b.matmul(normal, w))
+    right = b.mul(gate, b.div(b.matmul(rows, w), root))
+    claims: list[int] = []
+
+    def prove(claim: Claim) -> bool:
+        claims.append(len(claim.graph.inputs))
+        sides = [claim.graph.with_outputs([o]) for o in claim.graph.outputs]
+        return bool(verify_field(sides[0], sides[1], seed=4))
+
+    variables = frozenset([rows, root, normal, gate])
+    ranges = {"x": Integers(), "w": Integers()}
+    assert Sweep((left,), {}, variables, ranges, prove).equal([right])
+    assert claims == [4], "the gate, the rows, their root, and the weights"
+
+
 @pytest.mark.parametrize(
     ("after", "pieces"),
     [
