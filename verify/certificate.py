@@ -20,7 +20,7 @@ from superopt.verify.equivalence import Piece, Verdict, verify_field
 from superopt.verify.floating import FloatError, FloatVerdict
 
 FORMAT = "superopt-certificate"
-VERSION = 3
+VERSION = 4
 
 
 class CertificateError(SuperoptError):
@@ -45,6 +45,7 @@ class Certificate:
     decisions: bool
     by_order: bool
     pieces: tuple[Piece, ...]
+    alike: tuple[tuple[int, int], ...]
     float_seed: int | None
     float_errors: tuple[FloatError, ...]
     versions: dict[str, str]
@@ -79,7 +80,13 @@ class Certificate:
         if verdict.primes[: self.tests] != self.primes[: verdict.tests]:
             raise CertificateError("the recorded primes are not those that the seed gives")
         _confirm(self.error_per_test, verdict.error_per_test)
-        if [p.digest for p in verdict.pieces] != [p.digest for p in self.pieces]:
+        if verdict.alike != self.alike:
+            raise CertificateError(
+                "the recorded axes are not those along which the programs are alike"
+            )
+        if [(p.digest, p.alike) for p in verdict.pieces] != [
+            (p.digest, p.alike) for p in self.pieces
+        ]:
             raise CertificateError("the recorded pieces are not those that were proven")
         for recorded, found in zip(self.pieces, verdict.pieces, strict=True):
             count = min(len(recorded.primes), len(found.primes))
@@ -122,6 +129,7 @@ def certify(
         decisions=verdict.decisions,
         by_order=verdict.by_order,
         pieces=verdict.pieces,
+        alike=verdict.alike,
         float_seed=None if floating is None else floating.seed,
         float_errors=() if floating is None else floating.errors,
         versions={"python": platform.python_version(), "torch": str(torch.__version__)},
@@ -180,6 +188,7 @@ def _decoded(content: dict[str, Any]) -> Certificate:
         decisions=bool(content["decisions"]),
         by_order=bool(content["by_order"]),
         pieces=tuple(_piece(p) for p in content["pieces"]),
+        alike=_alike(content),
         float_seed=None if content["float_seed"] is None else int(content["float_seed"]),
         float_errors=errors,
         versions={str(k): str(v) for k, v in content["versions"].items()},
@@ -191,10 +200,15 @@ def _tests(content: dict[str, Any]) -> tuple[tuple[tuple[int, int], ...], tuple[
     return primes, tuple(int(s) for s in content["seeds"])
 
 
+def _alike(content: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    return tuple((int(kept), int(of)) for kept, of in content["alike"])
+
+
 def _piece(content: dict[str, Any]) -> Piece:
     primes, seeds = _tests(content)
     return Piece(
         digest=str(content["digest"]),
+        alike=_alike(content),
         primes=primes,
         seeds=seeds,
         error_per_test=float(content["error_per_test"]),

@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log2
 from typing import Any, final
 
@@ -36,6 +36,7 @@ from superopt.verify.needs import (
     real_valued,
 )
 from superopt.verify.ranges import Integers, integer_ranges
+from superopt.verify.slices import alike
 from superopt.verify.sweep import OUTPUT_SKIPS, SKIPS, Claim, Sweep, partners
 from superopt.verify.threads import suitable
 
@@ -82,9 +83,13 @@ def _shown(value: tuple[int, int]) -> str:
 @final
 @dataclass(frozen=True)
 class Piece:
-    """A claim about a part of the programs that was proven: the digest of its two sides, and its tests."""
+    """A claim about a part of the programs that was proven: the digest of its two sides, and its tests.
+
+    `alike`: see `Verdict`.
+    """
 
     digest: str
+    alike: tuple[tuple[int, int], ...]
     primes: tuple[tuple[int, int], ...]
     seeds: tuple[int, ...]
     error_per_test: float
@@ -99,7 +104,9 @@ class Verdict:
     `bound` is the computed chance that different programs passed. `decisions` is true when comparisons
     of values, integers or booleans took part: the bound then speaks about the branches that the tests took.
     `pieces` is empty where the programs were tested whole; else `tests`, `primes` and `seeds` are those of
-    the one test of the whole, and `error_per_test` is the largest of a piece.
+    the one test of the whole, and `error_per_test` is the largest of a piece. `alike` lists axes along which
+    both programs compute alike: how many of how many steps were left to be tested (`slices.alike`). A
+    counterexample is one of what was left.
     """
 
     equivalent: bool
@@ -115,6 +122,7 @@ class Verdict:
     seconds: float
     counterexample: Counterexample | None = None
     pieces: tuple[Piece, ...] = ()
+    alike: tuple[tuple[int, int], ...] = ()
 
     def __bool__(self) -> bool:
         return self.equivalent
@@ -153,15 +161,17 @@ def _verified(original: Graph, candidate: Graph, seed: int, error_bound: float) 
     mismatch = _signature_mismatch(original, candidate) or _draw_mismatch(original, candidate)
     if mismatch:
         return _refused(mismatch, seed, started)
-    joint = _joint(original, candidate)
     half = len(original.outputs)
     ranges = integer_ranges(original)
+    left = alike(_joint(original, candidate))
+    joint = left.graph
     if _error(joint, half) <= DIRECT_ERROR:
         verdict = _direct(joint, half, ranges, seed, error_bound, started)
         if verdict.equivalent or not _nests_exponentials(joint):
-            return verdict
-    boundaries = _boundaries(original, candidate)
-    return _swept(joint, half, boundaries, ranges, seed, error_bound, started)
+            return replace(verdict, alike=left.kept)
+    boundaries = tuple(left.values[n] for n in _boundaries(original, candidate) if n in left.values)
+    verdict = _swept(joint, half, boundaries, ranges, seed, error_bound, started)
+    return replace(verdict, alike=left.kept)
 
 
 def provable(graph: Graph) -> bool:
@@ -261,8 +271,8 @@ def _swept(
     watched = joint
     if _nests_exponentials(joint):
         # equal exponents are told by their residues modulo p
-        alike = [n for n in topological(joint.outputs) if n.type in types and real_valued(n)]
-        watched = joint.with_outputs([*joint.outputs, *alike])
+        like = [n for n in topological(joint.outputs) if n.type in types and real_valued(n)]
+        watched = joint.with_outputs([*joint.outputs, *like])
     for by_order in (False, True) if _order_helps(joint) else (False,):
         needs = needed_residues(watched, by_order=by_order)
         seen = _Observed(types)
@@ -278,13 +288,15 @@ def _swept(
 
     def prove(claim: Claim) -> bool:
         # the whole test has chosen the claims: their tests draw afresh
+        left = alike(claim.graph)
         verdict = _direct(
-            claim.graph, 1, dict(claim.ranges), _test_seed(seed, -1), share, time.perf_counter()
+            left.graph, 1, dict(claim.ranges), _test_seed(seed, -1), share, time.perf_counter()
         )
         proofs.append(verdict)
         if verdict.equivalent:
             piece = Piece(
                 claim.graph.digest(),
+                left.kept,
                 verdict.primes,
                 verdict.seeds,
                 verdict.error_per_test,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Final, final
 
 import numpy as np
@@ -27,7 +28,7 @@ from superopt.verify.memory import empty
 from superopt.verify.opaque import duplicate, spread
 from superopt.verify.ranges import Integers, draw_integers, integer_ranges
 from superopt.verify.reference import DTYPES, TorchDomain, run_reference
-from superopt.verify.slices import evaluate, slices
+from superopt.verify.slices import Alike, alike, evaluate, slices
 from superopt.verify.threads import now, suitable, worked_s
 
 RunCandidate = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -73,6 +74,9 @@ _USUAL: Final = "normal"
 """Where no output is a rounding error but those that the program makes of one."""
 
 _PIECE: Final = 1 << 17
+
+_ENOUGH_ROWS: Final = 16
+"""How many rows tell how far others may err."""
 
 
 @final
@@ -184,6 +188,10 @@ def _floats(
 class FloatTest:
     """The test of one original for several candidates: what does not depend on these is kept.
 
+    Where the original's results are alike along some axes, it runs in float64 for a few positions (`slices.alike`).
+    Errors are held against it there; everywhere the candidate is held against the original at its own
+    precision, from which it may be as far as errors of these positions foretell. Otherwise the whole decides.
+
     Programs run on `device`.
     """
 
@@ -197,7 +205,12 @@ class FloatTest:
         )
         scores = [node.inputs[0] for node in self._picks.values()]
         self._scored = original.with_outputs([*original.outputs, *scores])
-        self._slices = slices(expand(self._scored), device)
+        whole = expand(self._scored)
+        self._part = alike(whole)
+        if self._picks or min(map(_rows, self._part.graph.outputs), default=0) < _ENOUGH_ROWS:
+            self._part = Alike(whole, (), {})
+        self._slices = {whole: slices(whole, device)}
+        self._slices[self._part.graph] = slices(self._part.graph, device)
         self._references: dict[str, _Reference | str] = {}
         self._reference_s: dict[str, float] = {}
         self._candidate_s: dict[str, float] = {}
@@ -207,8 +220,17 @@ class FloatTest:
         missing = len(DISTRIBUTIONS) - len(self._reference_s)
         # the first one of a process waits for memory
         made_s = min(self._reference_s.values(), default=0.0)
-        checked_s = min(self._candidate_s.values(), default=0.0)
+        checked_s = min(self._candidate_s.values(), default=made_s / 2)
         return made_s * missing + checked_s * len(DISTRIBUTIONS)
+
+    def begin(self) -> None:
+        """Make one reference, if there is none yet, so that `predicted_s` knows."""
+        if not self._references:
+            begun = now()
+            with suitable():
+                inputs = draw_inputs(self.original, _USUAL, self.seed, self.device)
+            self._reference(_USUAL, inputs)
+            self._reference_s[_USUAL] = worked_s(begun)
 
     def check(
         self, run_candidate: RunCandidate, distributions: Sequence[str] = DISTRIBUTIONS
@@ -232,12 +254,13 @@ class FloatTest:
                 found = list(run_candidate([on(i, self.device) for i in inputs]))
             reason = _shape_mismatch(reference.own, found)
             if not reason:
-                with suitable():
-                    pair, reason = _worst(reference, found)
-                    if reason.endswith(_NOT_FINITE):
-                        pair, reason = _worst(self._by_chance(reference, inputs), found)
-                    if not reason and self._halves and distribution == _USUAL:
-                        reason = _other_noise(reference, found)
+                noise = self._halves and distribution == _USUAL
+                pair, reason = self._judged(reference, inputs, found, noise)
+                if reason and reference.part.few:
+                    # a few positions foretell little where the program is ill-conditioned
+                    reference = self._whole(reference, inputs)
+                    self._references[distribution] = reference
+                    pair, reason = self._judged(reference, inputs, found, noise)
                 errors.append(FloatError(distribution, *pair))
             self._candidate_s[distribution] = drawn_s + worked_s(begun)
             if reason:
@@ -247,6 +270,25 @@ class FloatTest:
             reason = f"the original fails on all test inputs: {refused}"
         seconds = time.perf_counter() - started
         return FloatVerdict(not reason, reason, self.seed, tuple(errors), seconds)
+
+    def _judged(
+        self,
+        reference: "_Reference",
+        inputs: list[torch.Tensor],
+        found: list[torch.Tensor],
+        noise: bool,
+    ) -> tuple[tuple[float, float], str]:
+        """Return the errors of the original and the candidate, and what is wrong."""
+        with suitable():
+            part = reference.part.outputs(found)
+            pair, reason = _worst(reference, part)
+            if reason.endswith(_NOT_FINITE) and not reference.part.few:
+                pair, reason = _worst(self._by_chance(reference, inputs), part)
+            if not reason and noise:
+                reason = _other_noise(reference, part)
+            if not reason and reference.part.few and _strays(reference, found):
+                reason = "is far from the original"
+            return pair, reason
 
     def _drawing(self) -> AbstractContextManager[None]:
         """Let programs that draw random numbers all draw the same ones."""
@@ -258,11 +300,8 @@ class FloatTest:
         An operator may refuse operands: a Cholesky factor exists of few matrices.
         """
         if distribution not in self._references:
-            rounding = _Rounding(self.device, self.seed)
             try:
-                with suitable():
-                    exact = self._in_float64(inputs, TorchDomain(torch.float64, self.device))
-                    moved = self._in_float64(rounding.all_moved(self.original, inputs), rounding)
+                exact, moved = self._twice(self._part, inputs)
                 with self._drawing():
                     own = run_reference(self.original, inputs)
             except (RuntimeError, ValueError, IndexError) as error:
@@ -274,9 +313,25 @@ class FloatTest:
                 pairs = zip(self._picks.items(), exact[count:], strict=True)
                 found = {index: _Pick(node, values) for (index, node), values in pairs}
                 self._references[distribution] = _Reference(
-                    exact[:count], moved[:count], own, found
+                    exact[:count], moved[:count], own, found, self._part
                 )
         return self._references[distribution]
+
+    def _twice(
+        self, part: Alike, inputs: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Run what is left of the original in float64, without rounding errors and with them."""
+        rounding = _Rounding(self.device, self.seed)
+        with suitable():
+            given = part.inputs(inputs)
+            exact = self._in_float64(part.graph, given, TorchDomain(torch.float64, self.device))
+            moved = rounding.all_moved(part.graph, given)
+            return exact, self._in_float64(part.graph, moved, rounding)
+
+    def _whole(self, reference: "_Reference", inputs: list[torch.Tensor]) -> "_Reference":
+        part = Alike(expand(self._scored), (), {})
+        exact, moved = self._twice(part, inputs)
+        return replace(reference, exact=exact, moved=moved, part=part)
 
     def _by_chance(self, reference: "_Reference", inputs: list[torch.Tensor]) -> "_Reference":
         """Return the reference with NaN where the original is finite by luck only.
@@ -285,31 +340,36 @@ class FloatTest:
         exponential), or the quotient of two numbers that are too small for their type is none.
         """
         back = _Rounding(self.device, self.seed, -1.0)
-        exact = self._in_float64(inputs, _Edges(self.device))[: len(reference.own)]
-        other = self._in_float64(back.all_moved(self.original, inputs), back)
+        graph = reference.part.graph
+        exact = self._in_float64(graph, inputs, _Edges(self.device))[: len(reference.own)]
+        other = self._in_float64(graph, back.all_moved(graph, inputs), back)
         for i, (e, m, o) in enumerate(zip(exact, reference.moved, other, strict=False)):
             if e.is_floating_point():
                 exact[i] = e.masked_fill(~(m.isfinite() & o.isfinite()), float("nan"))
         return replace(reference, exact=exact)
 
     def _in_float64(
-        self, inputs: Sequence[torch.Tensor], domain: Domain[Any]
+        self, graph: Graph, inputs: Sequence[torch.Tensor], domain: Domain[Any]
     ) -> list[torch.Tensor]:
-        """Run the original, and what it picks from, in a domain of float64."""
+        """Run the original, and what it picks from, or what is left of it, in a domain of float64."""
         wide = [_in_double(x) if x.is_floating_point() else x for x in inputs]
         with self._drawing():
-            return evaluate(self._scored, self._slices, wide, domain)
+            return evaluate(graph, self._slices[graph], wide, domain)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """What the original gives: in float64, there with rounding errors, and at its own precision."""
+    """What the original gives: in float64, there with rounding errors, and at its own precision.
+
+    The former two for a `part` of it.
+    """
 
     exact: list[torch.Tensor]
     moved: list[torch.Tensor]
     own: list[torch.Tensor]
     picks: "dict[int, _Pick]"
+    part: Alike
 
 
 @final
@@ -505,7 +565,8 @@ def _shape_mismatch(own: list[torch.Tensor], found: list[torch.Tensor]) -> str:
 
 def _worst(reference: _Reference, found: list[torch.Tensor]) -> tuple[tuple[float, float], str]:
     worst_own = worst_found = 0.0
-    rows = zip(reference.exact, reference.moved, reference.own, found, strict=True)
+    own = reference.part.outputs(reference.own)
+    rows = zip(reference.exact, reference.moved, own, found, strict=True)
     for index, (e, m, o, f) in enumerate(rows):
         if o.is_complex():
             e, m, o, f = (torch.view_as_real(t).flatten(-2) for t in (e, m, o, f))
@@ -585,7 +646,8 @@ def _other_noise(reference: _Reference, found: list[torch.Tensor]) -> str:
     Compensated sums compute what a rounding took away. In float64 that is nothing, so that a candidate
     that does not round looks more accurate than the original, and is wrong.
     """
-    for index, (e, o, f) in enumerate(zip(reference.exact, reference.own, found, strict=True)):
+    own = reference.part.outputs(reference.own)
+    for index, (e, o, f) in enumerate(zip(reference.exact, own, found, strict=True)):
         if not o.is_floating_point():
             continue
         e, o, f = (t.to(torch.float64) for t in (e, o, f))
@@ -598,6 +660,69 @@ def _other_noise(reference: _Reference, found: list[torch.Tensor]) -> str:
         if count > _MADE_OF_NOISE * int((known & (o != 0)).sum()) and differ > _OTHER_NOISE * count:
             return f"output {index} is made of rounding errors, and the candidate makes other ones"
     return ""
+
+
+def _rows(output: Node) -> int:
+    return prod(output.shape[:-1])
+
+
+def _strays(reference: _Reference, found: list[torch.Tensor]) -> bool:
+    """Say whether a candidate is further from the original than its errors at a few positions foretell.
+
+    Rows are ranked by how far they are, beside their scale: as errors of all are by errors of the few.
+    """
+    own = reference.part.outputs(reference.own)
+    rows = zip(reference.exact, reference.moved, own, reference.own, found, strict=True)
+    for e, m, few, o, f in rows:
+        if o.is_complex():
+            e, m, few, o, f = (torch.view_as_real(t).flatten(-2) for t in (e, m, few, o, f))
+        if not o.is_floating_point():
+            if torch.equal(o, f):
+                continue
+            return True
+        if not o.numel():
+            continue
+        columns = o.shape[-1] if o.dim() else 1
+        known = few.isfinite() & e.isfinite() & m.isfinite()
+        zero = torch.zeros((), dtype=torch.float64, device=e.device)
+        values = (e, (few - e).abs() + (m - e).abs())
+        size, err = (
+            torch.where(known, x.abs(), zero).reshape(-1, columns).amax(-1) for x in values
+        )
+        expected = (err / torch.where(size > 0, size, 1.0)).sort(descending=True).values
+        pieces = [torch.split(t.reshape(-1, columns), max(1, _PIECE // columns)) for t in (o, f)]
+        found_sizes = []
+        for piece in zip(*pieces, strict=True):
+            sizes = _apart(*piece)
+            if sizes is None:
+                return True
+            found_sizes.append(sizes)
+        info = torch.finfo(o.dtype)
+        scale, apart = torch.cat(found_sizes, dim=1).double()
+        ranked = (apart / torch.where(scale > 0, scale, 1.0)).sort(descending=True).values
+        # the k-th of all beside the (k/2)-th of as many as these are of the few
+        places = (
+            torch.arange(len(ranked), device=ranked.device) * len(expected) // (2 * len(ranked))
+        )
+        allowed = (ERROR_MULTIPLE + 1.0) * expected[places] + SLACK_ULPS * info.eps
+        if bool((ranked > allowed).any()):
+            return True
+    return False
+
+
+def _apart(own: torch.Tensor, found: torch.Tensor) -> torch.Tensor | None:
+    """Return each row's scale and how far `found` is from it, 2 x rows; None where only one is finite."""
+    if own.dtype.itemsize < 4:
+        own, found = own.float(), found.float()
+    sizes = torch.stack([own.abs().amax(-1), (found - own).abs_().amax(-1)])
+    if bool(sizes.isfinite().all()):
+        return sizes
+    finite = own.isfinite()
+    if bool((finite & ~found.isfinite()).any() | (own.isnan() & found.isinf()).any()):
+        return None
+    zero = own.new_zeros(())
+    values = (own, found - own)
+    return torch.stack([torch.where(finite, x.abs(), zero).amax(-1) for x in values])
 
 
 def _dominated(

@@ -5,8 +5,11 @@ a whole they cost page faults and a trip to memory per operator; a slice of them
 the results back to the inputs each value is *cut* along one axis where all that read it want the same
 cut, and computed as a whole before where they do not. Every value is computed once, by the same operators.
 
+A test of *whether* two programs are equal needs less: where all slices are computed alike, from slices of
+the inputs and from inputs that all of them read, a few slices are as good as all (`alike`).
+
 In: a kernel graph of primitives, and the number of elements up to which a value is no reason to cut.
-Out: `Slices`, or None where nothing would be gained.
+Out: `Slices`, or None where nothing would be gained; an `Alike`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +29,8 @@ from superopt.verify.draws import is_draw
 
 LARGE: Final = 1 << 19
 """Elements of float64 that several operators in turn still find in a cache."""
+_TERMS: Final = 32
+"""How many terms of a product cost as much as an operator on an element."""
 _MOST: Final = 256
 """How many slices at most: each costs a walk over the graph."""
 
@@ -122,6 +127,93 @@ def slices(graph: Graph, device: torch.device | str, large: int = LARGE) -> Slic
     return best.slices(graph) if 2 * best.peak() <= before else None
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class _Few:
+    """How many of how many steps are left along one axis, and the cuts of inputs and outputs there."""
+
+    steps: int
+    length: int
+    inputs: _Wanted
+    outputs: _Wanted
+
+    def of(self, values: Sequence[torch.Tensor], cuts: _Wanted) -> list[torch.Tensor]:
+        """Return these steps of each value, at equal distances and with the last."""
+        places = [(i + 1) * self.length // self.steps - 1 for i in range(self.steps)]
+        found = list(values)
+        for i, (value, cut) in enumerate(zip(values, cuts, strict=True)):
+            if cut is not None:
+                axis = value.dim() + cut.axis
+                before, after = value.shape[:axis], value.shape[axis + 1 :]
+                split = value.reshape(*before, self.length, cut.unit, *after)
+                index = torch.tensor(places, device=value.device)
+                found[i] = split.index_select(axis, index).flatten(axis, axis + 1)
+        return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """What is left of a program whose results are alike along some axes: a few positions of each.
+
+    `values` maps the program's nodes to those of what is left.
+    """
+
+    graph: Graph
+    few: tuple[_Few, ...]
+    values: dict[Node, Node]
+
+    @property
+    def kept(self) -> tuple[tuple[int, int], ...]:
+        """How many of how many steps are left, axis by axis."""
+        return tuple((few.steps, few.length) for few in self.few)
+
+    def inputs(self, whole: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the inputs of what is left, of those of the program."""
+        for few in self.few:
+            whole = few.of(whole, few.inputs)
+        return list(whole)
+
+    def outputs(self, whole: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the results of what is left, of those of the program."""
+        for few in self.few:
+            whole = few.of(whole, few.outputs)
+        return list(whole)
+
+
+def alike(graph: Graph, large: int = LARGE) -> Alike:
+    """Leave of `graph` a few steps of each axis along which all is computed alike, where it is large.
+
+    A result at a step of such an axis is one function, the same for all steps, of what inputs have at this step and
+    of inputs that all steps read. No position is known to it: nothing counts along the axis, moves elements
+    along it or sums over it. So results of two programs in one graph are equal for all inputs if and only if
+    those that are left are.
+    """
+    found = Alike(graph, (), {n: n for n in topological(graph.outputs)})
+    while (fewer := _fewer(found.graph, large)) is not None:
+        values = {n: fewer.values[v] for n, v in found.values.items() if v in fewer.values}
+        found = Alike(fewer.graph, found.few + fewer.few, values)
+    return found
+
+
+def _fewer(graph: Graph, large: int) -> Alike | None:
+    """Cut the axis that leaves least, if that is half or less."""
+    order = list(topological(graph.outputs))
+    if max(map(_size, order), default=0) <= large or any(is_draw(n) for n in order):
+        return None
+    lengths = sorted({d for n in order if _has_shape(n) for d in n.shape if d > 1}, reverse=True)
+    cuttings = [_Cutting(order, list(graph.outputs), n, large, rows=True) for n in lengths]
+    parts = [part for part in (c.part(graph) for c in cuttings) if part is not None]
+    best = min(parts, key=lambda part: _work(part.graph.nodes()), default=None)
+    return best if best is not None and 2 * _work(best.graph.nodes()) <= _work(order) else None
+
+
+def _work(nodes: Iterable[Node]) -> int:
+    """Return how many elements are computed, and of products how many terms by the score."""
+    terms = {n: n.inputs[0].shape[-1] // _TERMS for n in nodes if n.op is contraction.MATMUL}
+    return sum(_size(n) * (1 + terms.get(n, 0)) for n in nodes)
+
+
 def _roots(outputs: Iterable[Node]) -> list[Node]:
     """Return the last values that can be cut: a single number (a loss) comes of all slices."""
     stack, found, peeled = list(outputs)[::-1], dict[Node, None](), set[Node]()
@@ -158,12 +250,16 @@ def _is_constant(node: Node) -> bool:
 @final
 @dataclass(slots=True)
 class _Cutting:
-    """The cuts of all values for one number of steps."""
+    """The cuts of all values for one number of steps.
+
+    With `rows` no row of a result is cut: errors are measured by all of a row.
+    """
 
     order: list[Node]
     roots: list[Node]
     length: int
     large: int
+    rows: bool = False
     cuts: dict[Node, Cut | None] = field(default_factory=dict)
     wanted: dict[Node, _Wanted] = field(default_factory=dict)
 
@@ -187,7 +283,8 @@ class _Cutting:
     def _natural(self, root: Node) -> Cut | None:
         """Return the first cut of a result, best by steps of single positions."""
         rank = len(root.shape)
-        units = [(d // self.length, i) for i, d in enumerate(root.shape) if not d % self.length]
+        shape = root.shape[:-1] if self.rows and rank > 1 else root.shape
+        units = [(d // self.length, i) for i, d in enumerate(shape) if not d % self.length]
         return min((Cut(i - rank, u) for u, i in units if u), key=lambda c: c.unit, default=None)
 
     def _count(self) -> int:
@@ -200,6 +297,39 @@ class _Cutting:
         count = self._count()
         sizes = (-(-_size(n) // count) if self.cuts[n] else _size(n) for n in self.order)
         return max(self.large, *sizes)
+
+    def part(self, graph: Graph) -> Alike | None:
+        """Return the program of a few steps; None where not all steps are computed alike."""
+        largest = max((_size(n) for n in self.order if self.cuts[n]), default=0)
+        steps = max(1, self.large * self.length // max(1, largest))
+        if not largest or steps >= self.length:
+            return None
+        new: dict[Node, Node] = {}
+        for node in self.order:
+            cut = self.cuts[node]
+            if cut is None:
+                new[node] = node
+                continue
+            pairs = zip(node.inputs, self.wanted[node], strict=True)
+            if any(want != self.cuts[i] for i, want in pairs):
+                return None  # something of all steps is read where one is computed
+            shape = cut.shape(node.shape, steps)
+            attrs = node.attrs
+            if node.op is leaf.INPUT:
+                new[node] = input_(attrs.name, shape, node.tensor.dtype)
+                continue
+            if node.op is leaf.IOTA:
+                if attrs.axis == cut.axis:
+                    return None
+                attrs = replace(attrs, shape=shape)
+            if node.op in (structural.RESHAPE, structural.BROADCAST):
+                attrs = replace(attrs, shape=shape)
+            new[node] = make(node.op, tuple(new[i] for i in node.inputs), attrs)
+        inputs = tuple(new.get(i, i) for i in graph.inputs)
+        fewer = Graph(Level.KERNEL, graph.name, inputs, tuple(new[o] for o in graph.outputs))
+        cuts = [[self.cuts.get(n) for n in nodes] for nodes in (graph.inputs, graph.outputs)]
+        few = _Few(steps, self.length, *cuts)
+        return Alike(fewer, (few,), new)
 
     def slices(self, graph: Graph) -> Slices:
         """Return the three parts of the program."""

@@ -1,6 +1,7 @@
 """What the field test must tell apart, and what it must accept."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from superopt.ir.node import Node
 from superopt.ir.ops import tile
 from superopt.ir.ops.library import OpaqueAttrs
 from superopt.ir.types import DType, TensorType
+from superopt.verify import equivalence
 from superopt.verify.arithmetic import Exponential, Modulus, Permutation, draw_primes
 from superopt.verify.degree import degrees, error_per_test
 from superopt.verify.equivalence import Verdict, provable, verify_field
@@ -20,6 +22,7 @@ from superopt.verify.field import FIELD, as_rational
 from superopt.verify.floating import verify_float
 from superopt.verify.ranges import Integers, integer_ranges
 from superopt.verify.reference import run_reference
+from superopt.verify.slices import alike
 from tests.verify.workloads import attention
 
 MINUS = b.constant(float("-inf"))
@@ -246,7 +249,7 @@ def test_split_k_matmul() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_online_softmax(causal: bool) -> None:
-    original, kernel = attention(causal=causal)
+    original, kernel = attention(heads=5, causal=causal)
     assert verify_field(original, kernel, seed=2).equivalent
 
 
@@ -412,3 +415,33 @@ def test_degrees_of_many_layers_take_no_more_divisors_than_those_of_few() -> Non
 
     # every layer has twice as many as the one before, until the degree says nothing any more
     assert divisors(12) == divisors(8)
+
+
+def test_large_programs_are_tested_at_a_few_steps_that_are_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(equivalence, "alike", partial(alike, large=64))
+    x, w = tensor("x", (64, 8)), tensor("w", (8, 16))
+    product = b.exp(b.matmul(x, w))
+    found = same(product, b.exp(b.transpose(b.matmul(b.transpose(w), b.transpose(x)))))
+    assert found.equivalent
+    assert found.alike == ((4, 64),)
+    # one row of all that is wrong is seen: where rows count, all are tested
+    row = b.eq(b.iota((64, 1), -2), b.constant(37, DType.I64))
+    wrong = same(product, b.where(row, b.mul(product, 2.0), product))
+    assert not wrong.equivalent
+    assert wrong.counterexample is not None
+    assert wrong.counterexample.position[0] == 37
+    assert wrong.alike == ()
+    assert not same(product, b.exp(b.matmul(b.mul(x, 2.0), w))).equivalent
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_kernels_are_proven_at_a_few_steps(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equivalence, "alike", partial(alike, large=64))
+    original, kernel = attention(heads=5, causal=causal)
+    found = verify_field(original, kernel, seed=2)
+    assert found.equivalent
+    assert found.alike
+    other = original.with_outputs([b.mul(original.outputs[0], 2.0)])
+    assert not verify_field(other, kernel, seed=2).equivalent

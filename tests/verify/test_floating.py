@@ -1,6 +1,7 @@
 """The floating-point test: accurate candidates pass, unstable ones do not."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from superopt.verify import floating, threads
 from superopt.verify.equivalence import verify_field
 from superopt.verify.floating import DISTRIBUTIONS, draw_inputs, verify_float
 from superopt.verify.reference import run_reference
+from superopt.verify.slices import alike
 from tests.verify.workloads import WORKLOADS
 
 X = b.input_("x", (16, 64))
@@ -376,3 +378,45 @@ def test_what_a_check_will_take_leaves_out_what_is_known(monkeypatch: pytest.Mon
     before_s, predicted_s = now_s, test.predicted_s()
     assert test.check(lambda tensors: candidate(original, tensors))
     assert now_s - before_s == predicted_s
+
+
+def _broken(result: torch.Tensor) -> None:
+    result[5, 3] += 1e-3
+
+
+def _missing(result: torch.Tensor) -> None:
+    result[5, 3] = float("nan")
+
+
+def _turned(result: torch.Tensor) -> None:
+    result[5:7] = result[5:7].flip(0)
+
+
+@pytest.mark.parametrize("harm", [None, _broken, _missing, _turned])
+def test_every_element_is_tested_where_few_run_in_float64(
+    harm: Callable[[torch.Tensor], None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(floating, "alike", partial(alike, large=1 << 10))
+    x, w = b.input_("x", (512, 64)), b.input_("w", (64, 32))
+    original = graph(b.matmul(softmax(x, shift=True).outputs[0], w))
+    test = floating.FloatTest(original, seed=1)
+    assert test._part.kept == ((16, 512),)
+
+    def candidate(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        (result,) = run_reference(original, tensors)
+        if harm is not None:
+            harm(result)
+        return [result]
+
+    assert bool(test.check(candidate)) is (harm is None)
+
+
+def test_few_rows_tell_of_instability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floating, "alike", partial(alike, large=1 << 10))
+    x = b.input_("x", (512, 64))
+    assert run(softmax(x, shift=False), softmax(x, shift=True))
+    mean = b.div(b.reduce_sum(x, -1), 64.0)
+    square = b.sub(x, mean)
+    stable = b.div(b.reduce_sum(b.mul(square, square), -1), 64.0)
+    other = b.sub(b.div(b.reduce_sum(b.mul(x, x), -1), 64.0), b.mul(mean, mean))
+    assert run(graph(other), graph(stable)).startswith("constant-rows")

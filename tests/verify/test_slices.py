@@ -18,7 +18,7 @@ from superopt.ir.semantics import expand
 from superopt.ir.types import DType
 from superopt.verify import slices as module
 from superopt.verify.reference import TorchDomain
-from superopt.verify.slices import Cut, Slices, slices
+from superopt.verify.slices import Alike, Cut, Slices, alike, slices
 from tests.strategies import arrays_for, kernel_graphs
 
 WIDE = TorchDomain(torch.float64)
@@ -146,3 +146,60 @@ def test_wrong_rules_are_seen(op: Op, name: str, monkeypatch: pytest.MonkeyPatch
     except (GraphError, RuntimeError, IndexError):
         right = False
     assert not right
+
+
+def part_equals_whole(graph: Graph, part: Alike) -> bool:
+    tensors = inputs_of(graph)
+    expected = part.outputs(interpret(graph, tensors, WIDE))
+    found = interpret(part.graph, part.inputs(tensors), WIDE)
+    pairs = zip(expected, found, strict=True)
+    return all(torch.equal(a.isnan(), c.isnan()) and _close(a, c) for a, c in pairs)
+
+
+def heads(*, causal: bool) -> Graph:
+    q, k, v = (wide(name, 6, 48, 8) for name in "qkv")
+    scores = b.matmul(q, b.transpose(k))
+    if causal:
+        later = b.gt(b.iota((1, 1, 48), -1), b.iota((1, 48, 1), -2))
+        scores = b.where(later, b.constant(float("-inf"), DType.F64), scores)
+    return b.kernel_graph("heads", [q, k, v], [b.matmul(softmax(scores), v)])
+
+
+def test_a_few_steps_stand_for_all_that_are_alike() -> None:
+    part = alike(heads(causal=False), 200)
+    assert part.kept == ((1, 48), (4, 6))
+    assert [i.shape for i in part.graph.inputs] == [(4, 1, 8), (4, 48, 8), (4, 48, 8)]
+    assert part_equals_whole(heads(causal=False), part)
+    # how many keys a query sees depends on where it is
+    part = alike(heads(causal=True), 200)
+    assert part.kept == ((1, 6),)
+    assert part_equals_whole(heads(causal=True), part)
+    assert alike(heads(causal=True), 1 << 20).kept == ()
+
+
+ROWS = wide("x", 48, 8)
+NUMBERED = b.cast(b.iota((48, 1), -2), DType.F64)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        b.mul(ROWS, NUMBERED),
+        b.sub(ROWS, b.reduce_sum(ROWS, -2)),
+        b.scan(ROWS, -2, "sum"),
+        b.flip(ROWS, (-2,)),
+        b.concat([b.slice_(ROWS, -2, 1, 48), b.slice_(ROWS, -2, 0, 1)], -2),
+        b.pad(b.slice_(ROWS, -2, 0, 47), -2, 1, 0, 0.0),
+        b.matmul(b.matmul(ROWS, b.transpose(ROWS)), ROWS),
+    ],
+)
+def test_steps_that_are_not_alike_are_all_kept(other: Node) -> None:
+    square = b.mul(ROWS, ROWS)
+    assert alike(b.kernel_graph("g", [ROWS], [square, b.exp(ROWS)]), 100).few
+    assert not alike(b.kernel_graph("g", [ROWS], [square, b.exp(other)]), 100).few
+
+
+@given(graph=kernel_graphs())
+def test_a_few_steps_of_random_programs(graph: Graph) -> None:
+    graph = expand(graph)
+    assert part_equals_whole(graph, alike(graph, 1))
