@@ -66,7 +66,13 @@ def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]
     if not products:
         large = sum(o.tensor.size_bytes for o in graph.outputs) >= _LARGE_BYTES
         past = [CpuConfig(store_past=True)] if large else []
-        return [CpuConfig(), *past, *(CpuConfig(unroll=u) for u in _UNROLLS)]
+        # what lies in the second cache already gains nothing by being fetched
+        return [
+            CpuConfig(),
+            *past,
+            CpuConfig(prefetch=False),
+            *(CpuConfig(unroll=u) for u in _UNROLLS),
+        ]
     wide = target is None or target.vector_bytes >= _AVX512_BYTES
     rows = max(_rows(p) for p in products)
     found = [_tile(r, v, wide=wide) for r, v in _register_tiles(rows, wide=wide)]

@@ -16,7 +16,7 @@ from superopt.ir.build import BlockBuilder
 from superopt.ir.graph import Graph
 from superopt.ir.ops import contraction, tile
 from superopt.ir.types import DType
-from superopt.verify.reference import run_reference
+from superopt.verify.reference import DTYPES, run_reference
 from tests.codegen.meaning import check, launched, tensor
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
@@ -84,10 +84,10 @@ def test_fold_rows(tmp_path: Path, width: int) -> None:
         partial = np.random.default_rng(rows).standard_normal((lanes, lanes)).astype(np.float32)
 
 
-def running(*, homogeneous: bool) -> Graph:
+def running(dtype: DType, *, homogeneous: bool) -> Graph:
     """Sums over tiles of 20 with a running maximum per row, which is a result, too."""
     g = BlockBuilder("running", grid={"m": 1}, loops={"n": 5})
-    x = g.load(b.input_("x", (18, 100), DType.F32), 18, ("n", 20))
+    x = g.load(b.input_("x", (18, 100), dtype), 18, ("n", 20))
     top = b.accumulate(tile.PREFIX_MAX, b.reduce_max(x, -1), "n")
     value = b.exp(b.sub(x, b.finite_or_zero(top))) if homogeneous else x
     wide = b.accum_rescaled(b.matmul(value, b.transpose(x)), top, "n")
@@ -97,10 +97,12 @@ def running(*, homogeneous: bool) -> Graph:
     return g.graph()
 
 
-@pytest.mark.parametrize("homogeneous", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "homogeneous"), [(DType.F32, True), (DType.F64, True), (DType.F32, False)]
+)
 @pytest.mark.parametrize("step", [0.1, 1.5, 3.0, 60.0])
-def test_a_shift_may_lag(tmp_path: Path, step: float, *, homogeneous: bool) -> None:
-    graph = running(homogeneous=homogeneous)
+def test_a_shift_may_lag(tmp_path: Path, step: float, dtype: DType, *, homogeneous: bool) -> None:
+    graph = running(dtype, homogeneous=homogeneous)
     source = lower(graph, CpuConfig(), graph.name)
     assert ("lagging" in source.text) == homogeneous
     (kernel,) = compile_many([source], tmp_path)
@@ -109,6 +111,7 @@ def test_a_shift_may_lag(tmp_path: Path, step: float, *, homogeneous: bool) -> N
     x += (
         step * torch.arange(100).div(20, rounding_mode="floor") * torch.linspace(-1, 1, 18)[:, None]
     )
+    x = x.to(DTYPES[dtype])
     check(graph, [x], launched(kernel, graph, [x]))
     if not homogeneous:
         return

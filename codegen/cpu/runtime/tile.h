@@ -315,6 +315,11 @@ SO_INLINE T settled(T shift, T peak, float power) {
 SO_INLINE bool scales(const float* factors, long rows) {
   return any(load_n<vf>(factors, (int)rows, 1.0f) != 1.0f);
 }
+SO_INLINE bool scales(const double* factors, long rows) {
+  bool found = false;
+  for (long i = 0; i < rows; ++i) found |= factors[i] != 1.0;
+  return found;
+}
 
 // C[m,n] (+)= A[m,k] B[k,n] for element types without a vector form, any strides.
 template <bool ACCUMULATE, class V, class TA, class TB>
