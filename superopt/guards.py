@@ -77,8 +77,8 @@ _CLASS_NAMES: Final = frozenset(
         "__classdictcell__",
     ]
 )
-
-
+_PARTS: Final = ("__code__", "__defaults__", "__kwdefaults__")
+"""What reloading an edited file in a notebook puts into the functions that there are."""
 _WALKED: Final = (list, tuple, dict, set, frozenset, collections.deque)
 
 
@@ -370,8 +370,11 @@ class _Walk:
             self.note(name, name_of(function), version_of(package_of(function)))
             return
         self.code(function.__code__)
-        self.value(f"{name}.__defaults__", function.__defaults__, depth)
-        self.value(f"{name}.__kwdefaults__", function.__kwdefaults__, depth)
+        for part in _PARTS:
+            held = getattr(function, part)
+            self.guards.slots.append((function, part, held))
+            if part != "__code__":
+                self.value(f"{name}.{part}", held, depth)
         for cell_name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):

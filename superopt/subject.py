@@ -426,8 +426,11 @@ def _observe(
         tensors = [copies.get(id(t), t) for t in tensors]
     given, form = pytree.tree_flatten((tuple(args), dict(kwargs)))
     args, kwargs = pytree.tree_unflatten(given, form)
-    with torch.no_grad():
-        result = function(*args, **kwargs)
+    try:
+        with torch.no_grad():
+            result = function(*args, **kwargs)
+    except Exception as error:  # shapes alone did not tell
+        raise Unsupported(f"the program fails: {type(error).__name__}: {error}") from error
     left, left_form = pytree.tree_flatten((args, kwargs))
     if left_form != form or any(a is not b for a, b in zip(given, left, strict=True)):
         raise Unsupported("the program changes a list or a dict among its arguments")

@@ -605,10 +605,14 @@ def test_a_program_of_16_bits_is_compared_as_far_as_it_rounds():
         assert pipeline._agrees(request, plan, 0, x.device) == agrees
 
 
-def test_an_error_of_the_program_is_the_programs_error(folder):
+def test_an_error_of_the_program_is_the_programs_error(folder, caplog):
     fast = superopt.optimize(lambda x, y: x @ y, budget_s=1, cache=folder)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         fast(torch.randn(2, 3), torch.randn(2, 3))
+    fast = superopt.optimize(lambda x: x.softmax(-1), budget_s=1, cache=folder)
+    with pytest.raises(NotImplementedError, match="not implemented for 'ComplexFloat'"):
+        fast(torch.ones(2, 3, dtype=torch.complex64))  # lifting sees types of elements only
+    assert "internal error" not in caplog.text
 
 
 def test_a_defect_of_ours_is_logged_and_the_original_runs(folder, monkeypatch, caplog):

@@ -72,6 +72,21 @@ def test_a_replaced_function_is_seen(monkeypatch):
     assert not guards.hold()
 
 
+@pytest.mark.parametrize("part", ["__code__", "__defaults__", "__kwdefaults__"])
+def test_what_is_put_into_a_function_is_seen(part):
+    def scaled(x, factor=2, *, power=1):
+        return x**power * factor
+
+    def reloaded(x, factor=3, *, power=2):
+        return x**power * factor + 1
+
+    guards = take_guards(lambda x: scaled(x))
+    setattr(scaled, part, getattr(scaled, part))
+    assert guards.hold()
+    setattr(scaled, part, getattr(reloaded, part))
+    assert not guards.hold()
+
+
 def test_a_changed_dict_is_seen(monkeypatch):
     guards = take_guards(uses_globals)
     monkeypatch.setitem(TABLE, "power", 3)
