@@ -3,6 +3,7 @@
 In: block graphs and kernel graphs that the search proposes. Out: seconds, infinity for what does not
 compile, run, or agree with its own meaning. Compilation is parallel; timing is alone, interleaved,
 and by medians, so that a slow moment of the machine meets every candidate alike.
+Times while other programs kept our threads waiting do not count, if there are others.
 """
 
 import logging
@@ -31,14 +32,23 @@ from superopt.plan import KernelSource
 from superopt.runtime import Program, build_program
 from superopt.verify.opaque import spread
 from superopt.verify.reference import DTYPES, run_reference
-from superopt.verify.threads import suitable
+from superopt.verify.threads import suitable, waited_s
 
 logger = logging.getLogger("superopt")
 
-_SAMPLE_S: Final = 3e-4
+_SAMPLE_S: Final = 1e-3
+"""For how long a call is timed at once: longer than it takes to ask how long threads have waited."""
 _ROUNDS: Final = 9
+_FEW: Final = 3
+"""How many rounds at least, however late it is, if there is something to choose between."""
+_MORE: Final = 8
+"""How many times as many rounds there may be where other programs disturb, while there is time."""
+_LONG_S: Final = 0.02
+_DISTURBED: Final = 0.1
+"""The share of a call's time for which our threads waited for a processor that makes it a disturbed one."""
 _HOPELESS: Final = 1.6
 _TOLERANCE: Final = 2e-2
+_PIECE: Final = 1 << 17
 _PATIENCE_S: Final = 15.0
 _KERNEL_S: Final = 0.2
 """For how long a kernel is timed: one of 50 ms six times, one of 10 ms as often as any."""
@@ -66,27 +76,59 @@ def interleaved(
     rounds: int = _ROUNDS,
     timed: Timer = wall,
 ) -> list[float]:
-    """Return the median seconds of each call, all called in turn; hopeless ones are dropped early."""
+    """Return the seconds of each call, all called in turn; hopeless ones are dropped early.
+
+    Other programs come and go: for what they disturb there are more rounds, for up to `limit_s`.
+    """
     if not calls:
         return []
-    repeats: list[int] = []
-    samples: list[list[float]] = []
-    for call in calls:
-        call()
-        once = timed(call, 1)
-        repeats.append(max(1, int(_SAMPLE_S / max(once, 1e-7))))
-        samples.append([once])
-    alive = list(range(len(calls)))
     end = time.perf_counter() + limit_s
-    for number in range(rounds):
-        for i in alive:
-            samples[i].append(timed(calls[i], repeats[i]))
-        best = min(median(s) for s in samples)
-        if number >= 1:
-            alive = [i for i in alive if median(samples[i]) <= _HOPELESS * best]
-        if time.perf_counter() > end and number >= 2:
+    repeats: list[int] = []
+    samples = [_Samples() for _ in calls]
+    for call, own in zip(calls, samples, strict=True):
+        once = timed(call, 1)
+        if once < _LONG_S:  # what takes long does not wait for caches
+            once = timed(call, 1)
+        repeats.append(max(1, int(_SAMPLE_S / max(once, 1e-7))))
+        own.first = once
+    alive = list(range(len(calls)))
+    for number in range(_MORE * rounds):
+        over = time.perf_counter() > end
+        if number >= 2 or over:
+            best = min(own.seconds() for own in samples)
+            alive = [i for i in alive if not samples[i].hopeless(best, over)]
+        if over and (number >= _FEW or len(alive) < 2):
             break
-    return [median(s[1:]) if len(s) > 1 else s[0] for s in samples]
+        if all(len(samples[i].calm) >= rounds for i in alive):
+            break
+        for i in alive:
+            waited = waited_s()
+            taken = timed(calls[i], repeats[i])
+            samples[i].add(taken, waited_s() - waited > _DISTURBED * taken * repeats[i])
+    return [own.seconds() for own in samples]
+
+
+@final
+@dataclass(slots=True)
+class _Samples:
+    """Times of a call: the first, those while no other program had our processors, and the rest."""
+
+    first: float = inf
+    calm: list[float] = field(default_factory=list)
+    disturbed: list[float] = field(default_factory=list)
+
+    def add(self, seconds: float, disturbed: bool) -> None:
+        (self.disturbed if disturbed else self.calm).append(seconds)
+
+    def seconds(self) -> float:
+        """Return the median of calm times; of others a low one, since these are too long and none too short."""
+        if self.calm:
+            return median(self.calm)
+        return sorted([self.first, *self.disturbed])[len(self.disturbed) // 4]
+
+    def hopeless(self, best: float, over: bool) -> bool:
+        """Say whether another round would not help; in a disturbed moment that is not known."""
+        return bool(self.calm or over) and self.seconds() > _HOPELESS * best
 
 
 @final
@@ -409,8 +451,24 @@ def agreeing(result: torch.Tensor, expected: torch.Tensor, tolerance: float) -> 
         return agreeing(torch.view_as_real(result), torch.view_as_real(expected), tolerance)
     if not expected.is_floating_point():
         return float((result == expected).double().mean())
-    wide, exact = result.double(), expected.double()
-    finite = exact[torch.isfinite(exact)]
-    scale = float(finite.abs().mean()) if finite.numel() else 1.0
-    near = torch.isclose(wide, exact, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-    return float(near.double().mean())
+    # a piece at a time stays in a cache through all the steps
+    pieces = [torch.split(t.reshape(-1), _PIECE) for t in (result, expected)]
+    sums = [_magnitudes(e) for e in pieces[1]]
+    count = sum(n for _, n in sums)
+    scale = sum(s for s, _ in sums) / count if count else 1.0
+    near = 0
+    for found, exact in zip(*pieces, strict=True):
+        wide = (found.double(), exact.double())
+        near += int(
+            torch.isclose(*wide, rtol=tolerance, atol=tolerance * scale, equal_nan=True).sum()
+        )
+    return near / expected.numel()
+
+
+def _magnitudes(values: torch.Tensor) -> tuple[float, int]:
+    """Return the sum of the magnitudes of what is finite, and how many these are."""
+    magnitudes = values.double().abs()
+    known = magnitudes.isfinite()
+    if not bool(known.all()):
+        magnitudes = magnitudes[known]
+    return float(magnitudes.sum()), magnitudes.numel()

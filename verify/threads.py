@@ -10,7 +10,8 @@ or tested as they will run, keep the threads that they were given.
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import glob
 from threading import Thread
 from typing import Final
 
@@ -79,3 +80,12 @@ def worked_s(begun: tuple[float, float]) -> float:
     What takes long in a busy moment does not foretell how long it takes in the next.
     """
     return min(then - before for then, before in zip(now(), begun, strict=True))
+
+
+def waited_s() -> float:
+    """Return the seconds that this process's threads have waited for a processor so far; 0 where no one says."""
+    total = 0
+    for path in glob("/proc/self/task/*/schedstat"):
+        with suppress(OSError), open(path, "rb") as file:  # a thread may be gone
+            total += int(file.read().split()[1])
+    return total * 1e-9
