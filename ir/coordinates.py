@@ -69,6 +69,11 @@ def moved_coords(node: Node, coords: Coordinates) -> Coordinates:
     return tuple(moved)
 
 
+def shifted(offset: int | str, start: int) -> int | str:
+    """Return an offset that counts from elsewhere."""
+    return _affine(offset, 1, start)
+
+
 def _affine(offset: int | str, scale: int, start: int) -> int | str:
     if isinstance(offset, int):
         return offset * scale + start

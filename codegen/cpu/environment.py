@@ -8,12 +8,12 @@ Invariant: a value that does not vary along the row is computed in the row's sca
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
 from superopt.codegen.cpu.expressions import LOWER, literal, scalar_type, vector_type
-from superopt.codegen.cpu.inline import Plan
+from superopt.codegen.cpu.inline import JOINS, Plan, joined_parts
 from superopt.codegen.errors import CodegenError
 from superopt.ir.coordinates import (
     Coordinate,
@@ -22,6 +22,7 @@ from superopt.ir.coordinates import (
     gathered,
     is_move,
     moved_coords,
+    shifted,
 )
 from superopt.ir.node import Node
 from superopt.ir.ops import elementwise, leaf, structural, tile
@@ -157,6 +158,8 @@ class Environment:
             if place[0] is not None and self.vector:
                 return self.define(f"so::select({inside}, {found}, {missing})", dtype)
             return self.define(f"{inside} ? {found} : {missing}", dtype)
+        if node.op in JOINS:
+            return self._joined(node, coords)
         if node.op.kind is not OpKind.ELEMENTWISE:
             raise CodegenError(f"{node.op.name} is read before it is computed")
         rule = LOWER[node.op]
@@ -169,6 +172,71 @@ class Environment:
         if node.op is elementwise.MUL and dtype in _CONTRACTED and self._is_added(node):
             text = f"rounded({text})"
         return self.define(text, dtype)
+
+    def _joined(self, node: Node, coords: Coordinates) -> str:
+        """Read an element of what is put together from the part in which it lies."""
+        axis = node.attrs.axis + len(coords)
+        dim, scale, offset = coords[axis]
+        parts = joined_parts(node)
+        type_ = vector_type(node.tensor.dtype) if self.vector else scalar_type(node.tensor.dtype)
+        name = self.context.fresh("v")
+        first = last = self.context.fresh("p")
+        along = dim is not None and dim == self.lane
+        # what does not vary along the row is computed before it, whichever part it is of
+        place = self if along or self.row is None else self.row
+        place.lines.append(f"const long {first} = {self.index(coords[axis])};")
+        if self.vector and along:
+            self.touched.gain = -math.inf
+            last = self.context.fresh("p")
+            self.lines.append(
+                f"const long {last} = {first} + ({self.count or 'VL'} - 1) * {scale}L;"
+            )
+        self.lines.append(f"{type_} {name};")
+        for number, (part, start, end) in enumerate(parts):
+            at: Coordinate = (dim, scale, shifted(offset, -start))
+            if not along:
+                inside = place.context.fresh("p")
+                size = end - start
+                text = f"max_of(0L, min_of({first} - {start}L, {size}L))"
+                place.lines.append(f"const long {inside} = {text};")
+                at = (None, 0, inside)
+            inner = replace(self, lines=[], cache=dict(self.cache))
+            if part is None:
+                value = self.splat(literal(node.attrs.value, node.tensor.dtype), node.tensor.dtype)
+            else:
+                value = inner.value(part, (*coords[:axis], at, *coords[axis + 1 :]))
+            low, high = (first, last) if scale >= 0 else (last, first)
+            test = f"if ({low} >= {start}L && {high} <= {end}L) "
+            if number == len(parts) - 1 and first == last:
+                test = ""
+            self.lines += [f"{'else ' if number else ''}{test}{{"]
+            self.lines += [*("  " + line for line in inner.lines), f"  {name} = {value};", "}"]
+        if first != last:
+            self._lane_by_lane(node, coords, name)
+        return name
+
+    def _lane_by_lane(self, node: Node, coords: Coordinates, name: str) -> None:
+        """Bring a vector together whose lanes are of several parts."""
+        lane, room = self.context.fresh("l"), self.context.fresh("b")
+        inner = Environment(
+            self.context,
+            self.plan,
+            self.extents,
+            self.lane,
+            f"({self.lane_text} + {lane})",
+            row=self.row,
+        )
+        value = inner.value(node, coords)
+        self.lines += [
+            "else {",
+            f"  float {room}[VL] = {{}};",
+            f"  for (long {lane} = 0; {lane} < {self.count or 'VL'}; ++{lane}) {{",
+            *("    " + line for line in inner.lines),
+            f"    {room}[{lane}] = {value};",
+            "  }",
+            f"  {name} = load<vf>({room});",
+            "}",
+        ]
 
     def _is_added(self, node: Node) -> bool:
         """Say whether a compiler could merge the product with an addition that reads it."""
@@ -299,6 +367,8 @@ class Environment:
             elif node.op is structural.GATHER:
                 stack.append((node.inputs[0], gathered(node, coords, (None, 0, "place"))))
                 stack.append((node.inputs[1], coords))
+            elif node.op in JOINS:
+                stack += [(i, gathered(node, coords, (None, 0, "place"))) for i in node.inputs]
             else:
                 stack += [(i, broadcast_coords(i, coords)) for i in node.inputs]
 
@@ -308,7 +378,7 @@ class Environment:
             view = self.context.views.get(found)
             if view is not None:
                 steps = view.strides  # a tensor repeated along a dim has stride 0 there
-            elif not found.inputs:
+            elif not found.inputs or found.op in JOINS:
                 steps = (1,) * len(at)
             else:
                 continue

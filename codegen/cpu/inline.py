@@ -42,6 +42,11 @@ _DEAR_OPS = frozenset(
         elementwise.COS,
     }
 )
+JOINS = (structural.CONCAT, structural.PAD)
+_MOST_PARTS = 4
+_LANES = 16
+_ROW_OF_SEAM = 64
+"""Elements of a row that pay one vector whose lanes are of two parts, and are brought together one by one."""
 _INT32 = (-(2**31), 2**31 - 1)
 _RANGES = {
     DType.BOOL: (0, 1),
@@ -144,9 +149,12 @@ class Plan:
         elif kind in (OpKind.CONTRACTION, OpKind.REDUCTION):
             if node not in self.merged:
                 self.memory.add(node)
-        elif node.op in (structural.CONCAT, structural.PAD, contraction.SCAN) or (
-            node.op is structural.RESHAPE and not adds_ones(node)
-        ):
+        elif node.op in JOINS:
+            self.cost[node] = 1 + sum(self._inline_cost(i) for i in dict.fromkeys(node.inputs))
+            if not self._joins_in_place(node) or self._worth_keeping(node):
+                self.memory.add(node)
+            return
+        elif node.op is contraction.SCAN or (node.op is structural.RESHAPE and not adds_ones(node)):
             self.memory.add(node)
         elif kind is OpKind.ELEMENTWISE and node.shape:
             total = sum(self._inline_cost(i) for i in dict.fromkeys(node.inputs))
@@ -161,6 +169,22 @@ class Plan:
                 self.memory.add(base)
         inputs = dict.fromkeys(node.inputs)
         self.cost[node] = sum(self._inline_cost(i) for i in inputs) if is_move(node) else 0
+
+    def _joins_in_place(self, node: Node) -> bool:
+        """Say whether loops can read the parts where they lie: few vectors have lanes of several parts."""
+        readers = _readers(self.users, node)
+        kinds = (OpKind.ELEMENTWISE, OpKind.REDUCTION)
+        simple = all(r.op in (*JOINS, tile.STORE) or r.op.kind in kinds for r in readers)
+        along = any(r.op in (contraction.ARGMAX, contraction.ARGMIN) for r in readers)
+        dtype = node.tensor.dtype
+        if not simple or along or not dtype.is_float or dtype is DType.F64:
+            return False
+        parts = joined_parts(node)
+        inside = [start for _, start, _ in parts[1:] if start % _LANES]
+        last = node.attrs.axis == -1
+        return len(parts) <= _MOST_PARTS and not (
+            last and node.shape[-1] < _ROW_OF_SEAM * len(inside)
+        )
 
     def _inline_cost(self, node: Node) -> int:
         return 0 if node in self.memory else self.cost.get(node, 0)
@@ -247,6 +271,19 @@ class Plan:
         others = [self.ranges[i] for i in user.inputs if i is not node]
         inside = all(_INT32[0] < a and b < _INT32[1] for a, b in others)
         return user.op in elementwise.COMPARISONS and saturated and inside
+
+
+def joined_parts(node: Node) -> list[tuple[Node | None, int, int]]:
+    """Return the parts of a join, each with its first and last place; None is the value around a padded one."""
+    parts: list[tuple[Node | None, int]] = [(i, i.shape[node.attrs.axis]) for i in node.inputs]
+    if node.op is structural.PAD:
+        parts = [(None, node.attrs.before), *parts, (None, node.attrs.after)]
+    found, start = [], 0
+    for part, size in parts:
+        if size:
+            found.append((part, start, start + size - 1))
+            start += size
+    return found
 
 
 def rough_exponentials(graph: Graph) -> frozenset[Node]:

@@ -441,6 +441,32 @@ def test_moving_elements(folder):
 
 
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+@pytest.mark.parametrize("axis", [-1, -2, -3])
+def test_parts_are_read_where_they_lie(folder, dtype, axis):
+    build = BlockBuilder("joined", grid={"a": 2})
+    x = b.cast(build.load(b.input_("x", (6, 5, 131), dtype), ("a", 3), 5, 131), DType.F32)
+    halves = b.cast(build.load(b.input_("y", (6, 5, 131), dtype), ("a", 3), 5, 131), dtype.wide)
+    mean = b.reduce_sum(x, axis)  # one place along the axis, and often one value per row
+    joined = b.concat([x, b.neg(halves), b.slice_(mean, axis, 0, 1)], axis)
+    rolled = b.concat([b.slice_(x, axis, 2, x.shape[axis]), b.slice_(x, axis, 0, 2)], axis)
+    shifted = b.slice_(b.pad(b.mul(x, halves), axis, 2, 1, 0.5), axis, 0, x.shape[axis])
+    turned = b.flip(b.pad(x, axis, 0, 1), axis)
+    for value in (b.exp(joined), b.add(rolled, x), b.add(shifted, halves), b.mul(turned, 2.0)):
+        shape = value.shape
+        build.store(value, (2 * shape[0], *shape[1:]), ("a", shape[0]), *shape[1:])
+    build.store(
+        b.reduce_sum(b.mul(turned, turned), -1),
+        (2 * turned.shape[0], turned.shape[1], 1),
+        ("a", turned.shape[0]),
+        turned.shape[1],
+        1,
+    )
+    graph = build.graph()
+    check(graph, folder, tolerance=2e-5)
+    assert "const tile" not in lower(graph, CpuConfig(), graph.name).text
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
 def test_tiles_are_copied_into_rows_that_loops_can_read(folder, dtype):
     build = BlockBuilder("across", grid={"a": 2}, loops={"k": 3})
     across = build.load(b.input_("x", (3, 37, 45), dtype, strides=(1665, 1, 37)), ("a", 2), 37, 45)
