@@ -512,6 +512,9 @@ class _Emitter:
         value = self._value(node, number)
         if value.op is elementwise.CAST and value.inputs[0].tensor.dtype is node.tensor.dtype:
             value = value.inputs[0]
+        elif node.tensor.dtype is DType.F32:
+            # a number of 16 bits that was widened is one for all who read it: what compares rounds it
+            value = _rounded(value, node)
         slots = _slots(self._layout(node))
         shape = tuple(1 if a is None else self.tiles[a] for a in slots)
         value = b.cast(b.broadcast(value, shape), node.tensor.dtype)

@@ -268,6 +268,20 @@ def test_blocks_of_a_linear_layer_share_columns_evenly_and_transpose_weights_onc
     assert extents == {300: 300, 777: 400}
 
 
+def test_widened_numbers_leave_a_kernel_rounded() -> None:
+    """Their largest, found by another kernel, is among them: whoever compares with it rounds as the program does."""
+    x, w = b.input_("x", (8, 16), DType.BF16), b.input_("w", (16, 8), DType.BF16)
+    graph = b.kernel_graph("wide", [x, w], [b.cast(b.matmul(x, w), DType.F32)])
+    values = [t.bfloat16() for t in tensors(graph)]
+    region = whole_region(graph)
+    for schedule in derive(region):
+        block = block_graph(schedule, tiles(schedule, 8), "kernel")
+        results = place(schedule, block, region.inputs)
+        candidate = substitute(graph, dict(zip(region.outputs, results, strict=True)))
+        (found,) = run_reference(candidate, values)
+        assert torch.equal(found, found.bfloat16().float())
+
+
 def test_nothing_has_no_schedule() -> None:
     x = b.input_("x", (0, 4), DType.F32)
     for y in (b.add(b.mul(x, 2.0), 1.0), b.reduce_sum(b.mul(x, 2.0), -2)):
