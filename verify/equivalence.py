@@ -403,15 +403,17 @@ def _run(
     error = _error(joint, half)
     if error > _MOST_ERROR:
         return _refused(f"degree too high for a bound: {error:.2g} per test", seed, started)
-    sites = _decision_sites(joint, by_order)
     tests = max(1, ceil(log2(error_bound) / log2(error)))
-    if sites:
-        tests = max(tests, min(MAX_TESTS, ceil(MIN_DECISIONS / min(sites))))
-    read = frozenset(topological(_compared(joint, half)))
+    compared = _compared(joint, half)
+    sites = _decision_sites(compared, by_order)
+    read = frozenset(topological(compared))
     integers = [i for i in joint.inputs if i in read and not i.tensor.dtype.is_float]
     drawn = [max(1, i.tensor.elements) for i in integers]
-    if drawn:
-        tests = max(tests, min(MAX_TESTS, ceil(MIN_INTEGERS / min(drawn))))
+    # a first look, which asks for less, sees fewer outcomes too
+    part = min(1.0, log2(error_bound) / log2(DEFAULT_ERROR_BOUND))
+    for wanted, elements in ((MIN_DECISIONS, sites), (MIN_INTEGERS, drawn)):
+        if elements:
+            tests = max(tests, min(MAX_TESTS, ceil(part * wanted / min(elements))))
     needs = needed_residues(joint, by_order=by_order)
     primes: list[tuple[int, int]] = []
     seeds: list[int] = []
@@ -453,12 +455,12 @@ def _test_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _decision_sites(joint: Graph, by_order: bool) -> list[int]:
-    """List the number of elements of every comparison of values."""
+def _decision_sites(outputs: Sequence[Node], by_order: bool) -> list[int]:
+    """List the number of elements of every comparison of values that `outputs` read."""
     extrema = (elementwise.MAXIMUM, elementwise.MINIMUM) if by_order else ()
     return [
         max(1, node.tensor.elements)
-        for node in topological(joint.outputs)
+        for node in topological(outputs)
         if node.op in extrema or _compares_values(node)
     ]
 

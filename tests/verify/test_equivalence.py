@@ -356,6 +356,23 @@ def test_only_integers_that_differing_results_read_need_many_values() -> None:
     assert tests((b.mul(b.mul(X, 2.0), scaled), b.mul(doubled, scaled))) == 64
 
 
+def test_a_first_look_sees_fewer_outcomes_of_few_comparisons() -> None:
+    scale = tensor("scale", (6,))
+    capped = b.where(b.gt(scale, 1.0), scale, b.exp(scale))
+    doubled, added = b.mul(X, 2.0), b.add(X, X)
+
+    def tests(error_bound: float, left: list[Node], right: list[Node]) -> int:
+        graphs = (b.kernel_graph("capped", (X, scale), side) for side in (left, right))
+        verdict = verify_field(*graphs, seed=3, error_bound=error_bound)
+        assert verdict.equivalent
+        return verdict.tests
+
+    read = [b.mul(doubled, capped)], [b.mul(added, capped)]
+    assert tests(2.0**-60, *read) == 43
+    assert tests(2.0**-20, *read) == 15
+    assert tests(2.0**-60, [doubled, capped], [added, capped]) < 10, "nothing that differs reads it"
+
+
 def test_integers_are_negative_too() -> None:
     i = tensor("i", (40,), DType.I64)
     plain, wrong = b.cast(i, DType.F32), b.cast(b.abs_(i), DType.F32)
