@@ -87,7 +87,7 @@ def signature(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> A
         if kind is _Tensor or kind is _Parameter:
             if gradients and value.requires_grad:
                 return None
-            if _held_otherwise(value):
+            if not is_as_it_lies(value):
                 return None
             parts += (value.shape, value.dtype, value.device, value.stride())
             continue
@@ -104,10 +104,12 @@ def signature(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> A
     return tuple(parts)
 
 
-def _held_otherwise(value: torch.Tensor) -> bool:
-    """Say whether a tensor's memory does not hold its elements, each where its strides say."""
-    dense = value.layout is torch.strided and not value.is_nested
-    return not dense or value.is_neg() or value._is_zerotensor()
+def is_as_it_lies(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is what its memory holds, each element where its strides say."""
+    if type(tensor) not in (_Tensor, _Parameter):
+        return False
+    dense = tensor.layout is torch.strided and not tensor.is_nested
+    return dense and not (tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor())
 
 
 def _other(value: Any, gradients: bool) -> Any:
@@ -172,4 +174,4 @@ def _refused(leaf: Any) -> str:
         return "requires gradients: plans are for inference, under torch.no_grad()"
     if leaf.layout is not torch.strided or leaf.is_nested:
         return "is no dense tensor"
-    return "is a view of other values than its memory holds" if _held_otherwise(leaf) else ""
+    return "" if is_as_it_lies(leaf) else "is a view of other values than its memory holds"

@@ -20,7 +20,7 @@ from superopt.frontend import Lifted
 from superopt.pipeline import Request, restorer
 from superopt.plan import OutputSpec, Plan
 from superopt.runtime import load_tensor
-from superopt.signature import tensor_check
+from superopt.signature import is_as_it_lies, tensor_check
 from superopt.verify.draws import generators
 from superopt.verify.opaque import duplicate
 
@@ -51,6 +51,7 @@ class Fetch:
         tensor = self.table.get(self.name)
         if (
             not isinstance(tensor, torch.Tensor)
+            or not is_as_it_lies(tensor)
             or tensor.shape != self.shape
             or tensor.dtype is not self.dtype
             or tensor.stride() != self.strides
@@ -112,7 +113,8 @@ class Binding:
 
     def needs_grad(self) -> bool:
         """Say whether a parameter takes part in autograd."""
-        return any(isinstance(f, Fetch) and f.table[f.name].requires_grad for f in self.rest)
+        found = (f.table.get(f.name) for f in self.rest if isinstance(f, Fetch))
+        return any(t.requires_grad for t in found if t is not None)
 
 
 def flatten(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[Any]:
@@ -128,7 +130,7 @@ def separated(
     A plan is for all calls of its signature. Arguments that happen to be one tensor at the first call
     are others at the next.
     """
-    seen = {t.untyped_storage().data_ptr() for t in held if t.layout is torch.strided}
+    seen = {t.untyped_storage().data_ptr() for t in held if is_as_it_lies(t)}
 
     def own(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.layout is not torch.strided or tensor.numel() == 0:
@@ -360,6 +362,8 @@ def _sources(
     rest: list[Fetch | torch.Tensor] = []
     constants: dict[str, torch.Tensor] = {}
     for name, tensor in parameters.items():
+        if not is_as_it_lies(tensor):
+            raise Unsupported(f"{name} is no plain tensor ({type(tensor).__name__})")
         place = places.get(id(tensor))
         fetch = None if place is None else _fetch(modules[place[0]], place[1])
         if place is None or fetch is None:

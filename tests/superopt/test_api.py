@@ -183,6 +183,47 @@ def test_a_module_keeps_its_face_and_sees_its_weights_change(folder):
     assert module.linear.weight.grad is not None
 
 
+class Coded(torch.Tensor):
+    """Weights kept in 8 bits, as libraries that quantize put them into modules."""
+
+    @staticmethod
+    def __new__(cls, codes):
+        return cls._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes):
+        self.codes = codes
+
+    @classmethod
+    def __torch_dispatch__(cls, function, kinds, args=(), kwargs=None):
+        plain = [a.codes.float() / 64 if isinstance(a, Coded) else a for a in args]
+        return function(*plain, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda w: Coded(torch.ones(w.shape, dtype=torch.int8)),
+        torch._neg_view,
+        lambda w: torch._efficientzerotensor(w.shape),
+        None,
+    ],
+    ids=["coded", "negated", "zero", "none"],
+)
+def test_parameters_may_become_tensors_of_another_kind(folder, caplog, other):
+    module = torch.nn.Linear(64, 48).requires_grad_(False)
+    fast = superopt.optimize(module, budget_s=1, cache=folder)
+    x = torch.randn(8, 64)
+    torch.testing.assert_close(fast(x), module(x))
+    assert planned(fast) == [True]
+    if other is None:
+        module.bias = None
+    else:
+        module._parameters["weight"] = other(module.weight.detach())
+    for again in (fast, superopt.optimize(module, budget_s=1, cache=False)):
+        torch.testing.assert_close(again(x), module(x))
+    assert "internal error" not in caplog.text
+
+
 def test_optimized_things_can_be_copied_and_pickled(folder):
     fast = superopt.optimize(Block().eval(), budget_s=1, cache=folder)
     x = torch.randn(2, 64)
