@@ -69,6 +69,8 @@ _FIRST_LOOK: Final = 2.0**-20
 """The error bound of a variant's test: one draw as a rule."""
 _PROOF: Final = 3.0
 """How many times as long as that the proof of a program may take: three draws."""
+_PROOF_IN_PIECES: Final = 1.5
+"""The same where it is proven in pieces: the whole is drawn once in either, and pieces are small."""
 LAST_S: Final = 2.0
 """For what comes after the proof: the program is compared with the original."""
 _LAST_SHARE: Final = 0.6
@@ -376,7 +378,8 @@ class Driver:
         except SuperoptError as error:
             self._reject(str(error))
             return False
-        self.proof_s = max(self.proof_s, _PROOF * worked_s(begun))
+        times = _PROOF_IN_PIECES if verdict.pieces else _PROOF
+        self.proof_s = max(self.proof_s, times * worked_s(begun))
         if not verdict.equivalent:
             self._reject(str(verdict))
         return verdict.equivalent

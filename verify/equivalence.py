@@ -12,6 +12,7 @@ import time
 from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil, log2
 from typing import Any, final
 
@@ -49,6 +50,8 @@ MIN_INTEGERS = 64
 """How many values are drawn of each integer or boolean input of what differs, over all tests."""
 _MOST_ERROR = 0.5
 """Tests that say less than this are not worth repeating."""
+_SAMPLE = 1 << 15
+"""How many elements of a value tell which others may be equal to it."""
 DIRECT_ERROR = 2.0**-10
 """Programs are tested whole while one test says so much; else in pieces, which then costs less."""
 
@@ -368,22 +371,38 @@ class _Observed:
                 self.finite.add(node)
             if node.type in self.types:
                 self.signatures[node] = digests = _signature(value, self.domain)
-                if "p" in digests:
+                if "p" in digests and len(value.residues) > 1:
                     known = self.exponents.setdefault((node.type, digests["p"]), {})
-                    for name, residue in value.residues.items():
-                        known.setdefault(name, residue)
-                    residues = {name: known[name] for name in value.residues}
-                    value = FieldValue(residues, value.kind, value.real)
+                    alike = known.setdefault("p", value.residues["p"])
+                    canonical = self.domain.fields["p"].canonical
+                    if torch.equal(canonical(alike), canonical(value.residues["p"])):
+                        for name, residue in value.residues.items():
+                            known.setdefault(name, residue)
+                        residues = {name: known[name] for name in value.residues}
+                        value = FieldValue(residues, value.kind, value.real)
         return value
 
 
 def _signature(value: FieldValue, domain: FieldDomain) -> dict[str, bytes]:
-    marks = b"" if value.kind is None else value.kind.contiguous().cpu().numpy().tobytes()
+    """Digest a value, a large one by elements drawn for its size: a mistake makes a claim that fails."""
+    marks = b"" if value.kind is None else _drawn(value.kind).cpu().numpy().tobytes()
     result = {}
     for name, residue in value.residues.items():
-        whole = domain.fields[name].canonical(residue).to(torch.int32).contiguous()
-        result[name] = hashlib.blake2b(whole.cpu().numpy().tobytes() + marks).digest()
+        seen = domain.fields[name].canonical(_drawn(residue)).to(torch.int32)
+        result[name] = hashlib.blake2b(seen.cpu().numpy().tobytes() + marks).digest()
     return result
+
+
+def _drawn(x: torch.Tensor) -> torch.Tensor:
+    flat = x.reshape(-1)
+    if flat.numel() <= _SAMPLE:
+        return flat
+    return flat[_places(flat.numel(), _SAMPLE).to(flat.device)]
+
+
+@lru_cache(maxsize=64)
+def _places(elements: int, count: int) -> torch.Tensor:
+    return torch.randint(elements, (count,), generator=torch.Generator().manual_seed(elements))
 
 
 def _error(joint: Graph, half: int) -> float:

@@ -27,7 +27,7 @@ from superopt.search.partition import is_compute, partition
 from superopt.search.region import make_region
 from superopt.search.schedule import derive
 from superopt.verify import threads
-from superopt.verify.equivalence import Verdict, provable, verify_field
+from superopt.verify.equivalence import Piece, Verdict, provable, verify_field
 from superopt.verify.floating import FloatTest
 from superopt.verify.reference import run_reference
 from tests.search.programs import PROGRAMS
@@ -530,6 +530,19 @@ def test_a_busy_moment_foretells_no_long_proof(monkeypatch: pytest.MonkeyPatch) 
     found = Driver(graph, Target(), Predicted(), 5.0, 0, FloatTest(graph, seed=0))
     assert found._equal(graph, graph)
     assert 0 < found.proof_s < 1000.0
+
+
+def test_a_proof_in_pieces_draws_the_whole_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = PROGRAMS["norm_linear"]
+    verdict = verify_field(graph, graph, seed=1)
+    piece = Piece("", (), verdict.primes, verdict.seeds, verdict.error_per_test, False)
+    monkeypatch.setattr(driver, "worked_s", lambda begun: 2.0)
+    for pieces, proof_s in (((), 6.0), ((piece,), 3.0)):
+        looked = replace(verdict, pieces=pieces)
+        monkeypatch.setattr(driver, "verify_field", lambda *a, looked=looked, **k: looked)
+        found = Driver(graph, Target(), Predicted(), 5.0, 0, FloatTest(graph, seed=0))
+        assert found._equal(graph, graph)
+        assert found.proof_s == proof_s
 
 
 def attention() -> Node:

@@ -82,6 +82,15 @@ def test_pieces_are_certified_and_checked_again(
             replace(certificate, pieces=forged).recheck()
 
 
+def test_digests_of_few_elements_change_no_value(
+    small: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They pair values that are not equal: claims about them fail, and nothing else follows from it."""
+    monkeypatch.setattr(equivalence, "DIRECT_ERROR", 0.0)
+    monkeypatch.setattr(equivalence, "_SAMPLE", 1)
+    assert verify_field(*small, seed=1).counterexample is None
+
+
 def test_one_weight_used_twice_is_found(block: Pair) -> None:
     model = llama(2)
     each = len(block[0].inputs) - 3
