@@ -1,6 +1,7 @@
 """The floating-point test: accurate candidates pass, unstable ones do not."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +55,27 @@ def test_an_unstable_softmax_is_equal_and_rejected() -> None:
     stable, unstable = softmax(X, True), softmax(X, False)
     assert verify_field(stable, unstable, seed=1)
     assert "inf or NaN" in run(unstable, stable)
+
+
+def test_a_number_whose_errors_cancelled_is_no_measure() -> None:
+    """The original meets a difference of means by luck, and so did the errors drawn for it."""
+
+    def difference(scale: Callable[[Node], Node]) -> Graph:
+        means = [scale(b.reduce_sum(b.exp(b.neg(b.mul(i, i))), (-1, -2))) for i in inputs]
+        return b.kernel_graph("g", inputs, [b.sub(*means)])
+
+    inputs = [b.input_(name, (10, 100)) for name in "xy"]
+    original = difference(lambda total: b.div(total, 1000.0))
+    wide = difference(lambda total: b.add(b.mul(total, 1e-3), 1.0))
+    test = floating.FloatTest(original, seed=2)
+    found = test._reference("normal", draw_inputs(original, "normal", 2))
+    assert not isinstance(found, str)
+    lucky = replace(found, moved=found.exact, own=[t.float() for t in found.exact])
+    test._references["normal"] = lucky
+    verdict = test.check(lambda t: run_reference(wide, t), ["normal"])
+    assert verdict.accurate, verdict.reason
+    far = difference(lambda total: b.add(b.mul(total, 1e-3), 100.0))
+    assert not test.check(lambda t: run_reference(far, t), ["normal"])
 
 
 def test_the_order_of_a_sum_may_decide_whether_it_overflows() -> None:
