@@ -37,7 +37,7 @@ from superopt.verify.needs import (
     real_valued,
 )
 from superopt.verify.ranges import Integers, integer_ranges
-from superopt.verify.slices import alike
+from superopt.verify.slices import alike, work
 from superopt.verify.sweep import OUTPUT_SKIPS, SKIPS, Claim, Sweep, partners
 from superopt.verify.threads import suitable
 
@@ -52,6 +52,8 @@ _MOST_ERROR = 0.5
 """Tests that say less than this are not worth repeating."""
 _SAMPLE = 1 << 15
 """How many elements of a value tell which others may be equal to it."""
+_ELEMENT_S = 1e-8
+"""What an operator takes for an element on one core; exponentials and extrema take longer."""
 DIRECT_ERROR = 2.0**-10
 """Programs are tested whole while one test says so much; else in pieces, which then costs less."""
 
@@ -175,6 +177,12 @@ def _verified(original: Graph, candidate: Graph, seed: int, error_bound: float) 
     boundaries = tuple(left.values[n] for n in _boundaries(original, candidate) if n in left.values)
     verdict = _swept(joint, half, boundaries, ranges, seed, error_bound, started)
     return replace(verdict, alike=left.kept)
+
+
+def least_s(graph: Graph) -> float:
+    """Return about how many seconds a test of a program takes at least."""
+    left = alike(_joint(graph, graph)).graph
+    return _ELEMENT_S / torch.get_num_threads() * work(list(topological(left.outputs)))
 
 
 def provable(graph: Graph) -> bool:

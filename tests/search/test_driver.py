@@ -26,7 +26,7 @@ from superopt.search.driver import Driver, Event, search
 from superopt.search.partition import is_compute, partition
 from superopt.search.region import make_region
 from superopt.search.schedule import derive
-from superopt.verify import threads
+from superopt.verify import equivalence, threads
 from superopt.verify.equivalence import Piece, Verdict, provable, verify_field
 from superopt.verify.floating import FloatTest
 from superopt.verify.reference import run_reference
@@ -66,6 +66,17 @@ def test_a_budget_that_is_over_still_finds_something(monkeypatch: pytest.MonkeyP
     result = run(PROGRAMS["causal_gqa"], Predicted(), budget_s=1e-3)
     assert result.statistics.stopped == "budget"
     assert result.verdict is not None
+
+
+def test_what_no_budget_like_this_can_look_at_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(equivalence, "_ELEMENT_S", 1.0)  # large values, or a slow machine
+    monkeypatch.setattr(Driver, "_variants", lambda self: pytest.fail("it looked at variants"))
+    result = run(PROGRAMS["causal_gqa"], Predicted(), budget_s=10.0)
+    assert result.verdict is None
+    assert result.statistics.stopped == "budget"
+    assert result.statistics.hurried
 
 
 def test_a_batch_is_not_of_one_kind() -> None:
