@@ -26,6 +26,7 @@ class Degree:
 
 
 _NONE = Degree(False, 0.0)
+_LAG = 2.0
 _KEEPS = (
     elementwise.NEG,
     elementwise.CAST,
@@ -143,7 +144,9 @@ def homogeneity(shift: Node, body: tuple[Node, ...], closes: frozenset[Node]) ->
         total = degree(node, operands)
         if node in closes and total != _NONE:
             summing = node.op in (contraction.REDUCE_SUM, contraction.MATMUL)
-            if total is None or total.additive or not summing or not total.power.is_integer():
+            # exp(m - x) has grown to inf before the first maximum
+            falls = total is not None and not total.additive and total.power < 0
+            if total is None or not falls or not summing or not total.power.is_integer():
                 total = None
             else:
                 rescale[node] = -int(total.power)
@@ -152,25 +155,28 @@ def homogeneity(shift: Node, body: tuple[Node, ...], closes: frozenset[Node]) ->
     return Homogeneity(found, rescale)
 
 
-def may_lag(shift: Node, nodes: Iterable[Node]) -> bool:
-    """Say whether another shift than `shift`, a prefix_max, would do in each iteration of its loop.
+def may_lag(shift: Node, nodes: Iterable[Node]) -> float:
+    """Return how far behind the maximum `shift`, a prefix_max, may stay in each iteration of its loop.
 
-    It would where all that is made of it is homogeneous and ends in accum_rescaled of the same degree,
-    or in the maximum itself after the loop. `nodes`: those of its block graph, operands first.
+    Another shift would do where all that is made of it is homogeneous and ends in accum_rescaled of the same
+    degree, or in the maximum itself after the loop. No value gets larger than by exp(_LAG) for it.
+    `nodes`: those of its block graph, operands first.
     """
     found: dict[Node, Degree | None] = {shift: Degree(True, 1.0)}
+    most = 1.0
     for node in nodes:
         operands = [found.get(i, _NONE) for i in node.inputs]
         if node is shift or all(o == _NONE for o in operands):
             continue
         if node.op is tile.ACCUM_RESCALED and node.inputs[1] is shift:
             if operands[0] != Degree(False, -node.attrs.power):
-                return False
+                return 0.0
         elif not (node.op is tile.ACCUM_LAST and node.inputs[0] is shift):
-            found[node] = degree(node, operands)
-            if found[node] is None:
-                return False
-    return True
+            found[node] = total = degree(node, operands)
+            if total is None:
+                return 0.0
+            most = max(most, abs(total.power))
+    return _LAG / most
 
 
 def is_reduction(node: Node) -> bool:

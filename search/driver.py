@@ -46,9 +46,9 @@ from superopt.search.sparse import without_known_factors
 from superopt.search.tiling import best_tiles, choices
 from superopt.search.transposes import untransposed
 from superopt.verify.equivalence import Verdict, least_s, provable, verify_field
-from superopt.verify.floating import HARDEST, FloatTest
+from superopt.verify.floating import HARDEST, FloatTest, sampled
 from superopt.verify.reference import TorchDomain
-from superopt.verify.slices import alike, evaluate, slices
+from superopt.verify.slices import evaluate, slices
 from superopt.verify.threads import now, suitable, worked_s
 
 _CLEAR: Final = 0.7
@@ -394,7 +394,7 @@ class Driver:
         domain = TorchDomain(device=device)
         floats = self.floats
         both = (*expand(self.original).outputs, *expand(variant).outputs)
-        part = alike(self.original.with_outputs(both))
+        part = sampled(self.original.with_outputs(both))
         if part.few:
             # no kernel is at fault here: what is alike errs alike
             half = len(both) // 2

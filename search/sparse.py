@@ -62,6 +62,9 @@ def _parts(node: Node) -> _Parts | None:
     found = [_parts(i) for i in node.inputs]
     if any(f is None for f in found):
         return None
+    spread = (f and f[0] and i.shape != node.shape for f, i in zip(found, node.inputs, strict=True))
+    if any(spread):
+        return None  # an identity of another size, or of more matrices
     (scale, shift), *rest = [f for f in found if f is not None]
     if op is elementwise.NEG:
         return scale and b.neg(scale), shift and b.neg(shift)
@@ -87,7 +90,7 @@ def _is_identity(node: Node) -> bool:
     """Recognize `row == column` of a matrix."""
     if node.op is not elementwise.EQ or any(i.op is not leaf.IOTA for i in node.inputs):
         return False
-    return {i.attrs.axis for i in node.inputs} == {-1, -2}
+    return {i.attrs.axis for i in node.inputs} == {-1, -2} and node.shape[-1] == node.shape[-2]
 
 
 def _read_diagonally(node: Node) -> Node | None:

@@ -209,9 +209,7 @@ class FloatTest:
         scores = [node.inputs[0] for node in self._picks.values()]
         self._scored = original.with_outputs([*original.outputs, *scores])
         whole = expand(self._scored)
-        self._part = alike(whole)
-        if self._picks or min(map(_rows, self._part.graph.outputs), default=0) < _ENOUGH_ROWS:
-            self._part = Alike(whole, (), {})
+        self._part = Alike(whole, (), {}) if self._picks else sampled(whole)
         self._slices = {whole: slices(whole, device)}
         self._slices[self._part.graph] = slices(self._part.graph, device)
         self._references: dict[str, _Reference | str] = {}
@@ -658,6 +656,8 @@ def _row_errors(
         wrong = torch.isnan(o) & torch.isinf(f) & (e.abs() <= largest)
         if bool(wrong.any()):
             return e, "is infinite where it should be a number"
+        if bool((torch.isinf(o) & (o == e) & (torch.isnan(f) | (f == -o))).any()):
+            return e, "is not infinite, or has the other sign, where the original rightly is"
     zero = torch.zeros((), dtype=torch.float64, device=e.device)
     steady = finite & torch.isfinite(m)
     pairs = ((e, finite), (o - e, finite), (f - e, finite), (m - e, steady))
@@ -684,6 +684,13 @@ def _other_noise(reference: _Reference, found: list[torch.Tensor]) -> str:
         if count > _MADE_OF_NOISE * int((known & (o != 0)).sum()) and differ > _OTHER_NOISE * count:
             return f"output {index} is made of rounding errors, and the candidate makes other ones"
     return ""
+
+
+def sampled(whole: Graph) -> Alike:
+    """Leave the steps of a program whose errors foretell those of all: no fewer than tell."""
+    part = alike(whole)
+    enough = min(map(_rows, part.graph.outputs), default=0) >= _ENOUGH_ROWS
+    return part if enough else Alike(whole, (), {})
 
 
 def _rows(output: Node) -> int:
@@ -743,6 +750,8 @@ def _apart(own: torch.Tensor, found: torch.Tensor) -> torch.Tensor | None:
         return sizes
     finite = own.isfinite()
     if bool((finite & ~found.isfinite()).any() | (own.isnan() & found.isinf()).any()):
+        return None
+    if bool((own.isinf() & (found.isnan() | (found == -own))).any()):
         return None
     zero = own.new_zeros(())
     values = (own, found - own)

@@ -204,11 +204,11 @@ def _fewer(graph: Graph, large: int) -> Alike | None:
     lengths = sorted({d for n in order if _has_shape(n) for d in n.shape if d > 1}, reverse=True)
     cuttings = [_Cutting(order, list(graph.outputs), n, large, rows=True) for n in lengths]
     parts = [part for part in (c.part(graph) for c in cuttings) if part is not None]
-    best = min(parts, key=lambda part: work(part.graph.nodes()), default=None)
-    return best if best is not None and 2 * work(best.graph.nodes()) <= work(order) else None
+    least = min(((work(tuple(p.graph.nodes())), i) for i, p in enumerate(parts)), default=None)
+    return None if least is None or 2 * least[0] > work(order) else parts[least[1]]
 
 
-def work(nodes: Iterable[Node]) -> int:
+def work(nodes: Sequence[Node]) -> int:
     """Return how many elements are computed, terms of products counted as a part of one."""
     terms = {n: n.inputs[0].shape[-1] // _TERMS for n in nodes if n.op is contraction.MATMUL}
     return sum(_size(n) * (1 + terms.get(n, 0)) for n in nodes)

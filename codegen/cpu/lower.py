@@ -84,7 +84,7 @@ class _Kernel:
         self.inputs = {n: f"in{i}_{_word(n.attrs.name)}" for i, n in enumerate(graph.inputs)}
         self.outputs = [f"out{i}" for i in range(len(graph.outputs))]
         self.factors: dict[Node, dict[int, View]] = {}
-        self.peaks: dict[Node, View] = {}
+        self.peaks: dict[Node, tuple[View, float]] = {}
         self.in_loops: list[str] = []
         self.aliases: set[Node] = set()
         self.operands: dict[Node, list[Node]] = {}
@@ -244,8 +244,9 @@ class _Kernel:
                     view = self.context.allocate(shift.shape, shift.tensor.dtype, "factor")
                     self.factors[shift][node.attrs.power] = view
         for shift in self.factors:
-            if may_lag(shift, self.graph.nodes()):
-                self.peaks[shift] = self.context.allocate(shift.shape, shift.tensor.dtype, "peak")
+            if lag := may_lag(shift, self.graph.nodes()):
+                peak = self.context.allocate(shift.shape, shift.tensor.dtype, "peak")
+                self.peaks[shift] = peak, lag
 
     def _view(self, node: Node, stem: str, *, dense: bool = False) -> View:
         view = self.context.views.get(node)
@@ -383,10 +384,9 @@ class _Kernel:
             self._view(state, "last")
             return
         view = self._view(state, "state")
-        for started in (view, self.peaks.get(state)):
-            if started is not None:
-                neutral = identity(combine_kind(state), state.tensor.dtype)
-                self._fill(started, state.shape, neutral)
+        views = [view, self.peaks[state][0]] if state in self.peaks else [view]
+        for started in views:
+            self._fill(started, state.shape, identity(combine_kind(state), state.tensor.dtype))
 
     def _bounded(self, loop: str) -> bool:
         return bool(self.graph.axis(loop).bounds)
@@ -560,8 +560,9 @@ class _Kernel:
         extents: tuple[Extent, ...],
     ) -> Member:
         factors = tuple(self.factors.get(node, {}).items())
-        view, peak = self.context.views[node], self.peaks.get(node)
-        return Member(kind, node, source, view, extents, factors=factors, peak=peak)
+        peak, lag = self.peaks.get(node, (None, 0.0))
+        view = self.context.views[node]
+        return Member(kind, node, source, view, extents, factors=factors, peak=peak, lag=lag)
 
     def _rescale(self, node: Node, extents: tuple[Extent, ...]) -> Member:
         shift = node.inputs[1]

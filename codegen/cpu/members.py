@@ -90,7 +90,8 @@ class Member:
     factors: tuple[tuple[int, View], ...] = ()
     """prefix, settle: for each power in use, where exp(power * (old - new)) goes; rescale: whence."""
     peak: View | None = None
-    """prefix, settle: where the maximum is kept, if the shift in force may lag behind it."""
+    """prefix, settle: where the maximum is kept, if the shift in force may lag behind it, by `lag`."""
+    lag: float = 0.0
     old_shape: tuple[int, ...] = ()
     carry: View | None = None
     dense: int | None = None

@@ -504,7 +504,7 @@ class Row:
             before = env.define(env.load(member.peak, at), dtype)
             peak = env.define(combine("max", before, value, dtype, vector=env.vector), dtype)
             env.store(member.peak, at, peak)
-            new = env.define(f"so::lagging({old}, {peak})", dtype)
+            new = env.define(f"so::lagging({old}, {peak}, {member.lag!r}f)", dtype)
         env.store(member.view, at, new)
         env.cache[(member.node, at)] = new
         suffix = "" if env.vector else "_one"

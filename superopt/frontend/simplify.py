@@ -55,10 +55,12 @@ def _number(node: Node) -> Node | None:
     if rule is None or node.tensor.dtype is not DType.F32:
         return None
     left, right = (_uniform(i) for i in node.inputs)
-    if left is None or right is None or (node.op is e.DIV and not right.attrs.value):
+    if left is None or right is None:
         return None
-    value = rule(_single(left.attrs.value), _single(right.attrs.value))
-    return b.full(node.shape, _single(value), DType.F32)
+    numbers = _single(left.attrs.value), _single(right.attrs.value)
+    if node.op is e.DIV and not numbers[1]:
+        return None
+    return b.full(node.shape, _single(rule(*numbers)), DType.F32)
 
 
 def _single(value: float) -> float:

@@ -84,27 +84,37 @@ def test_fold_rows(tmp_path: Path, width: int) -> None:
         partial = np.random.default_rng(rows).standard_normal((lanes, lanes)).astype(np.float32)
 
 
-def running(dtype: DType, *, homogeneous: bool) -> Graph:
+def running(dtype: DType, power: int, *, homogeneous: bool) -> Graph:
     """Sums over tiles of 20 with a running maximum per row, which is a result, too."""
     g = BlockBuilder("running", grid={"m": 1}, loops={"n": 5})
     x = g.load(b.input_("x", (18, 100), dtype), 18, ("n", 20))
     top = b.accumulate(tile.PREFIX_MAX, b.reduce_max(x, -1), "n")
-    value = b.exp(b.sub(x, b.finite_or_zero(top))) if homogeneous else x
-    wide = b.accum_rescaled(b.matmul(value, b.transpose(x)), top, "n")
-    g.store(b.accum_rescaled(b.reduce_sum(value, -1), top, "n"), (18, 1), 18, 1)
+    value = b.exp(b.mul(b.sub(x, b.finite_or_zero(top)), float(power))) if homogeneous else x
+    wide = b.accum_rescaled(b.matmul(value, b.transpose(x)), top, "n", power)
+    g.store(b.accum_rescaled(b.reduce_sum(value, -1), top, "n", power), (18, 1), 18, 1)
     g.store(wide, (18, 18), 18, 18)
     g.store(b.accumulate(tile.ACCUM_LAST, top, "n"), (18, 1), 18, 1)
     return g.graph()
 
 
 @pytest.mark.parametrize(
-    ("dtype", "homogeneous"), [(DType.F32, True), (DType.F64, True), (DType.F32, False)]
+    ("dtype", "power", "homogeneous"),
+    [
+        (DType.F32, 1, True),
+        (DType.F32, 20, True),
+        (DType.F64, 2, True),
+        (DType.F32, 1, False),
+    ],
 )
 @pytest.mark.parametrize("step", [0.1, 1.5, 3.0, 60.0])
-def test_a_shift_may_lag(tmp_path: Path, step: float, dtype: DType, *, homogeneous: bool) -> None:
-    graph = running(dtype, homogeneous=homogeneous)
+def test_a_shift_may_lag(
+    tmp_path: Path, step: float, dtype: DType, power: int, *, homogeneous: bool
+) -> None:
+    graph = running(dtype, power, homogeneous=homogeneous)
     source = lower(graph, CpuConfig(), graph.name)
     assert ("lagging" in source.text) == homogeneous
+    # no value gets larger than by exp(2)
+    assert all(f"{2 / power}f" in line for line in source.text.splitlines() if "lagging" in line)
     (kernel,) = compile_many([source], tmp_path)
     assert isinstance(kernel, Kernel), kernel
     x = torch.rand(18, 100, generator=torch.Generator().manual_seed(3)) / 8

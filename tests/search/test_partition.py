@@ -357,7 +357,7 @@ def test_what_accumulates_under_a_running_maximum_is_rescaled_every_time() -> No
         sizes = {a: {4: 1}.get(schedule.space.extent(a), 64) for a in schedule.roles}
         return model.seconds({**sizes, rows: queries, schedule.loop: keys})
 
-    assert seconds(256, 32) > 1.03 * seconds(256, 64)
+    assert seconds(256, 32) > 1.01 * seconds(256, 64)
     assert MACHINE.inner_cache_bytes // 4 == 4 * 256 * 256
     assert seconds(256, 256) < 1.02 * seconds(256, 128)
 

@@ -113,6 +113,14 @@ def test_a_sum_over_the_shifted_values_is_not_online() -> None:
     assert all(not s.passes.shifts and s.passes.count == 2 for s in looped)
 
 
+def test_what_grows_with_the_maximum_is_not_online() -> None:
+    # exp(max(x) - x) is inf before the first maximum, and nothing scales that back
+    x = b.input_("x", (4, 20))
+    grown = b.exp(b.sub(b.reduce_max(x, -1), x))
+    graph = b.kernel_graph("g", [x], [b.reduce_sum(grown, -1)])
+    assert all(not s.passes.shifts for s in derive(whole_region(graph)))
+
+
 def test_stored_weights_need_the_final_maximum() -> None:
     x = b.input_("x", (4, 20))
     e = b.exp(b.sub(x, b.reduce_max(x, -1)))

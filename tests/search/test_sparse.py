@@ -33,6 +33,10 @@ WITHOUT = {
 }
 KEPT = {
     "shifted": b.matmul(K, b.cast(b.eq(ROW, b.add(COLUMN, 1)), DType.F32)),
+    "of a column": b.matmul(
+        b.add(b.cast(b.eq(b.iota((6, 1), -2), b.iota((6, 1), -1)), DType.F32), b.full((6, 6), 2.0)),
+        K,
+    ),
     "square": b.matmul(K, b.mul(CENTER, CENTER)),
     "every other": b.slice_(b.reshape(b.matmul(K, K), (36,)), -1, 0, 36, 2),
 }

@@ -659,6 +659,8 @@ def test_numbers_in_tensors_are_computed(runner: Any) -> None:
     lifted = lift(program, (x,))
     assert not lifted.parameters
     runner.check(lifted, program(x), x)
+    tiny = lift(lambda x: x + torch.ones(7) / torch.full((7,), 1e-60), (x,))
+    runner.check(tiny, x + torch.inf, x)
 
 
 def test_a_place_outside_of_its_row_is_seen(runner: Any) -> None:

@@ -218,6 +218,11 @@ def test_results_that_kernels_cannot_tell_apart(tmp_path: Path) -> None:
     }
     check(casts, [x], tmp_path)
     sums = {"short": lambda x: (x + x).float(), "wide": lambda x: x.float() + x.float()}
+    check(sums, [x], tmp_path)
+    sums = {
+        "short": lambda x: (x + x).float().exp(),
+        "wide": lambda x: (x.float() + x.float()).exp(),
+    }
     with pytest.raises(NotFusible, match="two results"):
         in_one_kernel(sums, [x], tmp_path)
 

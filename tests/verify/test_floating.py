@@ -57,6 +57,23 @@ def test_an_unstable_softmax_is_equal_and_rejected() -> None:
     assert "inf or NaN" in run(unstable, stable)
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_what_is_rightly_infinite_stays_so(wrong: float) -> None:
+    mask = b.input_("mask", (32, 8), DType.BOOL)
+    x = b.input_("x", (32, 8))
+    low = b.where(mask, b.constant(float("-inf")), x)
+    original = b.kernel_graph("masked", [mask, x], [b.mul(low, 2.0)])
+
+    def other(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [r.masked_fill(r.isneginf(), wrong) for r in run_reference(original, tensors)]
+
+    assert verify_float(original, lambda t: run_reference(original, t), seed=3).accurate
+    assert "the other sign" in verify_float(original, other, seed=3).reason
+    own = torch.tensor([[1.0, -torch.inf]])
+    assert floating._apart(own, own.masked_fill(own.isinf(), wrong)) is None
+    assert floating._apart(own, own) is not None
+
+
 def test_a_number_whose_errors_cancelled_is_no_measure() -> None:
     """The original meets a difference of means by luck, and so did the errors drawn for it."""
 

@@ -242,16 +242,16 @@ SO_FORCED vf round_to<bf16>(vf x) { return bit_cast<vf>(round_bf16(x) & upper_ha
 template <class H>
 SO_INLINE float round_to(float x) { return widen(narrow(x, H{}), H{}); }
 
-// The shift of a running maximum `peak` (Milakov & Gimelshein, 2018): it stays until it is LAG below, so that
-// what is accumulated is rarely rescaled (Zadouri et al., FlashAttention-4, 2026) and by no more than exp(LAG) larger.
-constexpr float LAG = 4.0f;
-SO_INLINE vf lagging(vf shift, vf peak) { return select(peak > shift + LAG, peak, shift); }
-SO_INLINE float lagging(float shift, float peak) { return peak > shift + LAG ? peak : shift; }
-SO_INLINE double lagging(double shift, double peak) { return peak > shift + LAG ? peak : shift; }
+// The shift of a running maximum `peak` (Milakov & Gimelshein, 2018): it stays until it is `lag` below, so that
+// what is accumulated is rarely rescaled (Zadouri et al., FlashAttention-4, 2026).
+SO_INLINE vf lagging(vf shift, vf peak, float lag) { return select(peak > shift + lag, peak, shift); }
+SO_INLINE float lagging(float shift, float peak, float lag) { return peak > shift + lag ? peak : shift; }
+SO_INLINE double lagging(double shift, double peak, float lag) { return peak > shift + lag ? peak : shift; }
 // exp(m - shift) is meant to be free of NaN where m never was finite.
 SO_INLINE vf finite_or_zero(vf m) { return select(m > -__builtin_inff(), m, vf{}); }
 SO_INLINE float finite_or_zero(float m) { return m > -__builtin_inff() ? m : 0.0f; }
 SO_INLINE double finite_or_zero(double m) { return m > -__builtin_inf() ? m : 0.0; }
+
 template <class T>
 SO_INLINE T floor_divide(T a, T b) {
   const T q = a / b;
