@@ -6,7 +6,6 @@ tracing, function modes, tensor subclasses, and everything whose meaning a plan 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import repeat
 from typing import Any, Final
 
 import torch
@@ -31,21 +30,14 @@ _dispatch_modes = _probe("_len_torch_dispatch_stack")
 _function_modes = _probe("_len_torch_function_stack")
 _tracing = _probe("_get_tracing_state")
 _grad_enabled = torch.is_grad_enabled
-_NESTED: Final = repeat("is_nested")
-_NO: Final = repeat(False)
 _Tensor = torch.Tensor
 _Parameter = torch.nn.Parameter
 
 
 def altered() -> bool:
     """Say whether function modes, tracing or forward gradients are on, which `tensor_check` does not see."""
-    return bool(_function_modes() or _tracing() or _forward_gradients())
-
-
-def _forward_gradients() -> bool:
-    """Say whether tensors may carry tangents: `torch.no_grad` leaves these on."""
-    level: int = getattr(forward_ad, "_current_level", -1)
-    return level >= 0
+    # `torch.no_grad` leaves tangents on
+    return bool(_function_modes() or _tracing() or forward_ad._current_level >= 0)
 
 
 def tensor_check(args: Sequence[Any]) -> Callable[..., bool] | None:
@@ -72,8 +64,28 @@ def tensor_check(args: Sequence[Any]) -> Callable[..., bool] | None:
         return None
     if not good or other:
         return None
-    # the check ends the process where a tensor has no strides
-    return lambda *given: True not in map(getattr, given, _NESTED, _NO) and check(*given)
+    return _with_strides(check, len(args))
+
+
+def _with_strides(check: Callable[..., bool], count: int) -> Callable[..., bool]:
+    """Return the check behind another: it ends the process where a tensor has no strides.
+
+    Written out for `count` tensors, since this is on the path of every call.
+    """
+    names = [f"x{i}" for i in range(count)]
+    nested = " or ".join(f"{name}.is_nested" for name in names)
+    given = ", ".join(names)
+    text = f"""
+def checked({given}):
+    try:
+        return not ({nested}) and check({given})
+    except AttributeError:  # no tensor
+        return False
+"""
+    scope: dict[str, Any] = {"check": check}
+    exec(text, scope)
+    checked: Callable[..., bool] = scope["checked"]
+    return checked
 
 
 def signature(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -148,7 +160,7 @@ def refusal(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         return "autocast is on"
     if _dispatch_modes() or _function_modes():
         return "a mode that changes what functions of PyTorch do is on"
-    if _forward_gradients():
+    if forward_ad._current_level >= 0:
         return "forward gradients are on"
     if _tracing() or _peek() is not None:
         return "the call is part of a trace or a transform, such as vmap or jit.trace"
