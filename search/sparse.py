@@ -32,10 +32,8 @@ def _by_known(node: Node) -> Node | None:
             continue
         scale, shift = parts
         terms = []
-        if scale is not None and node.inputs[side].shape[-1] == node.inputs[side].shape[-2]:
+        if scale is not None:
             terms.append(x if scale.attrs == _ONE.attrs else b.mul(x, scale))
-        elif scale is not None:
-            continue
         if shift is not None:
             terms.append(b.mul(b.reduce_sum(x, axis), shift))
         if not terms:

@@ -433,7 +433,7 @@ def _observe(
     try:
         with torch.no_grad():
             result = function(*args, **kwargs)
-    except Exception as error:  # shapes alone did not tell
+    except Exception as error:  # the caller's own: lifting, which sees no values, did not meet it
         raise Unsupported(f"the program fails: {type(error).__name__}: {error}") from error
     left, left_form = pytree.tree_flatten((args, kwargs))
     if left_form != form or any(a is not b for a, b in zip(given, left, strict=True)):

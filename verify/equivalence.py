@@ -381,9 +381,9 @@ class _Observed:
                 self.signatures[node] = digests = _signature(value, self.domain)
                 if "p" in digests and len(value.residues) > 1:
                     known = self.exponents.setdefault((node.type, digests["p"]), {})
-                    alike = known.setdefault("p", value.residues["p"])
+                    first = known.setdefault("p", value.residues["p"])
                     canonical = self.domain.fields["p"].canonical
-                    if torch.equal(canonical(alike), canonical(value.residues["p"])):
+                    if torch.equal(canonical(first), canonical(value.residues["p"])):
                         for name, residue in value.residues.items():
                             known.setdefault(name, residue)
                         residues = {name: known[name] for name in value.residues}

@@ -209,7 +209,8 @@ class FloatTest:
         scores = [node.inputs[0] for node in self._picks.values()]
         self._scored = original.with_outputs([*original.outputs, *scores])
         whole = expand(self._scored)
-        self._part = Alike(whole, (), {}) if self._picks else sampled(whole)
+        self._all = Alike(whole, (), {})
+        self._part = self._all if self._picks else sampled(whole)
         self._slices = {whole: slices(whole, device)}
         self._slices[self._part.graph] = slices(self._part.graph, device)
         self._references: dict[str, _Reference | str] = {}
@@ -336,9 +337,8 @@ class FloatTest:
             return exact, self._in_float64(part.graph, moved, rounding)
 
     def _whole(self, reference: "_Reference", inputs: list[torch.Tensor]) -> "_Reference":
-        part = Alike(expand(self._scored), (), {})
-        exact, moved = self._twice(part, inputs)
-        return replace(reference, exact=exact, moved=moved, part=part)
+        exact, moved = self._twice(self._all, inputs)
+        return replace(reference, exact=exact, moved=moved, part=self._all)
 
     def _moved_again(self, reference: "_Reference", inputs: list[torch.Tensor]) -> "_Reference":
         """Return the reference with outputs of a few rows as far off as rounding takes them in several draws.

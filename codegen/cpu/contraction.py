@@ -405,9 +405,8 @@ class Product:
         if 3 * m.full * (k.full + n.full) > k.full * n.full:
             return None
         lanes = {v: -(-m.full // (_MOST_LANES * v)) * _MOST_LANES * v for v in _SWAPPED_TILES}
-        vectors = min(
-            reversed(lanes), key=lanes.__getitem__
-        )  # the widest of those that waste least
+        # the widest of those that waste least
+        vectors = min(reversed(lanes), key=lanes.__getitem__)
         if m.full < _FILLED * lanes[vectors] or 4 * lanes[vectors] * k.full > _HALF_CACHE_BYTES:
             return None
         return vectors, lanes[vectors]
