@@ -21,7 +21,7 @@ import torch
 from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph, Level
 from superopt.ir.interpret import interpret
-from superopt.ir.node import Node, topological
+from superopt.ir.node import Node, make, rebuild, rewrite, topological
 from superopt.ir.ops import contraction, elementwise
 from superopt.ir.ops.registry import Op
 from superopt.ir.semantics import to_primitives
@@ -230,6 +230,7 @@ def _draw_mismatch(original: Graph, candidate: Graph) -> str | None:
 def _joint(original: Graph, candidate: Graph) -> Graph:
     """Both programs as primitives over the same inputs: what they share is computed once."""
     outputs = to_primitives(original, original.inputs) + to_primitives(candidate, original.inputs)
+    outputs = rewrite(outputs, _by_axis)
     return Graph(Level.KERNEL, original.name, original.inputs, outputs)
 
 
@@ -238,7 +239,20 @@ def _boundaries(original: Graph, candidate: Graph) -> tuple[Node, ...]:
     if candidate.level is not Level.KERNEL:
         return ()
     written = [n for n in candidate.nodes() if isinstance(n.type, TensorType)]
-    return to_primitives(candidate.with_outputs(written), original.inputs)
+    return rewrite(to_primitives(candidate.with_outputs(written), original.inputs), _by_axis)
+
+
+def _by_axis(node: Node, inputs: tuple[Node, ...]) -> Node:
+    """Sum along one axis after the other, the last first: kernels write sums of rows, which are claims then.
+
+    The degree of a sum over quotients grows with their number.
+    """
+    if node.op is not contraction.REDUCE_SUM:
+        return rebuild(node, inputs)
+    (x,) = inputs
+    for axis in reversed(node.attrs.axes):
+        x = make(node.op, (x,), replace(node.attrs, axes=(axis,)))
+    return x
 
 
 def _order_helps(joint: Graph) -> bool:

@@ -20,6 +20,7 @@ from superopt.ir.ops import contraction, elementwise, library, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
+from superopt.ir.types import DType
 from superopt.search import driver
 from superopt.search.algebra import FUSION_RULES, Rule, apply_rules
 from superopt.search.driver import Driver, Event, search
@@ -347,10 +348,29 @@ def test_products_go_in_the_cheaper_order_where_that_is_accurate(
 ) -> None:
     rows, tall, wide = (b.input_(n, s) for n, s in (("r", (1, 64)), ("t", (64, 4)), ("w", (4, 64))))
     graph = b.kernel_graph("low", [rows, tall, wide], [b.matmul(rows, b.matmul(tall, wide))])
-    monkeypatch.setattr(Driver, "_accurate", lambda self, variant: accurate)
+    monkeypatch.setattr(Driver, "_accurate", lambda *graphs: accurate)
     search_ = Driver(graph, Target(), Predicted(), 30.0, 0, FloatTest(graph, seed=0))
     inner = {n.shape for v in search_._variants() for n in v.nodes() if n.op is contraction.MATMUL}
     assert ((64, 64) in inner) is not accurate
+
+
+def test_products_by_known_factors_stay_where_without_them_a_quotient_is_of_zeros() -> None:
+    size = 49
+    x = b.input_("x", (size, 3))
+    same = b.exp(b.mul(b.matmul(x, b.transpose(x)), -0.01))
+    centre = b.sub(
+        b.cast(b.eq(b.iota((size, size), -2), b.iota((size, size), -1)), DType.F32), 1 / size
+    )
+    centred = b.matmul(centre, b.matmul(same, centre))
+    length = b.sqrt(b.reduce_sum(b.mul(centred, centred), (-2, -1)))
+    results = {"normalized": b.div(centred, length), "plain": centred}
+    products = {}
+    for name, result in results.items():
+        graph = b.kernel_graph(name, [x], [result])
+        search_ = Driver(graph, Target(), Predicted(), 30.0, 0, FloatTest(graph, seed=0))
+        found = search_._cheaper(expand(graph))
+        products[name] = sum(n.op is contraction.MATMUL for n in found.nodes())
+    assert products == {"normalized": 3, "plain": 1}
 
 
 class LibraryWins(Predicted):
