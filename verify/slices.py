@@ -38,19 +38,29 @@ _MOST: Final = 256
 @final
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Slices of an axis (from the end): `unit` positions of it for each of a number of steps."""
+    """Slices of an axis (from the end): `unit` positions of it for each of a number of steps, `outer` times."""
 
     axis: int
     unit: int
+    outer: int = 1
+
+    def split(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a view in which the axis is three: outer, steps and unit."""
+        place = value.dim() + self.axis
+        before, after = value.shape[:place], value.shape[place + 1 :]
+        return value.reshape(*before, self.outer, -1, self.unit, *after)
 
     def of(self, value: torch.Tensor, start: int, steps: int) -> torch.Tensor:
         """Return the slice of `value` from step `start` on."""
-        return value.narrow(self.axis, start * self.unit, steps * self.unit)
+        if self.outer == 1:
+            return value.narrow(self.axis, start * self.unit, steps * self.unit)
+        place = value.dim() + self.axis
+        return self.split(value).narrow(place + 1, start, steps).flatten(place, place + 2)
 
     def shape(self, whole: tuple[int, ...], steps: int) -> tuple[int, ...]:
         """Return the shape of a slice."""
         place = len(whole) + self.axis
-        return (*whole[:place], self.unit * steps, *whole[place + 1 :])
+        return (*whole[:place], self.outer * steps * self.unit, *whole[place + 1 :])
 
 
 _Wanted = list[Cut | None]
@@ -144,10 +154,9 @@ class _Few:
         for i, (value, cut) in enumerate(zip(values, cuts, strict=True)):
             if cut is not None:
                 axis = value.dim() + cut.axis
-                before, after = value.shape[:axis], value.shape[axis + 1 :]
-                split = value.reshape(*before, self.length, cut.unit, *after)
                 index = torch.tensor(places, device=value.device)
-                found[i] = split.index_select(axis, index).flatten(axis, axis + 1)
+                chosen = cut.split(value).index_select(axis + 1, index)
+                found[i] = chosen.flatten(axis, axis + 2)
         return found
 
 
@@ -416,11 +425,14 @@ def _reshape(node: Node, cut: Cut, length: int) -> _Wanted | None:
     (x,) = node.inputs
     place = len(node.shape) + cut.axis
     outer, inner = prod(node.shape[:place]), prod(node.shape[place + 1 :])
+    if not prod(x.shape):
+        return None
+    # the axis of the steps has as many positions before it, and behind it, in both shapes
     for i, dim in enumerate(x.shape):
-        unit = dim // length
-        same = unit * prod(x.shape[i + 1 :]) == cut.unit * inner
-        if dim == unit * length and prod(x.shape[:i]) == outer and unit and same:
-            return [Cut(i - len(x.shape), unit)]
+        before, outside = divmod(outer * cut.outer, prod(x.shape[:i]))
+        behind, inside = divmod(inner * cut.unit, prod(x.shape[i + 1 :]))
+        if not outside and not inside and before * length * behind == dim:
+            return [Cut(i - len(x.shape), behind, before)]
     return None
 
 
@@ -429,7 +441,7 @@ def _broadcast(node: Node, cut: Cut, length: int) -> _Wanted | None:
 
 
 def _permute(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    return [Cut(node.attrs.perm[cut.axis] - len(node.shape), cut.unit)]
+    return [replace(cut, axis=node.attrs.perm[cut.axis] - len(node.shape))]
 
 
 def _along_axis(node: Node, cut: Cut, length: int) -> _Wanted | None:
@@ -446,8 +458,8 @@ def _take(node: Node, cut: Cut, length: int) -> _Wanted | None:
     if cut.axis >= -behind:
         return [cut, None]
     if cut.axis >= -behind - rank:
-        return [None, Cut(cut.axis + behind, cut.unit)]
-    return [Cut(cut.axis + rank - 1, cut.unit), None]
+        return [None, replace(cut, axis=cut.axis + behind)]
+    return [replace(cut, axis=cut.axis + rank - 1), None]
 
 
 def _gather(node: Node, cut: Cut, length: int) -> _Wanted | None:

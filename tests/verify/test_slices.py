@@ -177,6 +177,20 @@ def test_a_few_steps_stand_for_all_that_are_alike() -> None:
     assert alike(heads(causal=True), 1 << 20).kept == ()
 
 
+def test_steps_may_lie_apart_in_an_axis_that_was_made_of_several() -> None:
+    """A batch that comes second, as in PyTorch's attention, is in every row of a flat product."""
+    x, w = wide("x", 12, 30, 8), wide("w", 8, 16)
+    flat = b.matmul(b.reshape(b.permute(x, (1, 0, 2)), (360, 8)), w)
+    back = b.permute(b.reshape(b.exp(flat), (30, 12, 2, 8)), (1, 2, 0, 3))
+    graph = b.kernel_graph("g", [x, w], [b.scan(back, -2, "sum")])
+    part = alike(graph, 500)
+    assert part.kept == ((1, 12),)
+    assert part_equals_whole(graph, part)
+    found = slices(graph, "cpu", 200)
+    assert found is not None
+    assert equal(graph, found)
+
+
 def test_the_axis_that_leaves_least_is_cut() -> None:
     """Not the longest: along that, all weights would be left."""
     x, w = wide("x", 30, 40, 8), wide("w", 30, 8, 400)
