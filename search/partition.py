@@ -9,6 +9,7 @@ In: a kernel graph of primitives (composites in it stay library kernels). Out: g
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import combinations
 from math import inf
 from typing import final
 
@@ -18,7 +19,7 @@ from superopt.ir.ops import contraction, leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.target import Target
 from superopt.search.cost import library_cost
-from superopt.search.region import is_leaf, is_view, make_region
+from superopt.search.region import is_leaf, is_view, make_region, view_base
 from superopt.search.schedule import derive
 from superopt.search.tiling import best_tiles
 
@@ -73,11 +74,7 @@ class _Partition:
         self.producers = {n: _producers(n) for n in order}
         gains: dict[tuple[Group, Group], float] = {}
         while True:
-            edges = self._edges(order)
-            gains = {e: gains[e] if e in gains else self._gain(*e) for e in edges}
-            # whether a merge is legal takes long to tell: only the best are asked
-            ranked = sorted((e for e in edges if gains[e] > 0), key=lambda e: -gains[e])
-            best = next((e for e in ranked if self._convex(*e)), None)
+            best = self._best(self._edges(order), gains) or self._best(self._siblings(order), gains)
             if best is None:
                 break
             union = best[0] | best[1]
@@ -88,6 +85,29 @@ class _Partition:
             self._hand_back(first, second)
         groups = dict.fromkeys(self.owner[n] for n in order)
         return {g: self._cost(g) for g in _sorted(self.graph, groups)}
+
+    def _best(
+        self, pairs: list[tuple[Group, Group]], gains: dict[tuple[Group, Group], float]
+    ) -> tuple[Group, Group] | None:
+        """Return the pair that gains most as one kernel, if any does."""
+        for pair in pairs:
+            if pair not in gains:
+                gains[pair] = self._gain(*pair)
+        # whether a merge is legal takes long to tell: only the best are asked
+        ranked = sorted((e for e in pairs if gains[e] > 0), key=lambda e: -gains[e])
+        return next((e for e in ranked if self._convex(*e) and self._convex(*e[::-1])), None)
+
+    def _siblings(self, order: list[Node]) -> list[tuple[Group, Group]]:
+        """Return pairs of groups without products that read one tensor: together they read it once."""
+        readers: dict[Node, dict[Group, None]] = {}
+        for node in order:
+            group = self.owner[node]
+            if not any(n.op.kind is OpKind.CONTRACTION for n in group):
+                for read in map(view_base, node.inputs):
+                    if not is_leaf(read) and self.owner.get(read) != group:
+                        readers.setdefault(read, {})[group] = None
+        pairs = (pair for groups in readers.values() for pair in combinations(groups, 2))
+        return list(dict.fromkeys(pairs))
 
     def _merge_components(self, order: list[Node]) -> None:
         """Merge whole neighbourhoods where pairs did not pay but all together do."""

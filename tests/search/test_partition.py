@@ -270,6 +270,14 @@ def test_views_of_one_tensor_are_read_from_memory_once() -> None:
     assert costs[1][0][0] < 1.5 * costs[0][0][0]
 
 
+def test_rows_that_two_groups_read_are_read_by_one() -> None:
+    anchor, near, far = (b.input_(name, (4099, 509)) for name in ("anchor", "near", "far"))
+    apart = [b.sub(anchor, other) for other in (near, far)]
+    lengths = [b.sqrt(b.reduce_sum(b.mul(d, d), -1)) for d in apart]
+    graph = b.kernel_graph("triplet", [anchor, near, far], lengths)
+    assert len(partition(graph, Target())) == 1
+
+
 def test_no_group_contains_a_refused_one() -> None:
     x, w = b.input_("x", (64, 256)), b.input_("w", (256, 32))
     value = b.exp(b.matmul(b.div(b.exp(x), b.reduce_sum(b.exp(x), -1)), w))
