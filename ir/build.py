@@ -347,7 +347,7 @@ def accum_sum(x: Node, loop: str) -> Node:
     return accumulate(tile.ACCUM_SUM, x, loop)
 
 
-def accum_rescaled(x: Node, shift: Node, loop: str, power: int = 1) -> Node:
+def accum_rescaled(x: Node, shift: Node, loop: str, power: float = 1) -> Node:
     """Sum of x_l * exp(power * (m_l - m_last)) over the iterations of `loop`."""
     return make(tile.ACCUM_RESCALED, (x, shift), tile.RescaleAttrs(loop, power))
 

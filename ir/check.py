@@ -12,6 +12,7 @@ checked too. What is legal at block level:
   combinations agree on it, and only reductions, contractions and accumulators remove it.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -255,8 +256,8 @@ class _Block:
             shift = node.inputs[1]
             if shift.op is not tile.PREFIX_MAX or shift.attrs.loop != loop:
                 yield node, f"the shift is not a prefix_max over loop {loop}"
-            if node.attrs.power < 1:
-                yield node, f"the power is {node.attrs.power}, less than 1"
+            if not 0 < node.attrs.power < math.inf:
+                yield node, f"the power is {node.attrs.power}, no positive number"
 
     def _uses_after_close(self) -> _Found:
         """Find values inside a loop that need the finished value of that or a later loop."""

@@ -7,7 +7,7 @@ is the online softmax (Milakov & Gimelshein, 2018) for every program whose value
 property, whatever it is called. The analysis computes c, the *degree*, node by node.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -62,6 +62,8 @@ def degree(node: Node, operands: list[Degree | None]) -> Degree | None:
         return Degree(False, known[0].power - known[1].power)
     if op is contraction.REDUCE_SUM:
         return known[0]
+    if op is elementwise.LOG:
+        return Degree(True, known[0].power)
     if op is elementwise.WHERE and known[0] == _NONE:
         return _select_degree(node, known)
     return None
@@ -74,7 +76,8 @@ def _sum_degree(subtract: bool, known: list[Degree]) -> Degree | None:
             return None
         a = left.power if left.additive else 0.0
         b = right.power if right.additive else 0.0
-        return Degree(True, a - b if subtract else a + b)
+        total = a - b if subtract else a + b
+        return Degree(True, total) if total else _NONE
     return left if left == right else None
 
 
@@ -162,21 +165,49 @@ def may_lag(shift: Node, nodes: Iterable[Node]) -> float:
     degree, or in the maximum itself after the loop. No value gets larger than by exp(_LAG) for it.
     `nodes`: those of its block graph, operands first.
     """
-    found: dict[Node, Degree | None] = {shift: Degree(True, 1.0)}
-    most = 1.0
+    found = _degrees(shift, nodes, {shift: Degree(True, 1.0)})
+    if found is None:
+        return 0.0
+    return _LAG / (
+        max((abs(d.power) for d in found.values() if not d.additive), default=0.0) or 1.0
+    )
+
+
+def cancels(shift: Node, nodes: Sequence[Node]) -> bool:
+    """Say whether the results of a block graph are the same if another shift is in force after the loop, too.
+
+    A softmax and the logarithm of a sum of exponentials are. `nodes` as for `may_lag`.
+    """
+    after = {shift: Degree(True, 1.0)}
+    for node in nodes:
+        if node.op is tile.ACCUM_RESCALED and node.inputs[1] is shift:
+            after[node] = Degree(False, -node.attrs.power)
+        elif node.op is tile.ACCUM_LAST and node.inputs[0] is shift:
+            after[node] = Degree(True, 1.0)
+    found = _degrees(shift, nodes, after)
+    return found is not None and all(
+        found.get(n, _NONE) == _NONE for n in nodes if n.op is tile.STORE
+    )
+
+
+def _degrees(
+    shift: Node, nodes: Iterable[Node], known: dict[Node, Degree]
+) -> dict[Node, Degree] | None:
+    """Return the degrees of what depends on a shift; None where a value has none."""
+    found = dict(known)
     for node in nodes:
         operands = [found.get(i, _NONE) for i in node.inputs]
         if node is shift or all(o == _NONE for o in operands):
             continue
         if node.op is tile.ACCUM_RESCALED and node.inputs[1] is shift:
             if operands[0] != Degree(False, -node.attrs.power):
-                return 0.0
+                return None
         elif not (node.op is tile.ACCUM_LAST and node.inputs[0] is shift):
-            found[node] = total = degree(node, operands)
+            total = operands[0] if node.op is tile.STORE else degree(node, list(operands))
             if total is None:
-                return 0.0
-            most = max(most, abs(total.power))
-    return _LAG / most
+                return None
+            found[node] = total
+    return found
 
 
 def is_reduction(node: Node) -> bool:

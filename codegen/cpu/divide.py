@@ -1,6 +1,6 @@
 """Divisions by what many elements share, as products: one division for all of them.
 
-In and out: a block graph, of the same meaning but for one rounding more (1 ulp instead of a half). A vector of
+In and out: the roots of a block graph, of the same meaning but for one rounding more (1 ulp instead of a half). A vector of
 quotients takes some ten times as long as one of products. x / y becomes x * scale * (1 / (y * scale)),
 where scale is a power of two for divisors whose inverse would overflow or lose bits, and else 1: no
 quotient overflows, vanishes or turns into NaN that did not before. Divisors that are known to have an
@@ -8,11 +8,11 @@ inverse (the sum of a softmax, the root of a norm) need no scale: x * (1 / y).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 from superopt.codegen.cpu.ranges import UNKNOWN, Range, range_of
 from superopt.ir import build as b
-from superopt.ir.graph import Graph
 from superopt.ir.node import Node, rebuild, rewrite
 from superopt.ir.ops import elementwise, leaf
 from superopt.ir.types import DType
@@ -24,8 +24,8 @@ _MOST: Final = 2.0**126
 _SCALE: Final = 2.0**64
 
 
-def shared_divisions(graph: Graph) -> Graph:
-    """Return the block graph with products for float32 divisions whose divisors repeat."""
+def shared_divisions(roots: Sequence[Node]) -> tuple[Node, ...]:
+    """Return the roots with products for float32 divisions whose divisors repeat."""
     ranges: dict[Node, Range] = {}
 
     def step(node: Node, inputs: tuple[Node, ...]) -> Node:
@@ -48,4 +48,4 @@ def shared_divisions(graph: Graph) -> Graph:
         scale = b.where(b.lt(size, _LEAST), _SCALE, unusual)
         return b.mul(b.mul(x, scale), b.div(1.0, b.mul(y, scale)))
 
-    return graph.with_outputs(rewrite(graph.outputs, step))
+    return rewrite(roots, step)

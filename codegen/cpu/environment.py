@@ -14,6 +14,7 @@ from typing import final
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
 from superopt.codegen.cpu.expressions import LOWER, literal, scalar_type, vector_type
 from superopt.codegen.cpu.inline import JOINS, Plan, joined_parts
+from superopt.codegen.cpu.ranges import unscaled
 from superopt.codegen.errors import CodegenError
 from superopt.ir.coordinates import (
     Coordinate,
@@ -30,6 +31,8 @@ from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType
 
 _CONTRACTED = (DType.F32, DType.F64)
+_USUAL = 2.0**60
+"""Factors up to which, and down to its inverse, another one can be multiplied with."""
 
 
 @final
@@ -167,11 +170,21 @@ class Environment:
             raise CodegenError(f"{node.op.name} has no expression: {rule}")
         operands = [self.value(i, broadcast_coords(i, coords)) for i in node.inputs]
         text = rule(operands, node, self.vector)
-        if self.vector and node in self.plan.rough:
-            text = f"so::exp_rough({operands[0]})"
+        if self.vector and node in self.plan.seen.rough:
+            text = self._rough_exponential(node.inputs[0], operands[0], coords)
         if node.op is elementwise.MUL and dtype in _CONTRACTED and self._is_added(node):
             text = f"rounded({text})"
         return self.define(text, dtype)
+
+    def _rough_exponential(self, node: Node, operand: str, coords: Coordinates) -> str:
+        """Return exp of a value, a constant factor of which becomes one with that of the exponential."""
+        x, factor = unscaled(node)
+        usual = 1 / _USUAL < factor < _USUAL and node.tensor.dtype is DType.F32
+        if factor == 1.0 or not usual:
+            return f"so::exp_rough({operand})"
+        base = self.value(x, broadcast_coords(x, broadcast_coords(node, coords)))
+        number = self.splat(literal(factor / math.log(2), DType.F32), DType.F32)
+        return f"so::exp2_rough({base} * {number})"
 
     def _joined(self, node: Node, coords: Coordinates) -> str:
         """Read an element of what is put together from the part in which it lies."""

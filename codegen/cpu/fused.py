@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Final, final
 
-from superopt.codegen.cpu.context import Context, Extent
+from superopt.codegen.cpu.context import Context, Extent, View
 from superopt.codegen.cpu.environment import Environment
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.cpu.members import Member, carried, combine_kind, identity
 from superopt.codegen.cpu.row import Row, RowGroup, read_by
 from superopt.ir.coordinates import identity_coords
 from superopt.ir.node import Node
+from superopt.ir.types import DType
 
 _GROUP: Final = 16
 """Rows from which it pays to take as many together as a vector has lanes."""
@@ -194,11 +195,17 @@ class FusedLoop:
         head = f"for (long {first} = 0; {first} < {extent.text}; {first} += VL)"
         with self.context.block(head):
             self.context.write(f"const long {stop} = min_of({first} + VL, {extent.text});")
-            for phase in self._phases(members, lane):
+            phases = self._phases(members, lane)
+            while phases:
+                phase = phases.pop(0)
                 if phase[0].extents[lane].full == 1:
                     self._column(phase, dim, first)
-                else:
-                    self._rows(phase, dim, lane, first)
+                    continue
+                for member, partial in self._rows(phase, dim, lane, first):
+                    if phases and self._lags(member, phases[0]):
+                        self._shift(member, partial, phases.pop(0), dim, lane, first)
+                    else:
+                        self._fold(member, partial, dim, lane, first)
 
     def _phases(self, members: list[Member], lane: int) -> list[list[Member]]:
         """Part members where totals of all rows are needed, and those of a row from those of a column."""
@@ -219,13 +226,47 @@ class FusedLoop:
                 phases.insert(at + 1, [member])
         return phases
 
-    def _rows(self, members: list[Member], dim: int, lane: int, first: str) -> None:
+    def _rows(
+        self, members: list[Member], dim: int, lane: int, first: str
+    ) -> list[tuple[Member, View]]:
+        """Write the pass over a group's rows; return the reductions that are still to be folded."""
         if all(m.kind == "rescale" for m in members):
             tests = dict.fromkeys(self._scales(m, dim, first) for m in members)
             with self.context.block(f"if ({' || '.join(tests)})"):
-                self._each_row(members, dim, lane, first)
-        else:
-            self._each_row(members, dim, lane, first)
+                return self._each_row(members, dim, lane, first)
+        return self._each_row(members, dim, lane, first)
+
+    def _lags(self, member: Member, column: list[Member]) -> bool:
+        """Say whether a column is made of one shift, which alone reads this maximum and may lag behind it."""
+        (shift, *others) = column
+        lags = shift.kind == "prefix" and shift.lag and shift.peak is None
+        alone = self.plan.only_shifts(member.node) is shift.node
+        return bool(lags and alone and not others and member.view.dtype is DType.F32)
+
+    def _shift(
+        self, member: Member, partial: View, column: list[Member], dim: int, lane: int, first: str
+    ) -> None:
+        """Look for the new maxima of a group's rows only where one is above the shift in force by more than the lag."""
+        (shift,) = column
+        limit = f"{self._at(shift.view, shift, dim, lane, first)}, {shift.lag!r}f, s{dim} - {first}"
+        with self.context.block(f"if (above({partial.pointer}, {limit}))"):
+            self._fold(member, partial, dim, lane, first)
+            self._column(column, dim, first)
+        with self.context.block("else"):
+            for _, factor in shift.factors:
+                address = self._at(factor, shift, dim, lane, first)
+                self.context.write(f"store_n({address}, splat<vf>(1.0f), s{dim} - {first});")
+
+    def _fold(self, member: Member, partial: View, dim: int, lane: int, first: str) -> None:
+        address = self._at(member.view, member, dim, lane, first)
+        fold = f"fold_rows<{_FOLD[combine_kind(member.node)]}>"
+        self.context.write(f"{fold}({partial.pointer}, {address}, s{dim} - {first});")
+
+    def _at(self, view: View, member: Member, dim: int, lane: int, first: str) -> str:
+        """Return the address of what a group's first row has one of."""
+        shape = tuple(1 if i == lane else e.full for i, e in enumerate(member.extents))
+        env = Environment(self.context, self.plan, member.extents, dim, first)
+        return env.address(view, identity_coords(shape))[0]
 
     def _scales(self, member: Member, dim: int, first: str) -> str:
         """Return the test whether a group's rows are not all left as they are."""
@@ -235,20 +276,16 @@ class FusedLoop:
         address, _ = env.address(view, identity_coords(shape))
         return f"scales({address}, s{dim} - {first})"
 
-    def _each_row(self, members: list[Member], dim: int, lane: int, first: str) -> None:
+    def _each_row(
+        self, members: list[Member], dim: int, lane: int, first: str
+    ) -> list[tuple[Member, View]]:
         group = RowGroup(dim, first)
         with self.context.block(f"for (long r{dim} = {first}; r{dim} < s{dim}; ++r{dim})"):
             row = Row(self.context, self.plan, members[0].rank, lane, group=group)
             for member in members:
                 row.add(member)
             row.flush()
-        for member, partial in group.partials:
-            shape = tuple(1 if i == lane else e.full for i, e in enumerate(member.extents))
-            env = Environment(self.context, self.plan, member.extents, dim, first)
-            address, _ = env.address(member.view, identity_coords(shape))
-            self.context.write(
-                f"fold_rows<{_FOLD[combine_kind(member.node)]}>({partial.pointer}, {address}, s{dim} - {first});"
-            )
+        return group.partials
 
     def _column(self, members: list[Member], dim: int, first: str) -> None:
         """Compute what has one value per row, for a group of rows as a vector."""

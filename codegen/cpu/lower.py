@@ -11,6 +11,7 @@ the grid: FULL knows that all of its tiles are whole. The same is done inside lo
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
 from typing import Literal, final
 
@@ -22,15 +23,17 @@ from superopt.codegen.cpu.divide import shared_divisions
 from superopt.codegen.cpu.environment import Environment
 from superopt.codegen.cpu.expressions import LOWER, literal
 from superopt.codegen.cpu.fused import FusedLoop
-from superopt.codegen.cpu.inline import Plan, rough_exponentials
+from superopt.codegen.cpu.inline import Plan, Seen, rough_exponentials
 from superopt.codegen.cpu.members import Member, MemberKind, carried, combine_kind, identity
+from superopt.codegen.cpu.ranges import unscaled
+from superopt.codegen.cpu.scales import scales_behind_maxima
 from superopt.codegen.cpu.sharing import is_kept, left_to_others, only_right_of, shared_over
 from superopt.codegen.cpu.transposed import rows_of
 from superopt.codegen.errors import CodegenError
 from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
 from superopt.ir.coordinates import identity_coords
 from superopt.ir.graph import Graph
-from superopt.ir.homogeneity import may_lag
+from superopt.ir.homogeneity import cancels, may_lag
 from superopt.ir.node import Node, rebuild, rewrite
 from superopt.ir.ops import contraction, elementwise, structural, tile
 from superopt.ir.ops.registry import OpKind
@@ -62,29 +65,33 @@ def lower(graph: Graph, config: CpuConfig, name: str) -> Source:
     """
     inlined = inline_threads(graph)
     block = inlined if config.pairs else unrounded(inlined)
-    program = tile_program(shared_divisions(block))
+    nodes = list(block.nodes())
+    rough = rough_exponentials(block)
+    loose = [n for n in nodes if n.op is tile.PREFIX_MAX and cancels(n, nodes)]
+    roots = iter(shared_divisions(scales_behind_maxima((*block.outputs, *rough, *loose))))
+    program = tile_program(block.with_outputs(tuple(islice(roots, len(block.outputs)))))
+    seen = Seen(frozenset(islice(roots, len(rough))), frozenset(unscaled(n)[0] for n in roots))
     for node in program.graph.nodes():
         if node.op in LOWER.unsupported:
             raise CodegenError(f"{node.op.name}: {LOWER.unsupported[node.op]}")
         if node.tensor.dtype.is_complex:
             raise CodegenError("complex tiles have no C++ form")
-    return _Kernel(program, config, name, rough_exponentials(block)).source()
+    return _Kernel(program, config, name, seen).source()
 
 
 @final
 class _Kernel:
-    def __init__(
-        self, program: TileProgram, config: CpuConfig, name: str, rough: frozenset[Node]
-    ) -> None:
+    def __init__(self, program: TileProgram, config: CpuConfig, name: str, seen: Seen) -> None:
         self.graph = graph = program.graph
         self.name = name
         self.context = Context(program, config)
-        self.plan = Plan(program, config.pairs, rough)
+        self.plan = Plan(program, config.pairs, seen)
         self.fused = FusedLoop(self.context, self.plan)
         self.inputs = {n: f"in{i}_{_word(n.attrs.name)}" for i, n in enumerate(graph.inputs)}
         self.outputs = [f"out{i}" for i in range(len(graph.outputs))]
-        self.factors: dict[Node, dict[int, View]] = {}
-        self.peaks: dict[Node, tuple[View, float]] = {}
+        self.factors: dict[Node, dict[float, View]] = {}
+        self.lags: dict[Node, float] = {}
+        self.peaks: dict[Node, View] = {}
         self.in_loops: list[str] = []
         self.aliases: set[Node] = set()
         self.operands: dict[Node, list[Node]] = {}
@@ -244,9 +251,9 @@ class _Kernel:
                     view = self.context.allocate(shift.shape, shift.tensor.dtype, "factor")
                     self.factors[shift][node.attrs.power] = view
         for shift in self.factors:
-            if lag := may_lag(shift, self.graph.nodes()):
-                peak = self.context.allocate(shift.shape, shift.tensor.dtype, "peak")
-                self.peaks[shift] = peak, lag
+            self.lags[shift] = may_lag(shift, self.graph.nodes())
+            if self.lags[shift] and shift not in self.plan.seen.loose:
+                self.peaks[shift] = self.context.allocate(shift.shape, shift.tensor.dtype, "peak")
 
     def _view(self, node: Node, stem: str, *, dense: bool = False) -> View:
         view = self.context.views.get(node)
@@ -384,7 +391,7 @@ class _Kernel:
             self._view(state, "last")
             return
         view = self._view(state, "state")
-        views = [view, self.peaks[state][0]] if state in self.peaks else [view]
+        views = [view, self.peaks[state]] if state in self.peaks else [view]
         for started in views:
             self._fill(started, state.shape, identity(combine_kind(state), state.tensor.dtype))
 
@@ -396,13 +403,15 @@ class _Kernel:
         self.context.write(f"fill<{view.element}>({view.pointer}, {count}L, {value});")
 
     def _finish(self, loop: Loop) -> None:
+        loose = self.plan.seen.loose
         for shift in loop.states:
-            if shift in self.factors:
+            if shift in self.factors and shift not in loose:
                 self._add(self._shift("settle", shift, None, self._full(shift.shape)))
         for state in loop.states:
             extents = self._full(state.shape)
             if state.op is tile.ACCUM_RESCALED:
-                self._add(self._rescale(state, extents))
+                if state.inputs[1] not in loose:
+                    self._add(self._rescale(state, extents))
             elif state.op is tile.ACCUM_LAST and state.inputs[0].op is tile.PREFIX_MAX:
                 shift = state.inputs[0]
                 self._add(Member("write", state, shift, self.context.views[state], extents))
@@ -560,7 +569,7 @@ class _Kernel:
         extents: tuple[Extent, ...],
     ) -> Member:
         factors = tuple(self.factors.get(node, {}).items())
-        peak, lag = self.peaks.get(node, (None, 0.0))
+        peak, lag = self.peaks.get(node), self.lags.get(node, 0.0)
         view = self.context.views[node]
         return Member(kind, node, source, view, extents, factors=factors, peak=peak, lag=lag)
 

@@ -87,11 +87,12 @@ class Member:
     view: View
     extents: tuple[Extent, ...]
     axes: tuple[int, ...] = ()
-    factors: tuple[tuple[int, View], ...] = ()
+    factors: tuple[tuple[float, View], ...] = ()
     """prefix, settle: for each power in use, where exp(power * (old - new)) goes; rescale: whence."""
-    peak: View | None = None
-    """prefix, settle: where the maximum is kept, if the shift in force may lag behind it, by `lag`."""
     lag: float = 0.0
+    """prefix: how far the shift in force may lag behind the maximum."""
+    peak: View | None = None
+    """prefix, settle: where the maximum is kept if it does, and somebody sees it."""
     old_shape: tuple[int, ...] = ()
     carry: View | None = None
     dense: int | None = None

@@ -41,8 +41,21 @@ def range_of(node: Node, ranges: Mapping[Node, Range]) -> Range:
     return low, high
 
 
+def unscaled(node: Node) -> tuple[Node, float]:
+    """Return x and c > 0 for x * c, or the value itself and 1."""
+    if node.op is elementwise.MUL:
+        for x, by in (node.inputs, node.inputs[::-1]):
+            if by.op is leaf.CONSTANT and 0 < float(by.attrs.value) < math.inf:
+                return x, float(by.attrs.value)
+    return node, 1.0
+
+
 def is_below_maximum(node: Node) -> bool:
-    """Recognize x - max(x): at most 0, or NaN. The maximum may be a running one, and 0 where it is -inf."""
+    """Recognize x - max(x): at most 0, or NaN. The maximum may be a running one, and 0 where it is -inf.
+
+    It may be multiplied by a positive number.
+    """
+    node = unscaled(node)[0]
     if node.op is not elementwise.SUB:
         return False
     x, by = node.inputs
@@ -81,8 +94,9 @@ def _sum(node: Node, inputs: list[Range]) -> Range:
     if low < 0:
         return UNKNOWN
     (term,) = node.inputs
-    if term.op is elementwise.EXP and term.inputs[0].op is elementwise.SUB:
-        x, by = term.inputs[0].inputs
+    below = unscaled(term.inputs[0])[0] if term.op is elementwise.EXP else None
+    if below is not None and below.op is elementwise.SUB:
+        x, by = below.inputs
         # exp(x - max(x)) is 1 where x is largest
         if by.op is contraction.REDUCE_MAX and by.inputs[0] is x and by.attrs == node.attrs:
             low = 1.0
@@ -99,6 +113,14 @@ def _mul(node: Node, inputs: list[Range]) -> Range:
     corners = [0.0 if 0.0 in (x, y) else x * y for x in (a, b) for y in (c, d)]
     low = max(0.0, min(corners)) if node.inputs[0] is node.inputs[1] else min(corners)
     return low, max(corners)
+
+
+def _div(_: Node, inputs: list[Range]) -> Range:
+    (a, b), (c, d) = inputs
+    if c <= 0 <= d:
+        return UNKNOWN
+    corners = [x / y for x in (a, b) for y in (c, d)]
+    return min(corners), max(corners)
 
 
 def _abs(_: Node, inputs: list[Range]) -> Range:
@@ -122,6 +144,7 @@ _RULES: Final[dict[Op, Callable[[Node, list[Range]], Range]]] = {
     elementwise.ADD: lambda _, r: (r[0][0] + r[1][0], r[0][1] + r[1][1]),
     elementwise.SUB: _sub,
     elementwise.MUL: _mul,
+    elementwise.DIV: _div,
     elementwise.MAXIMUM: lambda _, r: (max(r[0][0], r[1][0]), max(r[0][1], r[1][1])),
     elementwise.ABS: _abs,
     elementwise.EXP: _exp,

@@ -382,7 +382,10 @@ class Row:
             return
         if env.count and env.vector:
             value = f"select(first_lanes({env.count}), {value}, {_neutral(kind, dtype)})"
-        env.lines.append(f"{total} = {combine(kind, total, value, dtype, vector=env.vector)};")
+        text = combine(kind, total, value, dtype, vector=env.vector)
+        if env.vector and self.plan.is_free_of_nan(member.node):
+            text = f"so::max_fast({total}, {value})"
+        env.lines.append(f"{total} = {text};")
 
     def _collect(self, member: Member, env: Environment, value: str) -> None:
         kind = combine_kind(member.node)
@@ -498,13 +501,14 @@ class Row:
     def _prefix(self, member: Member, env: Environment, value: str, at: Coordinates) -> None:
         dtype = member.node.tensor.dtype
         old = env.define(env.load(member.view, at), dtype)
-        if member.peak is None:
-            new = env.define(combine("max", old, value, dtype, vector=env.vector), dtype)
-        else:
+        if member.peak is not None:
             before = env.define(env.load(member.peak, at), dtype)
-            peak = env.define(combine("max", before, value, dtype, vector=env.vector), dtype)
-            env.store(member.peak, at, peak)
-            new = env.define(f"so::lagging({old}, {peak}, {member.lag!r}f)", dtype)
+            value = env.define(combine("max", before, value, dtype, vector=env.vector), dtype)
+            env.store(member.peak, at, value)
+        larger = f"so::lagging({old}, {value}, {member.lag!r}f)"
+        if not member.lag:
+            larger = combine("max", old, value, dtype, vector=env.vector)
+        new = env.define(larger, dtype)
         env.store(member.view, at, new)
         env.cache[(member.node, at)] = new
         suffix = "" if env.vector else "_one"

@@ -75,7 +75,7 @@ class RescaleAttrs:
     """The loop axis, and the power of exp(shift) by which the operand scales."""
 
     loop: str
-    power: int = 1
+    power: float = 1
 
 
 def _check_cover(dims: tuple[DimMap, ...], shape: tuple[Dim, ...]) -> None:

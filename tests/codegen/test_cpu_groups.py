@@ -14,6 +14,7 @@ from superopt.codegen.cpu.lower import lower
 from superopt.ir import build as b
 from superopt.ir.build import BlockBuilder
 from superopt.ir.graph import Graph
+from superopt.ir.homogeneity import cancels
 from superopt.ir.ops import contraction, tile
 from superopt.ir.types import DType
 from superopt.verify.reference import DTYPES, run_reference
@@ -82,6 +83,88 @@ def test_fold_rows(tmp_path: Path, width: int) -> None:
         assert (to[rows : lanes + 1] == 77).all()
         assert (to[lanes + 1 + rows :] == 77).all()
         partial = np.random.default_rng(rows).standard_normal((lanes, lanes)).astype(np.float32)
+
+
+def loose(columns: int, *, masked: bool) -> Graph:
+    """Attention's sums without a maximum among the results, beside the logarithm of a sum of exponentials."""
+    g = BlockBuilder("loose", grid={"m": 1}, loops={"n": 5})
+    x = g.load(b.input_("x", (18, 5 * columns)), 18, ("n", columns))
+    scores = b.mul(x, 0.3)
+    if masked:
+        scores = b.where(b.lt(b.abs_(x), 1e-3), float("-inf"), scores)
+    top = b.accumulate(tile.PREFIX_MAX, b.reduce_max(scores, -1), "n")
+    value = b.exp(b.sub(scores, b.finite_or_zero(top)))
+    total = b.accum_rescaled(b.reduce_sum(value, -1), top, "n")
+    wide = b.accum_rescaled(b.matmul(value, b.transpose(x)), top, "n")
+    g.store(b.div(wide, total), (18, 18), 18, 18)
+    lse = b.add(b.log(total), b.accumulate(tile.ACCUM_LAST, top, "n"))
+    if masked:
+        g.store(lse, (18, 1), 18, 1)
+    return g.graph()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("columns", [20, 64])
+@pytest.mark.parametrize("step", [0.1, 5.0, 40.0])
+def test_a_maximum_that_cancels_is_looked_for_where_it_grows(
+    tmp_path: Path, step: float, columns: int, *, masked: bool
+) -> None:
+    graph = loose(columns, masked=masked)
+    source = lower(graph, CpuConfig(), graph.name)
+    assert "if (above(" in source.text
+    assert "settled" not in source.text
+    assert ("max_fast" in source.text) != masked  # where it is a result, NaN is in it
+    (kernel,) = compile_many([source], tmp_path)
+    assert isinstance(kernel, Kernel), kernel
+    x = torch.rand(18, 5 * columns, generator=torch.Generator().manual_seed(3)) / 8
+    growth = torch.arange(5 * columns).div(columns, rounding_mode="floor")
+    x += step * growth * torch.linspace(-1, 1, 18)[:, None]
+    check(graph, [x], launched(kernel, graph, [x]))
+    # of a row nothing at first, nothing at all, NaN or infinities among numbers, at its beginning and its end
+    x[0], x[1, 3], x[2, : 2 * columns], x[3, -1], x[16] = (
+        -torch.inf,
+        torch.nan,
+        -torch.inf,
+        torch.nan,
+        0,
+    )
+    x[17, 2 * columns], x[5, -1] = torch.inf, torch.inf
+    for got, want in zip(launched(kernel, graph, [x]), run_reference(graph, [x]), strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("result", "seen"),
+    [
+        (lambda total, top: b.div(b.mul(total, 2.0), total), False),
+        (lambda total, top: b.add(top, b.log(total)), False),
+        (lambda total, top: b.log(total), True),
+        (lambda total, top: total, True),
+        (lambda total, top: b.div(total, b.maximum(total, 1.0)), True),
+        (lambda total, top: b.sub(b.log(total), top), True),
+        (lambda total, top: top, True),
+    ],
+)
+def test_which_maxima_cancel(result, seen: bool) -> None:
+    g = BlockBuilder("cancels", grid={"m": 1}, loops={"n": 5})
+    x = g.load(b.input_("x", (18, 100)), 18, ("n", 20))
+    top = b.accumulate(tile.PREFIX_MAX, b.reduce_max(x, -1), "n")
+    total = b.accum_rescaled(b.reduce_sum(b.exp(b.sub(x, top)), -1), top, "n")
+    g.store(result(total, b.accumulate(tile.ACCUM_LAST, top, "n")), (18, 1), 18, 1)
+    assert cancels(top, list(g.graph().nodes())) != seen
+
+
+def test_a_maximum_of_what_is_left_out_keeps_its_nan() -> None:
+    g = BlockBuilder("hidden", grid={"m": 1}, loops={"n": 5})
+    x = g.load(b.input_("x", (18, 100)), 18, ("n", 20))
+    top = b.accumulate(tile.PREFIX_MAX, b.reduce_max(x, -1), "n")
+    value = b.exp(b.sub(x, b.finite_or_zero(top)))
+    value = b.where(b.lt(g.load(b.input_("y", (18, 100)), 18, ("n", 20)), 0.0), value, 0.0)
+    wide = b.accum_rescaled(b.matmul(value, b.transpose(x)), top, "n")
+    g.store(b.div(wide, b.accum_rescaled(b.reduce_sum(value, -1), top, "n")), (18, 18), 18, 18)
+    text = lower(g.graph(), CpuConfig(), "hidden").text
+    assert "if (above(" in text
+    assert "max_fast" not in text
 
 
 def running(dtype: DType, power: int, *, homogeneous: bool) -> Graph:

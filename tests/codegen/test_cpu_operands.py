@@ -42,7 +42,7 @@ def test_shared_divisors_of_all_sizes(tmp_path: Path, by_row: bool) -> None:
     y = g.load(b.input_("y", (n, 1) if by_row else (1, n)), *((n, 1) if by_row else (1, n)))
     g.store(b.div(x, y), (n, n), n, n)
     graph = g.graph()
-    divisions = [n for n in topological(shared_divisions(graph).outputs) if n.op is elementwise.DIV]
+    divisions = [n for n in topological(shared_divisions(graph.outputs)) if n.op is elementwise.DIV]
     assert [d.tensor.elements for d in divisions] == [n]
     above, below = VALUES.repeat(n, 1), VALUES
     above, below = (above, below[:, None]) if by_row else (above.T.contiguous(), below[None, :])
@@ -63,7 +63,7 @@ def test_divisions_that_stay() -> None:
             else g.load(b.input_("y", divisor, dtype), *divisor)
         )  # type: ignore[arg-type,misc]
         g.store(b.div(x, y), x_shape, *x_shape)
-        nodes = topological(shared_divisions(g.graph()).outputs)
+        nodes = topological(shared_divisions(g.graph().outputs))
         return sum(n.op is elementwise.DIV and n.tensor.elements == 12 for n in nodes)
 
     assert kept((3, 4), (3, 4)) == 1

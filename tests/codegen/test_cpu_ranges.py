@@ -11,6 +11,7 @@ from superopt.ir import build as b
 from superopt.ir.build import BlockBuilder
 from superopt.ir.node import Node, topological
 from superopt.ir.ops import elementwise, tile
+from superopt.ir.types import DType
 
 
 def ranges(outputs: list[Node]) -> dict[Node, tuple[float, float]]:
@@ -31,7 +32,15 @@ def test_divisors_of_norms_and_softmax() -> None:
     total = b.reduce_sum(shifted, -1)
     root = b.sqrt(b.add(b.mul(b.reduce_sum(b.mul(x, x), -1), 0.125), 1e-6))
     length = b.maximum(b.sqrt(b.reduce_sum(b.mul(x, x), -1)), 1e-12)
-    found = ranges([total, root, length])
+    rounded = b.cast(
+        b.cast(b.sqrt(b.add(b.div(b.reduce_sum(b.mul(x, x), -1), 8.0), 1e-6)), DType.BF16),
+        DType.F32,
+    )
+    scaled = b.mul(b.sub(x, b.reduce_max(x, -1)), 0.5)
+    found = ranges([total, root, length, rounded, b.reduce_sum(b.exp(scaled), -1), b.div(x, x)])
+    assert found[rounded] == found[root]
+    assert found[b.reduce_sum(b.exp(scaled), -1)] == (1.0, 8.0)
+    assert found[b.div(x, x)] == found[x]
     assert found[total] == (1.0, 8.0)
     assert found[root] == pytest.approx((1e-3, 6.522e18), rel=1e-3)
     assert found[length] == pytest.approx((1e-12, 1.845e19), rel=1e-3)
@@ -42,7 +51,7 @@ def test_known_divisors_need_no_scale(known: bool) -> None:
     build, x = tile_(4, 16)
     total = b.reduce_sum(b.exp(b.sub(x, b.reduce_max(x, -1))) if known else x, -1)
     build.store(b.div(x, total), (4, 16), 4, 16)
-    nodes = topological(shared_divisions(build.graph()).outputs)
+    nodes = topological(shared_divisions(build.graph().outputs))
     wide = [n for n in nodes if n.op is elementwise.MUL and n.tensor.elements == 64]
     assert len(wide) == (1 if known else 2)
 

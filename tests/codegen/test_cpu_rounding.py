@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 
 from superopt.codegen import cpu
+from superopt.codegen.cpu.ranges import is_below_maximum, unscaled
+from superopt.codegen.cpu.scales import scales_behind_maxima
 from superopt.codegen.errors import CodegenError
 from superopt.ir import build as b
+from superopt.ir.node import topological
+from superopt.ir.ops import elementwise
 from superopt.ir.types import DType
 
 SCALE = 0.08838834764831845
@@ -55,3 +59,40 @@ def test_exponentials_before_a_comparison_are_not_rough():
     x = builder.load(b.input_("x", (4, 64)), 4, 64)
     builder.store(b.lt(b.reduce_sum(b.exp(x), -1), 30.0), (4, 1), 4, 1)
     assert "exp_rough" not in cpu.lower(builder.graph(), cpu.CpuConfig(), "f").text
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_factor_goes_behind_the_maximum(masked: bool) -> None:
+    builder = b.BlockBuilder("f", grid={"m": 1})
+    scores = b.mul(builder.load(b.input_("x", (4, 64)), 4, 64), SCALE)
+    if masked:
+        scores = b.where(b.lt(builder.load(b.input_("y", (4, 64)), 4, 64), 0.0), -1e9, scores)
+    shifted = b.exp(b.sub(scores, b.reduce_max(scores, -1)))
+    nodes = list(topological(scales_behind_maxima((shifted,))))
+    (product,) = (n for n in nodes if n.op is elementwise.MUL)
+    assert unscaled(product)[1] == SCALE
+    (difference,) = (n for n in nodes if n.op is elementwise.SUB)
+    assert is_below_maximum(difference)
+    assert is_below_maximum(product)
+
+
+def test_factors_that_stay_where_they_are() -> None:
+    x = b.input_("x", (4, 64))
+    for scores, top in (
+        (b.mul(x, -2.0), b.mul(x, -2.0)),  # its maximum is the minimum
+        (b.mul(x, 2.0), b.mul(x, 3.0)),
+        (b.mul(x, 2.0), x),
+        (b.where(b.lt(x, 0.0), -3e38, b.mul(x, 0.125)),) * 2,  # -3e38 / 0.125 is no float
+    ):
+        (root,) = scales_behind_maxima((b.sub(scores, b.reduce_max(top, -1)),))
+        assert root.op is elementwise.SUB
+
+
+def test_exponentials_of_divided_scores_are_rough() -> None:
+    builder = b.BlockBuilder("f", grid={"m": 1})
+    x = builder.load(b.input_("x", (4, 64)), 4, 64)
+    scores = b.mul(b.div(x, b.sqrt(b.reduce_sum(b.mul(x, x), -1))), SCALE)
+    shifted = b.exp(b.sub(scores, b.reduce_max(scores, -1)))
+    builder.store(b.cast(shifted, DType.BF16), (4, 64), 4, 64)
+    text = cpu.lower(builder.graph(), cpu.CpuConfig(), "f").text
+    assert "exp2_rough" in text

@@ -301,6 +301,14 @@ SO_INLINE void fold_rows(const float* partial, float* to, long rows) {
   store_n(to, v[0], rows);
 }
 
+// Whether a row of a group has left a maximum that is above its shift by more than `lag`.
+SO_INLINE bool above(const float* partial, const float* shifts, float lag, long rows) {
+  vi found = {};
+#pragma GCC unroll 4
+  for (long i = 0; i < rows; ++i) found |= load<vf>(partial + i * VL) > splat<vf>(shifts[i] + lag);
+  return any(found);
+}
+
 // exp(power * (shift - peak)); 0 where the maximum stayed -inf: what was added counts nothing.
 SO_INLINE vf settled(vf shift, vf peak, float power) {
   const vf factor = select(shift == peak, splat<vf>(1.0f), so::exp((shift - peak) * power));
