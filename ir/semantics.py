@@ -161,7 +161,7 @@ class _Batch:
 
     def _load(self, x: Node, dims: tuple[tile.DimMap, ...]) -> Node:
         for axis, dim in enumerate(dims):
-            x = _extend(x, axis - len(dims), dim.padded)
+            x = extended(x, axis - len(dims), dim.padded)
         split = [c for dim in dims for c in (*(n for _, n in dim.axes), dim.tile)]
         x = b.reshape(x, split)
         order: dict[str, int] = {}
@@ -301,7 +301,7 @@ def _integer_limit(dtype: DType, *, low: bool) -> int:
     return -(1 << (bits - 1)) if low else (1 << (bits - 1)) - 1
 
 
-def _extend(x: Node, axis: int, size: int) -> Node:
+def extended(x: Node, axis: int, size: int) -> Node:
     """Repeat the last element along `axis` until the dim has `size` elements."""
     missing = size - x.shape[axis]
     if missing == 0:

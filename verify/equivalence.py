@@ -13,7 +13,7 @@ from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import ceil, log2
+from math import ceil, inf, log2
 from typing import Any, final
 
 import torch
@@ -38,8 +38,9 @@ from superopt.verify.needs import (
 )
 from superopt.verify.ranges import Integers, integer_ranges
 from superopt.verify.slices import alike, work
-from superopt.verify.sweep import OUTPUT_SKIPS, SKIPS, Claim, Sweep, partners
+from superopt.verify.sweep import OUTPUT_SKIPS, SKIPS, Claim, Sweep, computes, partners
 from superopt.verify.threads import suitable
+from superopt.verify.views import MOST_ELEMENTS, occurring, view
 
 DEFAULT_ERROR_BOUND = 2.0**-60
 MAX_TESTS = 64
@@ -305,40 +306,54 @@ def _swept(
         difference, primes, used = outcome
         if difference is None:
             break
-    pairs = partners(original, boundaries, seen.signatures)
-    # every claim that may be made has its share of the error
-    share = error_bound / (len(pairs) * len(SKIPS) + half * len(OUTPUT_SKIPS))
-    proofs: list[Verdict] = []
+    # each of two sweeps has half of the error, and every claim that it may make a share of that
+    proofs: list[tuple[Verdict, float]] = []
     pieces: list[Piece] = []
+    known: dict[Claim, bool] = {}
 
-    def prove(claim: Claim) -> bool:
-        # the whole test has chosen the claims: their tests draw afresh
-        left = alike(claim.graph)
-        verdict = _direct(
-            left.graph, 1, dict(claim.ranges), _test_seed(seed, -1), share, time.perf_counter()
-        )
-        proofs.append(verdict)
-        if verdict.equivalent:
-            piece = Piece(
-                claim.graph.digest(),
-                left.kept,
-                verdict.primes,
-                verdict.seeds,
-                verdict.error_per_test,
-                verdict.by_order,
+    def swept(pairs: Mapping[Node, Node], most_error: float) -> bool:
+        share = error_bound / 2 / (len(pairs) * len(SKIPS) + half * len(OUTPUT_SKIPS))
+
+        def prove(claim: Claim) -> bool:
+            # the whole test has chosen the claims: their tests draw afresh
+            left = alike(claim.graph)
+            if _error(left.graph, 1) > most_error:
+                raise _TooLarge
+            verdict = _direct(
+                left.graph, 1, dict(claim.ranges), _test_seed(seed, -1), share, time.perf_counter()
             )
-            pieces.append(piece)
-        return verdict.equivalent
+            proofs.append((verdict, share))
+            if verdict.equivalent:
+                piece = Piece(
+                    claim.graph.digest(),
+                    left.kept,
+                    verdict.primes,
+                    verdict.seeds,
+                    verdict.error_per_test,
+                    verdict.by_order,
+                )
+                pieces.append(piece)
+            return verdict.equivalent
 
-    equivalent = difference is None and Sweep(
-        original, pairs, frozenset(seen.finite), ranges, prove
-    ).equal(candidate)
+        finite = frozenset(seen.finite)
+        return Sweep(original, pairs, finite, ranges, prove, known).equal(candidate)
+
+    equivalent = False
+    if difference is None:
+        pairs = partners(original, boundaries, seen.signatures)
+        try:
+            equivalent = swept(pairs, DIRECT_ERROR)
+        except _TooLarge:
+            # what kernels hold and do not write is in blocks: views of the original's values
+            inside = _Observed(types, frozenset(topological(original)))
+            _one_test(joint, half, ranges, needs, _test_seed(seed, 0), by_order, inside)
+            equivalent = swept({**inside.views, **pairs}, inf)
     if equivalent:
         reason = ""
     elif difference is not None:
         reason = str(difference)
     else:
-        reason = f"a piece could not be proven: {proofs[-1].reason}"
+        reason = f"a piece could not be proven: {proofs[-1][0].reason}"
     return Verdict(
         equivalent=equivalent,
         reason=reason,
@@ -347,13 +362,17 @@ def _swept(
         primes=(primes,),
         seeds=(used,),
         error_per_test=max((p.error_per_test for p in pieces), default=1.0),
-        bound=sum(p.bound if p.equivalent else share for p in proofs) if equivalent else 1.0,
-        decisions=any(p.decisions for p in proofs),
+        bound=sum(p.bound if p.equivalent else share for p, share in proofs) if equivalent else 1.0,
+        decisions=any(p.decisions for p, _ in proofs),
         by_order=by_order,
         seconds=time.perf_counter() - started,
         counterexample=difference,
         pieces=tuple(pieces) if equivalent else (),
     )
+
+
+class _TooLarge(Exception):
+    """A claim whose degree asks for many tests: smaller ones may do."""
 
 
 @final
@@ -363,10 +382,15 @@ class _Observed:
     Values are digested where the type of the node is one of `types`. Of two such values that are equal
     modulo p, the second gets the first one's other residues: behind exponentials they may be others,
     of equal values too. That is for the choice of claims alone, which are tested on their own.
+
+    Given `own`, the nodes of the original, it looks for what other nodes compute as views of these.
     """
 
-    def __init__(self, types: Container[Type]) -> None:
+    def __init__(self, types: Container[Type], own: Container[Node] = frozenset()) -> None:
         self.types = types
+        self.own = own
+        self.views: dict[Node, Node] = {}
+        self.elements: dict[bytes, tuple[Node, torch.Tensor]] = {}
         self.signatures: dict[Node, dict[str, bytes]] = {}
         self.finite: set[Node] = set()
         self.exponents: dict[tuple[Type, bytes], dict[str, torch.Tensor]] = {}
@@ -378,6 +402,8 @@ class _Observed:
         self.signatures.clear()
         self.finite.clear()
         self.exponents.clear()
+        self.views.clear()
+        self.elements.clear()
         return self
 
     def has_rule(self, op: Op) -> bool:
@@ -402,7 +428,23 @@ class _Observed:
                             known.setdefault(name, residue)
                         residues = {name: known[name] for name in value.residues}
                         value = FieldValue(residues, value.kind, value.real)
+            if self.own and value.kind is None and computes(node):
+                self._look_for_views(node, value)
         return value
+
+    def _look_for_views(self, node: Node, value: FieldValue) -> None:
+        assert self.domain is not None, "over() comes first"
+        residue = value.residues.get("p")
+        if residue is None or not 1 < node.tensor.elements <= MOST_ELEMENTS:
+            return
+        numbers = self.domain.fields["p"].canonical(residue).expand(node.shape)
+        digest = occurring(numbers)
+        if node in self.own:
+            self.elements.setdefault(digest, (node, numbers))
+        elif digest in self.elements:
+            found = view(*self.elements[digest], node, numbers)
+            if found is not None:
+                self.views[node] = found
 
 
 def _signature(value: FieldValue, domain: FieldDomain) -> dict[str, bytes]:

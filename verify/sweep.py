@@ -49,7 +49,7 @@ class Claim:
 class Sweep:
     """One candidate, node by node.
 
-    `partners` maps nodes of the candidate to nodes of the original that may be equal. `finite` holds the
+    `partners` maps nodes of the candidate to nodes of the original, or views of these, that may be equal. `finite` holds the
     nodes of the original that were finite everywhere: only those become variables, since variables are.
     """
 
@@ -71,7 +71,7 @@ class Sweep:
             free = node.op in (leaf.INPUT, library.OPAQUE)
             if free or any(i in varying for i in node.inputs):
                 varying.add(node)
-                if node in self.finite and _computes(node):
+                if node in self.finite and computes(node):
                     self.cuttable.add(node)
 
     def _number(self, node: Node) -> None:
@@ -81,6 +81,12 @@ class Sweep:
             bits |= self.below[i]
         self.below[node] = bits
 
+    def _number_all(self, partner: Node) -> None:
+        """Record the same of a view of a node of the original."""
+        for node in topological([partner], stop=self.below.keys()):
+            if node not in self.below:
+                self._number(node)
+
     def equal(self, candidate: Sequence[Node]) -> bool:
         """Prove the outputs of the candidate equal to those of the original, if that can be done."""
         merged: dict[Node, Node] = {}
@@ -89,8 +95,10 @@ class Sweep:
             if new not in self.below:
                 self._number(new)
             partner = self.partners.get(node)
-            if partner is not None and self._proven(partner, new, SKIPS):
-                new = partner
+            if partner is not None:
+                self._number_all(partner)
+                if self._proven(partner, new, SKIPS):
+                    new = partner
             merged[node] = new
         pairs = zip(self.original, candidate, strict=True)
         return all(self._proven(a, merged[c], OUTPUT_SKIPS) for a, c in pairs)
@@ -172,7 +180,7 @@ class Sweep:
         return cuts
 
 
-def _computes(node: Node) -> bool:
+def computes(node: Node) -> bool:
     """Say whether a node makes numbers; what only moves them is cut where they were made."""
     return (
         real_valued(node)
