@@ -37,7 +37,7 @@ from superopt.verify.needs import (
     real_valued,
 )
 from superopt.verify.ranges import Integers, integer_ranges
-from superopt.verify.slices import alike, work
+from superopt.verify.slices import SUMMED, alike, work
 from superopt.verify.sweep import OUTPUT_SKIPS, SKIPS, Claim, Sweep, computes, partners
 from superopt.verify.threads import suitable
 from superopt.verify.views import MOST_ELEMENTS, occurring, view
@@ -169,7 +169,7 @@ def _verified(original: Graph, candidate: Graph, seed: int, error_bound: float) 
         return _refused(mismatch, seed, started)
     half = len(original.outputs)
     ranges = integer_ranges(original)
-    left = alike(_joint(original, candidate))
+    left = alike(_joint(original, candidate), summed=SUMMED)
     joint = left.graph
     if _error(joint, half) <= DIRECT_ERROR:
         verdict = _direct(joint, half, ranges, seed, error_bound, started)
@@ -182,7 +182,9 @@ def _verified(original: Graph, candidate: Graph, seed: int, error_bound: float) 
 
 def least_s(graph: Graph) -> float:
     """Return about how many seconds a test of a program takes at least."""
-    left = alike(_joint(graph, graph)).graph
+    left = alike(_joint(graph, graph), summed=SUMMED).graph
+    if _error(left, len(graph.outputs)) > DIRECT_ERROR:
+        left = alike(left, summed=inf).graph
     return _ELEMENT_S / torch.get_num_threads() * work(list(topological(left.outputs)))
 
 
@@ -299,13 +301,17 @@ def _swept(
         # equal exponents are told by their residues modulo p
         like = [n for n in topological(joint.outputs) if n.type in types and real_valued(n)]
         watched = joint.with_outputs([*joint.outputs, *like])
+    # what the claims are is all that this test tells: a few steps do, also of what is summed
+    few = alike(watched, summed=inf)
     for by_order in (False, True) if _order_helps(joint) else (False,):
-        needs = needed_residues(watched, by_order=by_order)
-        seen = _Observed(types)
-        outcome = _one_test(joint, half, ranges, needs, _test_seed(seed, 0), by_order, seen)
+        needs = needed_residues(few.graph, by_order=by_order)
+        seen = _Observed({few.values[n].type for n in boundaries if n in few.values})
+        tested = few.graph.with_outputs(few.graph.outputs[: 2 * half])
+        outcome = _one_test(tested, half, ranges, needs, _test_seed(seed, 0), by_order, seen)
         difference, primes, used = outcome
         if difference is None:
             break
+    finite = frozenset(n for n, v in few.values.items() if v in seen.finite)
     # each of two sweeps has half of the error, and every claim that it may make a share of that
     proofs: list[tuple[Verdict, float]] = []
     pieces: list[Piece] = []
@@ -316,7 +322,7 @@ def _swept(
 
         def prove(claim: Claim) -> bool:
             # the whole test has chosen the claims: their tests draw afresh
-            left = alike(claim.graph)
+            left = alike(claim.graph, summed=SUMMED)
             if _error(left.graph, 1) > most_error:
                 raise _TooLarge
             verdict = _direct(
@@ -335,17 +341,18 @@ def _swept(
                 pieces.append(piece)
             return verdict.equivalent
 
-        finite = frozenset(seen.finite)
         return Sweep(original, pairs, finite, ranges, prove, known).equal(candidate)
 
     equivalent = False
     if difference is None:
-        pairs = partners(original, boundaries, seen.signatures)
+        signatures = {n: seen.signatures[v] for n, v in few.values.items() if v in seen.signatures}
+        pairs = partners(original, boundaries, signatures)
         try:
             equivalent = swept(pairs, DIRECT_ERROR)
         except _TooLarge:
             # what kernels hold and do not write is in blocks: views of the original's values
             inside = _Observed(types, frozenset(topological(original)))
+            needs = needed_residues(watched, by_order=by_order)
             _one_test(joint, half, ranges, needs, _test_seed(seed, 0), by_order, inside)
             equivalent = swept({**inside.views, **pairs}, inf)
     if equivalent:

@@ -6,7 +6,8 @@ the results back to the inputs each value is *cut* along one axis where all that
 cut, and computed as a whole before where they do not. Every value is computed once, by the same operators.
 
 A test of *whether* two programs are equal needs less: where all slices are computed alike, from slices of
-the inputs and from inputs that all of them read, a few slices are as good as all (`alike`).
+the inputs and from inputs that all of them read, a few slices are as good as all (`alike`). So they are where
+all slices are summed, and results are polynomials in the sums, or quotients of some.
 
 In: a kernel graph of primitives, and the number of elements up to which a value is no reason to cut.
 Out: `Slices`, or None where nothing would be gained; an `Alike`.
@@ -14,18 +15,21 @@ Out: `Slices`, or None where nothing would be gained; an `Alike`.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import inf, prod
 from typing import Any, Final, final
 
 import torch
 
+from superopt.ir import build as b
 from superopt.ir.build import input_
 from superopt.ir.graph import Graph, Level
 from superopt.ir.interpret import Domain, interpret
 from superopt.ir.node import Node, make, rebuild, topological
 from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
+from superopt.ir.types import DType
 from superopt.verify.draws import is_draw
+from superopt.verify.needs import constant_power, real_valued
 
 LARGE: Final = 1 << 19
 """Elements of float64 that several operators in turn still find in a cache."""
@@ -33,6 +37,12 @@ _TERMS: Final = 32
 """How many terms of a product cost as much as an operator on an element."""
 _MOST: Final = 256
 """How many slices at most: each costs a walk over the graph."""
+_WORTH: Final = 0.5
+"""The largest share of the work that may be left for a cut to be worth it."""
+_WORTH_OF_SUMS: Final = 0.8
+"""The same where sums are cut too: next to the scores of all heads, a wide layer is as much again."""
+SUMMED: Final = 8.0
+"""Of what degree in sums results may be, where steps that are summed are left out."""
 
 
 @final
@@ -64,6 +74,8 @@ class Cut:
 
 
 _Wanted = list[Cut | None]
+_Seed = tuple[Node, bool]
+"""Where cuts begin: a result (True), or the operands of a sum."""
 
 
 @final
@@ -190,31 +202,89 @@ class Alike:
         return list(whole)
 
 
-def alike(graph: Graph, large: int = LARGE) -> Alike:
+def alike(graph: Graph, large: int = LARGE, *, summed: float = 0.0) -> Alike:
     """Leave of `graph` a few steps of each axis along which all is computed alike, where it is large.
 
     A result at a step of such an axis is one function, the same for all steps, of what inputs have at this step and
     of inputs that all steps read. No position is known to it: nothing counts along the axis, moves elements
     along it or sums over it. So results of two programs in one graph are equal for all inputs if and only if
     those that are left are.
+
+    With `summed` sums over steps are no reason to keep all: the last step left then stands for all others, and what is
+    left gives the results of the whole for inputs that have equal steps there. Results are equal for all
+    inputs if they are for these, where they are quotients of polynomials in sums of degree `summed` at most (of
+    any, where that is infinite: whoever asks for it must know why a few are enough).
     """
     found = Alike(graph, (), {n: n for n in topological(graph.outputs)})
-    while (fewer := _fewer(found.graph, large)) is not None:
+    while (fewer := _fewer(found.graph, large, summed)) is not None:
         values = {n: fewer.values[v] for n, v in found.values.items() if v in fewer.values}
         found = Alike(fewer.graph, found.few + fewer.few, values)
     return found
 
 
-def _fewer(graph: Graph, large: int) -> Alike | None:
-    """Cut the axis that leaves least, if that is half or less."""
+def _fewer(graph: Graph, large: int, summed: float) -> Alike | None:
+    """Cut the axis that leaves least, if that is worth it."""
     order = list(topological(graph.outputs))
-    if max(map(_size, order), default=0) <= large or any(is_draw(n) for n in order):
+    dear = [n for n in order if _cost(n, summed) > large]
+    if not dear or any(is_draw(n) for n in order):
         return None
     lengths = sorted({d for n in order if _has_shape(n) for d in n.shape if d > 1}, reverse=True)
     cuttings = [_Cutting(order, list(graph.outputs), n, large, rows=True) for n in lengths]
-    parts = [part for part in (c.part(graph) for c in cuttings) if part is not None]
+    if summed:
+        # steps of what is dear may be told by a cheap value alone, as blocks of rows by their sums
+        within = {d for n in dear for d in n.shape}
+        divisors = [n for n in lengths if any(d % n == 0 for d in within)]
+        cuttings += _summing(order, graph.outputs, large, divisors)
+    parts = [part for part in (c.part(graph, summed) for c in cuttings) if part is not None]
     least = min(((work(tuple(p.graph.nodes())), i) for i, p in enumerate(parts)), default=None)
-    return None if least is None or 2 * least[0] > work(order) else parts[least[1]]
+    share = _WORTH_OF_SUMS if summed else _WORTH
+    return None if least is None or least[0] > share * work(order) else parts[least[1]]
+
+
+def _cost(node: Node, summed: float) -> int:
+    """Return how much there is of a value; terms of products are part of it where a test does not need all."""
+    return work([node]) if summed else _size(node)
+
+
+def _summing(
+    order: list[Node], outputs: Sequence[Node], large: int, lengths: Iterable[int]
+) -> "list[_Cutting]":
+    """Return cuts of what is summed over steps: of all sums, and results, of steps of the same inputs."""
+    sums = [(n, False) for n in order if n.op in _SUMS]
+    found = []
+    for length in lengths:
+        groups: list[tuple[set[tuple[Node, Cut]], set[_Seed]]] = []
+        for seed in (*((o, True) for o in outputs), *sums):
+            leaves, seeds = _leaves(order, seed, length), {seed}
+            for group in [g for g in groups if g[0] & leaves]:
+                groups.remove(group)
+                leaves, seeds = leaves | group[0], seeds | group[1]
+            if leaves:
+                groups.append((leaves, seeds))
+        found += [
+            _Cutting(order, list(outputs), length, large, rows=True, seeds=seeds)
+            for _, seeds in groups
+            if not all(is_result for _, is_result in seeds)
+        ]
+    return found
+
+
+def _leaves(order: Sequence[Node], seed: "_Seed", length: int) -> set[tuple[Node, Cut]]:
+    """Return the inputs of which a result, or what a sum adds up, reads steps."""
+    node, is_result = seed
+    wanted = [_natural(node, _rows(node), length)] if is_result else _summed(node, length)
+    nodes = (node,) if is_result else node.inputs
+    cuts = dict(zip(nodes, wanted or [None] * len(nodes), strict=True))
+    found = set()
+    for node in reversed(order):
+        cut = cuts.get(node)
+        if cut is None:
+            continue
+        if node.op is leaf.INPUT:
+            found.add((node, cut))
+        for operand, want in zip(node.inputs, _operand_cuts(node, cut, length) or (), strict=False):
+            cuts.setdefault(operand, want)
+    return found
 
 
 def work(nodes: Sequence[Node]) -> int:
@@ -261,7 +331,8 @@ def _is_constant(node: Node) -> bool:
 class _Cutting:
     """The cuts of all values for one number of steps.
 
-    With `rows` no row of a result is cut: errors are measured by all of a row.
+    With `rows` no row of a result is cut: errors are measured by all of a row. With `seeds` only these results are
+    cut, and what these sums add up; those of which not all is made step by step are left out.
     """
 
     order: list[Node]
@@ -269,15 +340,28 @@ class _Cutting:
     length: int
     large: int
     rows: bool = False
+    seeds: set[_Seed] | None = None
     cuts: dict[Node, Cut | None] = field(default_factory=dict)
     wanted: dict[Node, _Wanted] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._cut()
+        while self.seeds and (doubtful := self._doubtful()):
+            self.seeds -= doubtful
+            self._cut()
+
+    def _cut(self) -> None:
+        self.cuts, self.wanted = {}, {}
+        seeds = {(r, True) for r in self.roots} if self.seeds is None else self.seeds
         for root in self.roots:
-            self._want(root, self._natural(root))
+            axes = _rows(root) if self.rows else range(-len(root.shape), 0)
+            self._want(root, _natural(root, axes, self.length) if (root, True) in seeds else None)
         for node in reversed(self.order):
             cut = self.cuts[node]
-            wanted = None if cut is None else _operand_cuts(node, cut, self.length)
+            if cut is not None:
+                wanted = _operand_cuts(node, cut, self.length)
+            else:
+                wanted = _summed(node, self.length) if (node, False) in seeds else None
             if wanted is None:
                 self.cuts[node] = None
                 wanted = [None] * len(node.inputs)
@@ -285,16 +369,21 @@ class _Cutting:
             for operand, want in zip(node.inputs, wanted, strict=True):
                 self._want(operand, want)
 
+    def _doubtful(self) -> set[_Seed]:
+        """Return the seeds of which not all is made step by step."""
+        tainted, found = set[Node](), set[_Seed]()
+        for node in self.order:
+            cut, pairs = self.cuts[node], list(zip(node.inputs, self.wanted[node], strict=True))
+            counts = node.op is leaf.IOTA and cut is not None and node.attrs.axis == cut.axis
+            unlike = any(want != self.cuts[i] for i, want in pairs)
+            if counts or unlike or any(i in tainted for i, want in pairs if want is not None):
+                found |= {(node, False)} if cut is None else {(node, True)}
+                tainted |= set() if cut is None else {node}
+        return found & (self.seeds or set())
+
     def _want(self, node: Node, cut: Cut | None) -> None:
         if self.cuts.setdefault(node, cut) != cut:
             self.cuts[node] = None
-
-    def _natural(self, root: Node) -> Cut | None:
-        """Return the first cut of a result, best by steps of single positions."""
-        rank = len(root.shape)
-        shape = root.shape[:-1] if self.rows and rank > 1 else root.shape
-        units = [(d // self.length, i) for i, d in enumerate(shape) if not d % self.length]
-        return min((Cut(i - rank, u) for u, i in units if u), key=lambda c: c.unit, default=None)
 
     def _count(self) -> int:
         """Return the number of slices."""
@@ -307,21 +396,40 @@ class _Cutting:
         sizes = (-(-_size(n) // count) if self.cuts[n] else _size(n) for n in self.order)
         return max(self.large, *sizes)
 
-    def part(self, graph: Graph) -> Alike | None:
+    def _degree(self) -> float:
+        """Return the degree of the results in sums over steps; infinite where they are no quotients."""
+        found: dict[Node, _Quotient] = {}
+        for node in self.order:
+            over = self.cuts[node] is None and any(self.wanted[node])
+            found[node] = _in_sums(node, [found[i] for i in node.inputs], over)
+        tops, bottoms = zip(*(found[r] for r in self.roots), strict=True)
+        return float(max(tops) + max(bottoms))
+
+    def part(self, graph: Graph, summed: float) -> Alike | None:
         """Return the program of a few steps; None where not all steps are computed alike."""
-        largest = max((_size(n) for n in self.order if self.cuts[n]), default=0)
-        steps = max(1, self.large * self.length // max(1, largest))
+        largest = max((_cost(n, summed) for n in self.order if self.cuts[n]), default=0)
+        degree = 0.0 if self.seeds is None else self._degree()
+        if degree > summed:
+            return None
+        # one step that stands for others, and as many as tell the functions of all from others
+        least = 1 if not self.seeds else 2 if summed == inf else int(2 * degree) + 4
+        steps = max(least, self.large * self.length // max(1, largest))
         if not largest or steps >= self.length:
             return None
         new: dict[Node, Node] = {}
         for node in self.order:
-            cut = self.cuts[node]
+            cut, wanted = self.cuts[node], self.wanted[node]
+            if any(want != self.cuts[i] for i, want in zip(node.inputs, wanted, strict=True)):
+                return None  # something of all steps is read where one is computed
             if cut is None:
                 new[node] = node
+                if any(new[i] is not i for i in node.inputs):
+                    operands = [new[i] for i in node.inputs]
+                    if wanted[0] is not None:
+                        rest = self.length - steps + 1
+                        operands[0] = _standing(operands[0], wanted[0], steps, rest)
+                    new[node] = make(node.op, tuple(operands), node.attrs)
                 continue
-            pairs = zip(node.inputs, self.wanted[node], strict=True)
-            if any(want != self.cuts[i] for i, want in pairs):
-                return None  # something of all steps is read where one is computed
             shape = cut.shape(node.shape, steps)
             attrs = node.attrs
             if node.op is leaf.INPUT:
@@ -394,7 +502,78 @@ def _tail(graph: Graph, roots: Sequence[Node]) -> Graph:
     return Graph(Level.KERNEL, "tail", inputs, tuple(new[o] for o in graph.outputs))
 
 
+# -- sums over steps ---------------------------------------------------------------------------
+
+_SUMS: Final = (contraction.MATMUL, contraction.REDUCE_SUM)
+_Quotient = tuple[float, float]
+"""The degrees of numerator and denominator as polynomials in sums over steps."""
+_ANY: Final = (inf, inf)
+
+
+def _summed(node: Node, length: int) -> _Wanted | None:
+    """Return the cuts of the operands of which a sum adds up steps, if it does."""
+    x = node.inputs[0] if node.op in _SUMS else None
+    if x is None or x.tensor.dtype is DType.BOOL:
+        return None
+    axes = (-1,) if node.op is contraction.MATMUL else node.attrs.axes
+    cut = _natural(x, axes, length)
+    if cut is None:
+        return None
+    return [cut] if node.op is contraction.REDUCE_SUM else [cut, Cut(-2, cut.unit)]
+
+
+def _standing(x: Node, cut: Cut, steps: int, count: int) -> Node:
+    """Return what is summed, the last step `count` times as much."""
+    last = b.eq(b.iota((cut.outer, steps, cut.unit), -2), steps - 1)
+    place = (cut.outer * steps * cut.unit, *(1 for _ in range(-1 - cut.axis)))
+    # not times a tensor of numbers: what is infinite keeps its sign
+    return b.where(b.reshape(last, place), b.mul(x, count), x)
+
+
+def _in_sums(node: Node, args: Sequence[_Quotient], over: bool) -> _Quotient:
+    """Return the degrees of a value; `over`: it is itself a sum over steps.
+
+    Anything is a function of its step, if no sum is in it.
+    """
+    top, bottom = (max(degrees, default=0.0) for degrees in zip(*args, (0.0, 0.0), strict=False))
+    if not args or (not top and not bottom and not over):
+        return 0.0, 0.0
+    numbers = [a for a in args if a != (0.0, 0.0)]
+    if node.op in (elementwise.ADD, elementwise.SUB):
+        (a, c), (d, e) = args
+        return max(a + e, d + c), c + e
+    if node.op is elementwise.MUL or node.op in _SUMS:
+        # terms of different denominators would have one of all
+        plain = node.op is elementwise.MUL or not bottom
+        return (sum(a for a, _ in args) + over, sum(c for _, c in args)) if plain else _ANY
+    if node.op is elementwise.DIV and real_valued(node):
+        (a, c), (d, e) = args
+        return a + e, c + d
+    if node.op is elementwise.POW and numbers == [args[0]] and (constant_power(node) or 0) > 0:
+        times = constant_power(node) or 0
+        return top * times, bottom * times
+    chosen = node.op is elementwise.WHERE and args[0] == (0.0, 0.0)
+    moved = node.op in _MOVING and numbers == [args[0]]
+    kept = node.op is elementwise.CAST and (
+        real_valued(node)
+        or (node.tensor.dtype is not DType.BOOL and not real_valued(node.inputs[0]))
+    )
+    same = node.op in (elementwise.NEG, structural.CONCAT)
+    return (top, bottom) if chosen or moved or kept or same else _ANY
+
+
 # -- which cuts of the operands give a cut of the result -----------------------------------------
+
+
+def _natural(node: Node, axes: Iterable[int], length: int) -> Cut | None:
+    """Return the first cut of some axes of a value, best by steps of single positions."""
+    units = [(node.shape[a] // length, a) for a in axes if not node.shape[a] % length]
+    return min((Cut(a, u) for u, a in units if u), key=lambda c: c.unit, default=None)
+
+
+def _rows(node: Node) -> Iterable[int]:
+    """Return the axes of a value but the last, where there are several."""
+    return range(-len(node.shape), 0 if len(node.shape) < 2 else -1)
 
 
 def _operand_cuts(node: Node, cut: Cut, length: int) -> _Wanted | None:
@@ -466,6 +645,16 @@ def _gather(node: Node, cut: Cut, length: int) -> _Wanted | None:
     return [None if node.attrs.axis == cut.axis else cut, cut]
 
 
+_MOVING: Final = (
+    structural.RESHAPE,
+    structural.BROADCAST,
+    structural.PERMUTE,
+    structural.SLICE,
+    structural.PAD,
+    structural.FLIP,
+    structural.TAKE,
+    structural.GATHER,
+)
 _RULES: Final[dict[str, Callable[[Node, Cut, int], _Wanted | None]]] = {
     op.name: rule
     for op, rule in (

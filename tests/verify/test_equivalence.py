@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from math import inf
 
 import numpy as np
 import pytest
@@ -451,6 +452,93 @@ def test_large_programs_are_tested_at_a_few_steps_that_are_alike(
     assert wrong.counterexample.position[0] == 37
     assert wrong.alike == ()
     assert not same(product, b.exp(b.matmul(b.mul(x, 2.0), w))).equivalent
+
+
+def gram(x: Node, columns: int) -> Node:
+    """Return the determinant of xᵀ x: 0 where fewer rows than columns differ."""
+    if columns == 1:
+        return b.reduce_sum(b.mul(x, x), (-2, -1))
+    parts = [b.slice_(x, -1, i, i + 1) for i in range(columns)]
+    sums = [[b.reduce_sum(b.mul(p, q), (-2, -1)) for q in parts] for p in parts]
+
+    def determinant(rows: list[list[Node]]) -> Node:
+        if len(rows) == 1:
+            return rows[0][0]
+        terms = [
+            b.mul(rows[0][j], determinant([[*r[:j], *r[j + 1 :]] for r in rows[1:]]))
+            for j in range(len(rows))
+        ]
+        total = terms[0]
+        for j, term in enumerate(terms[1:], 1):
+            total = b.sub(total, term) if j % 2 else b.add(total, term)
+        return total
+
+    return determinant(sums)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4])
+def test_so_many_steps_are_left_of_sums_that_no_polynomial_hides(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(equivalence, "alike", partial(alike, large=2))
+    x = tensor("x", (128, columns))
+    zero = b.sub(x, x)
+    nothing = gram(zero, columns)
+    found = same(nothing, gram(x, columns))
+    assert not found.equivalent
+    assert found.alike == ((2 * columns + 4, 128),)
+    # with the two that a first guess needs, a determinant of three columns is none
+    monkeypatch.setattr(equivalence, "SUMMED", inf)
+    assert same(nothing, gram(x, columns)).equivalent == (columns > 2)
+
+
+def mean_loss(
+    logits: Node, classes: Node, *, by: float | None = None, blocks: int | None = None
+) -> Node:
+    """Return the mean over rows of what a class costs; rows of class -100 do not count."""
+    kept = b.ne(classes, b.constant(-100, DType.I64))
+    total = b.log(b.reduce_sum(b.exp(logits), -1))
+    picked = b.gather(logits, b.where(kept, classes, b.constant(0, DType.I64)), -1)
+    rows = b.where(kept, b.sub(total, picked), b.constant(0.0))
+    count = b.cast(b.reduce_sum(b.cast(kept, DType.I64), (-2, -1)), DType.F32)
+    summed = b.reduce_sum(rows, (-2, -1))
+    if blocks is not None:
+        partly = b.reduce_sum(b.reshape(rows, (blocks, rows.shape[0] // blocks, 1)), -2)
+        summed = b.reshape(b.reduce_sum(partly, -3), (1, 1))
+    return b.div(summed, count if by is None else by)
+
+
+def test_sums_over_rows_are_tested_at_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equivalence, "alike", partial(alike, large=64))
+    logits, classes = tensor("logits", (64, 16)), b.input_("classes", (64, 1), DType.I64)
+    loss = mean_loss(logits, classes)
+    found = same(loss, mean_loss(logits, classes, blocks=32))
+    assert found.equivalent
+    assert found.alike == ((8, 32),)
+    assert not same(loss, mean_loss(logits, classes, by=64.0)).equivalent
+    assert not same(loss, b.mul(loss, 2.0)).equivalent
+    # rows that are told apart are all tested
+    row = b.eq(b.iota((64, 1), -2), b.constant(37, DType.I64))
+    other = mean_loss(b.where(row, b.mul(logits, 2.0), logits), classes)
+    assert not same(loss, other).equivalent
+    assert same(loss, other).alike == ()
+
+
+def test_a_product_is_tested_at_a_few_terms_where_its_result_is_no_argument(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(equivalence, "alike", partial(alike, large=64))
+    x, w = tensor("x", (4, 512)), tensor("w", (512, 6))
+    product = b.matmul(b.exp(x), w)
+    staged = b.reduce_sum(
+        b.matmul(b.permute(b.reshape(b.exp(x), (4, 32, 16)), (1, 0, 2)), b.reshape(w, (32, 16, 6))),
+        -3,
+    )
+    found = same(product, b.reshape(staged, (4, 6)))
+    assert found.equivalent
+    assert found.alike
+    assert not same(product, b.matmul(b.exp(b.mul(x, 2.0)), w)).equivalent
+    assert {of for _, of in same(b.exp(product), b.exp(product)).alike} == {4}
 
 
 @pytest.mark.parametrize("causal", [False, True])
