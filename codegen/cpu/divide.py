@@ -8,7 +8,7 @@ inverse (the sum of a softmax, the root of a norm) need no scale: x * (1 / y).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from superopt.codegen.cpu.ranges import UNKNOWN, Range, range_of
@@ -30,22 +30,28 @@ def shared_divisions(roots: Sequence[Node]) -> tuple[Node, ...]:
 
     def step(node: Node, inputs: tuple[Node, ...]) -> Node:
         fresh = rebuild(node, inputs)
-        ranges[fresh] = range_of(fresh, ranges)
-        if fresh.op is not elementwise.DIV or fresh.tensor.dtype is not DType.F32:
-            return fresh
-        x, y = fresh.inputs
-        if y.tensor.elements * _SHARED > fresh.tensor.elements:
-            return fresh
-        if y.op is leaf.CONSTANT:
-            value = float(y.attrs.value)
-            usual = math.isfinite(value) and _LEAST <= abs(value) <= _MOST
-            return b.mul(x, 1.0 / value) if usual else fresh
-        least, most = ranges.get(y, UNKNOWN)
-        if least >= _LEAST and most <= _MOST:
-            return b.mul(x, b.div(1.0, y))
-        size = b.abs_(y)
-        unusual = b.where(b.gt(size, _MOST), 1.0 / _SCALE, 1.0)
-        scale = b.where(b.lt(size, _LEAST), _SCALE, unusual)
-        return b.mul(b.mul(x, scale), b.div(1.0, b.mul(y, scale)))
+        bounds = range_of(fresh, ranges)
+        result = _product(fresh, ranges)
+        ranges[fresh] = ranges[result] = bounds
+        return result
 
     return rewrite(roots, step)
+
+
+def _product(node: Node, ranges: Mapping[Node, Range]) -> Node:
+    if node.op is not elementwise.DIV or node.tensor.dtype is not DType.F32:
+        return node
+    x, y = node.inputs
+    if y.tensor.elements * _SHARED > node.tensor.elements:
+        return node
+    if y.op is leaf.CONSTANT:
+        value = float(y.attrs.value)
+        usual = math.isfinite(value) and _LEAST <= abs(value) <= _MOST
+        return b.mul(x, 1.0 / value) if usual else node
+    least, most = ranges.get(y, UNKNOWN)
+    if least >= _LEAST and most <= _MOST:
+        return b.mul(x, b.div(1.0, y))
+    size = b.abs_(y)
+    unusual = b.where(b.gt(size, _MOST), 1.0 / _SCALE, 1.0)
+    scale = b.where(b.lt(size, _LEAST), _SCALE, unusual)
+    return b.mul(b.mul(x, scale), b.div(1.0, b.mul(y, scale)))

@@ -47,13 +47,18 @@ def test_divisors_of_norms_and_softmax() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_known_divisors_need_no_scale(known: bool) -> None:
+@pytest.mark.parametrize("norm", [True, False])
+def test_known_divisors_need_no_scale(norm: bool, known: bool) -> None:
     build, x = tile_(4, 16)
-    total = b.reduce_sum(b.exp(b.sub(x, b.reduce_max(x, -1))) if known else x, -1)
+    if norm:
+        squares = b.reduce_sum(b.mul(x, x) if known else x, -1)
+        total = b.sqrt(b.add(b.div(squares, 16.0), 1e-6))
+    else:
+        total = b.reduce_sum(b.exp(b.sub(x, b.reduce_max(x, -1))) if known else x, -1)
     build.store(b.div(x, total), (4, 16), 4, 16)
     nodes = topological(shared_divisions(build.graph().outputs))
     wide = [n for n in nodes if n.op is elementwise.MUL and n.tensor.elements == 64]
-    assert len(wide) == (1 if known else 2)
+    assert len(wide) == (1 if known else 2) + (norm and known)
 
 
 def test_what_is_no_maximum_of_the_element() -> None:
