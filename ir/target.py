@@ -41,7 +41,7 @@ class Target:
     inner_cache_bytes: int = 1 << 20
     outer_cache_bytes: int = 32 << 20
     launch_s: float = 4.0e-6
-    block_s: float = 2.0e-7
+    block_s: float = 1.0e-7
     library_efficiency: float = 0.85
     library_call_s: float = 6.0e-6
 

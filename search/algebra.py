@@ -109,6 +109,10 @@ def _step(node: Node, rules: tuple[Rule, ...]) -> Node:
     return node
 
 
+_SHORT_ROW: Final = 256
+_WIDER: Final = 4
+
+
 @final
 @dataclass(slots=True)
 class _Product:
@@ -231,10 +235,22 @@ def _scaled(value: Node, product: _Product) -> Node:
     return value
 
 
+def _scales_little(operand: Node, axis: int, result: Node) -> bool:
+    """Say whether scaling a product's operand is less work than scaling its result, and takes no pass of its own.
+
+    Tiles have all of a short row, so that what it is scaled by is known when the product begins.
+    """
+    wide = result.tensor.elements > _WIDER * operand.tensor.elements
+    return wide and operand.shape[axis] <= _SHORT_ROW
+
+
 def _scale_out_of_contraction(node: Node) -> Node | None:
     if node.op is not contraction.MATMUL:
         return None
-    left, right = _split(node.inputs[0], (-1,)), _split(node.inputs[1], (-2,))
+    left, right = (
+        None if _scales_little(operand, axis, node) else _split(operand, (axis,))
+        for operand, axis in zip(node.inputs, (-1, -2), strict=True)
+    )
     if left is None and right is None:
         return None
     a = node.inputs[0] if left is None else left[0]

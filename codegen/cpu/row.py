@@ -24,7 +24,7 @@ _CHAIN: Final = 32
 """Additions in turn to one partial sum of a long row."""
 _SHORTEST_PAIRS: Final = 64
 _MOST_LANES: Final = 16
-_SHORT: Final = 64
+_SHORT: Final = 128
 """Elements of a row whose loop the compiler unrolls."""
 
 _Totals = dict[Node, list[str]]

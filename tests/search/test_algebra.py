@@ -121,6 +121,18 @@ def test_a_plain_factor_follows_one_that_is_moved_out() -> None:
     assert product.inputs == (x, y)
 
 
+@pytest.mark.parametrize(
+    ("columns", "width", "moves"),
+    [(30, 64, True), (80, 64, False), (80 * 64, 64, False), (2000, 300, True)],
+)
+def test_short_rows_are_scaled_before_wide_products(columns: int, width: int, moves: bool) -> None:
+    rows, keys = b.input_("rows", (16, width)), b.input_("keys", (width, columns))
+    scaled = b.div(rows, b.sqrt(b.reduce_sum(b.mul(rows, rows), -1)))
+    graph = case([rows, keys], b.matmul(scaled, keys))
+    (moved,) = apply_rules(graph, (SCALE_OUT_OF_CONTRACTION,)).outputs
+    assert (moved.op is elementwise.DIV) == moves
+
+
 def test_short_axes_are_reduced_as_one() -> None:
     x = b.input_("x", (9, 3, 64))
     across = b.permute(x, (1, 2, 0))
