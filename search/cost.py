@@ -356,9 +356,9 @@ class KernelModel:
             else:
                 wasted = self._rounded(op.row, sizes, machine.vector_lanes)
                 compute += times * elements * wasted * op.seconds_per_element
-            if op.product is not None and machine.kind == "cpu":
-                if 4.0 * elements > _FIRST_CACHE_BYTES / 4:
-                    compute += times * elements * _OUTGROWN / machine.vector_ops
+            outgrown = op.product is not None and 4.0 * elements > _FIRST_CACHE_BYTES / 4
+            if outgrown and machine.kind == "cpu":
+                compute += times * elements * _OUTGROWN / machine.vector_ops
             # a tile that outgrows the inner cache goes through the outer ones
             large = 4.0 * elements > machine.inner_cache_bytes / 4
             if op.spills and machine.kind == "cpu" and large:

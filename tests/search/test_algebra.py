@@ -123,7 +123,7 @@ def test_a_plain_factor_follows_one_that_is_moved_out() -> None:
 
 @pytest.mark.parametrize(
     ("columns", "width", "moves"),
-    [(30, 64, True), (80, 64, False), (80 * 64, 64, False), (2000, 300, True)],
+    [(30, 64, True), (300, 64, False), (80 * 64, 64, False), (2000, 300, True)],
 )
 def test_short_rows_are_scaled_before_wide_products(columns: int, width: int, moves: bool) -> None:
     rows, keys = b.input_("rows", (16, width)), b.input_("keys", (width, columns))
