@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from math import inf, prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from superopt.codegen import cpu, triton
 from superopt.codegen.errors import CodegenError
 from superopt.errors import Unsupported, unknown
 from superopt.ir.graph import Graph
+from superopt.ir.ops import contraction
 from superopt.ir.text import parse_graph, print_graph
 from superopt.plan import KernelSource
 
@@ -62,6 +63,10 @@ class Backend(Protocol):
 
     def variants(self, graph: Graph, count: int) -> list[KernelSource | CodegenError]:
         """Return sources of up to `count` configurations, the most promising first."""
+        ...
+
+    def with_denormals(self, graph: Graph, source: KernelSource) -> KernelSource | None:
+        """Return the source of a kernel that keeps denormal numbers where this one takes them for 0, if it does."""
         ...
 
     def load(
@@ -156,6 +161,15 @@ class CpuBackend:
             )
         return found
 
+    def with_denormals(self, graph: Graph, source: KernelSource) -> KernelSource | None:
+        """Return the source of a kernel whose products keep denormal numbers, if these do not."""
+        config = cpu.CpuConfig(**source.config)
+        if config.denormals or all(n.op is not contraction.MATMUL for n in graph.nodes()):
+            return None
+        config = replace(config, denormals=True)
+        text = cpu.lower(graph, config, graph.name).text
+        return replace(source, text=text, config=asdict(config))
+
     def load(
         self, sources: Sequence[KernelSource], limit_s: float = inf
     ) -> list[Entry | CodegenError]:
@@ -189,6 +203,10 @@ class TritonBackend:
     def variants(self, graph: Graph, count: int) -> list[KernelSource | CodegenError]:
         """Return sources of up to `count` configurations, the most promising first."""
         return triton_variants(graph, count)
+
+    def with_denormals(self, graph: Graph, source: KernelSource) -> KernelSource | None:
+        """Return None: kernels keep them."""
+        return None
 
     def load(
         self, sources: Sequence[KernelSource], limit_s: float = inf

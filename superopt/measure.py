@@ -9,7 +9,7 @@ Times while other programs kept our threads waiting do not count, if there are o
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from math import inf, prod
 from statistics import median
@@ -253,6 +253,22 @@ class Clock:
                 return best
         return known
 
+    def keep_denormals(self, graph: Graph) -> dict[str, Compiled]:
+        """Compile the kernels of a program anew that take denormal numbers for 0; return what they were."""
+        wanted: list[tuple[str, KernelSource]] = []
+        for block in blocks(graph):
+            source = self.compiled[block.digest()].source
+            kept = self.backend.with_denormals(block, source)
+            if kept is not None:
+                wanted.append((block.digest(), kept))
+        replaced: dict[str, Compiled] = {}
+        entries = self._load([source for _, source in wanted])
+        for (digest, source), entry in zip(wanted, entries, strict=True):
+            if not isinstance(entry, CodegenError):
+                replaced[digest] = self.compiled[digest]
+                self.compiled[digest] = replace(replaced[digest], source=source, entry=entry)
+        return replaced
+
     def _call(self, graph: Graph, entry: Entry) -> Callable[[], object]:
         operands = self._in_turn(_operands(graph))
         results = [_poisoned(o.tensor, self.device) for o in graph.outputs]
@@ -358,8 +374,7 @@ class Clock:
 
     def ensure(self, graph: Graph) -> None:
         """Compile the kernels of `graph` that are not compiled yet."""
-        blocks = [n.attrs.graph for n in topological(graph.outputs) if n.op.kind is OpKind.GRAPH]
-        missing = [b for b in blocks if b.digest() not in self.compiled]
+        missing = [b for b in blocks(graph) if b.digest() not in self.compiled]
         if missing:
             self.kernels(missing)
 
@@ -374,6 +389,11 @@ class Clock:
     def _inputs(self, graph: Graph) -> list[torch.Tensor]:
         pairs = zip(graph.inputs, _operands(graph), strict=True)
         return [self.inputs[n] if n in self.inputs else self._operand(w) for n, w in pairs]
+
+
+def blocks(graph: Graph) -> list[Graph]:
+    """Return the block graphs of a program's kernels."""
+    return [n.attrs.graph for n in topological(graph.outputs) if n.op.kind is OpKind.GRAPH]
 
 
 def _operands(graph: Graph) -> list[_Operand]:

@@ -28,10 +28,8 @@ from superopt.codegen.cpu.compile import runtime_digest
 from superopt.codegen.errors import CodegenError, NoCompiler
 from superopt.errors import PlanError, Unsupported, unknown
 from superopt.ir.graph import Graph
-from superopt.ir.node import topological
-from superopt.ir.ops.registry import OpKind
 from superopt.ir.text import print_graph
-from superopt.measure import Clock, agreeing, close, interleaved
+from superopt.measure import Clock, agreeing, blocks, close, interleaved
 from superopt.plan import KernelSource, OutputSpec, Plan
 from superopt.runtime import Program, build_program, store_tensor, with_layouts
 from superopt.search.driver import LAST_S, Event, SearchResult, search
@@ -299,12 +297,21 @@ def _search(
     on_event(Event("start", f"searching for about {options.budget_s:.0f} s at most", {}))
     floating: dict[Graph, FloatVerdict] = {}
 
+    def tested(program: Graph) -> str:
+        """Say what is wrong with the results of a program as it will run, if anything is."""
+        plain = clock.program(program)
+        floating[program] = floats.check(lambda tensors: list(plain.run(*tensors)))
+        return floating[program].reason
+
     def accept(program: Graph) -> str:
         """Tune the kernels and test them as they will run."""
         _tune(program, clock, deadline - floats.predicted_s() - LAST_S, on_event)
-        plain = clock.program(program)
-        floating[program] = floats.check(lambda tensors: list(plain.run(*tensors)))
-        reason = floating[program].reason
+        reason = tested(program)
+        # the smallest numbers decide some rows, as weights that are divided by their sum
+        if reason and (replaced := clock.keep_denormals(program)):
+            reason = tested(program)
+            if reason:
+                clock.compiled |= replaced
         return f"rejected by the floating-point test: {reason}" if reason else ""
 
     with torch.no_grad():
@@ -341,11 +348,11 @@ def _search(
 def _tune(graph: Graph, clock: Clock, deadline: float, on_event: OnEvent) -> None:
     """Try the register tiles and the like of every kernel of the chosen program."""
     taken_s = _TUNING_S
-    nodes = topological(graph.outputs)
-    blocks = dict.fromkeys(n.attrs.graph for n in nodes if n.op.kind is OpKind.GRAPH)
     clock.ensure(graph)
     # there may be time for some: first those that take longest
-    for block in sorted(blocks, key=lambda b: -clock.compiled[b.digest()].seconds):
+    for block in sorted(
+        dict.fromkeys(blocks(graph)), key=lambda b: -clock.compiled[b.digest()].seconds
+    ):
         started = time.monotonic()
         if started + taken_s < deadline:
             best = clock.tune(block, _CONFIGURATIONS)
@@ -491,8 +498,7 @@ def restorer(changed: Sequence[torch.Tensor]) -> Callable[[], None]:
 
 
 def _sources(graph: Graph, clock: Clock) -> dict[str, KernelSource]:
-    blocks = [n.attrs.graph for n in topological(graph.outputs) if n.op.kind is OpKind.GRAPH]
-    return {b.digest(): clock.compiled[b.digest()].source for b in blocks}
+    return {b.digest(): clock.compiled[b.digest()].source for b in blocks(graph)}
 
 
 def _facts(found: SearchResult, clock: Clock) -> dict[str, Any]:

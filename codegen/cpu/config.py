@@ -45,7 +45,8 @@ class CpuConfig:
     that are contiguous along the contracted dim: transpose them tile by tile ("pack"), run along
     them ("dot"), or go by the shape ("auto"). Weights that few rows use are read `stream_rows` rows
     at a time (more where they are short), the next ones being fetched meanwhile (`prefetch`). `unroll` is the number of partial sums of a reduction along a row. `store_past` writes outputs
-    past the caches. `pairs` multiplies bfloat16 as it is (runtime/gemm_bf16.h) and not as floats.
+    past the caches. `pairs` multiplies bfloat16 as it is (runtime/gemm_bf16.h) and not as floats. `denormals`
+    keeps denormal numbers in products of floats, at a hundred cycles each.
     """
 
     rows: int = 6
@@ -58,6 +59,7 @@ class CpuConfig:
     unroll: int = 4
     store_past: bool = False
     pairs: bool = False
+    denormals: bool = False
 
 
 def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]:

@@ -135,6 +135,7 @@ class _Kernel:
         lines = [
             f"// {self.name}: generated from the block graph {graph.digest()[:16]}",
             *(f"//   {line}" for line in str(graph).splitlines()),
+            *(["#define SO_DENORMALS"] if context.config.denormals else []),
             '#include "tile.h"',
             *(['#include "gemm_bf16.h"'] if context.config.pairs else []),
             "",

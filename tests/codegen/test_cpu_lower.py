@@ -610,21 +610,22 @@ def test_batched_matmul_broadcast_and_views(folder):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="kernels flush them by an x86 register")
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 40])
-def test_denormals_count_as_zero_in_products_alone(folder, rows):
+def test_denormals_count_as_zero_in_products_alone_or_nowhere(folder, rows, kept):
     x, w = b.input_("x", (rows, 64)), b.input_("w", (64, 80))
     build = BlockBuilder("flushed")
     left = build.load(x, rows, 64)
     build.store(b.matmul(left, build.load(w, 64, 80)), (rows, 80), rows, 80)
     build.store(b.mul(left, 0.5), (rows, 64), rows, 64)
-    source = lower(build.graph(), CpuConfig(), "flushed")
+    source = lower(build.graph(), CpuConfig(denormals=kept), "flushed")
     (kernel,) = compile_many([source], folder)
     tiny, weights = torch.full((rows, 64), 2.0**-130), torch.full((64, 80), 2.0**20)
     product, half = torch.empty(rows, 80), torch.empty(rows, 64)
     for first in (1.0, 0.0):
         tiny[:, 0] = first
         kernel(*(t.data_ptr() for t in (tiny, weights, product, half)))
-        assert (product == first * 2.0**20).all()
+        assert (product == first * 2.0**20 + (63 * 2.0**-110 if kept else 0)).all()
         assert (half == tiny * 0.5).all()
         assert half[0, 1] > 0
 

@@ -1,14 +1,16 @@
 """The search's clock: what it refuses before a compiler sees it."""
 
+import platform
 from ctypes import c_float
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from superopt import measure
-from superopt.backends import wall
+from superopt.backends import CpuBackend, wall
 from superopt.codegen.errors import CodegenError
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
@@ -59,6 +61,28 @@ def test_large_operands_are_not_found_in_a_cache() -> None:
     # a program that fits the caches keeps its operands there
     clock.inputs = {}
     assert len(clock._in_turn([(0, x.tensor, 1), (1, w.tensor, 1)])) == 1
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="kernels flush them by an x86 register")
+def test_a_program_is_made_again_with_denormals(tmp_path: Path) -> None:
+    x, w = b.input_("x", (4, 8)), b.input_("w", (8, 16))
+    build = b.BlockBuilder("weighted")
+    build.store(b.matmul(build.load(x, 4, 8), build.load(w, 8, 16)), (4, 16), 4, 16)
+    scaled = b.BlockBuilder("scaled")
+    scaled.store(b.mul(scaled.load(w, 8, 16), 0.5), (8, 16), 8, 16)
+    (half,) = b.apply_graph(scaled.graph(), [w])
+    program = b.kernel_graph("p", [x, w], b.apply_graph(build.graph(), [x, half]))
+    clock = Clock(CpuBackend(tmp_path), {})
+    tensors = [torch.full((4, 8), 2.0**-130), torch.ones(8, 16)]
+    assert not clock.run(program, tensors)[0].any()
+    before = dict(clock.compiled)
+    replaced = clock.keep_denormals(program)
+    assert list(replaced) == [build.graph().digest()], "a kernel without products keeps them"
+    assert (clock.run(program, tensors)[0] == 2.0**-128).all()
+    clock.compiled |= replaced
+    assert clock.compiled == before
+    clock.keep_denormals(program)
+    assert not clock.keep_denormals(program)
 
 
 def test_kernels_are_prepared_together_without_what_is_malformed() -> None:

@@ -44,9 +44,10 @@ struct Whole {
 };
 
 // While one lives, denormal operands and results count as 0, as they do for matrix tiles: a multiplication
-// with one takes the processor over a hundred cycles, and attention that decays with distance has many.
+// with one takes the processor over a hundred cycles, and attention that decays with distance has many. (Unless
+// a kernel asks for them.)
 struct Flush {
-#ifdef __SSE__
+#if defined(__SSE__) && !defined(SO_DENORMALS)
   const unsigned before = __builtin_ia32_stmxcsr();
   Flush() { __builtin_ia32_ldmxcsr(before | 0x8040); }
   ~Flush() { __builtin_ia32_ldmxcsr(before); }
