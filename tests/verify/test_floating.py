@@ -459,3 +459,75 @@ def test_few_rows_tell_of_instability(monkeypatch: pytest.MonkeyPatch) -> None:
     stable = b.div(b.reduce_sum(b.mul(square, square), -1), 64.0)
     other = b.sub(b.div(b.reduce_sum(b.mul(x, x), -1), 64.0), b.mul(mean, mean))
     assert run(graph(other), graph(stable)).startswith("constant-rows")
+
+
+# -- errors that all numbers have in common --------------------------------------------------------
+
+
+def normalized(freedom: int, narrow: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a layer norm that divides the squares by so many fewer than there are."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        apart = wide - wide.mean(-1, keepdim=True)
+        variance = apart.square().sum(-1, keepdim=True) / (wide.shape[-1] - freedom)
+        return (apart * torch.rsqrt(variance + 1e-5)).to(narrow)
+
+    return run
+
+
+def attended(phantoms: int, narrow: torch.dtype) -> Callable[..., torch.Tensor]:
+    """Return an attention whose denominator counts so many keys of zeros that are not there."""
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5
+        shift = scores.amax(-1, keepdim=True)
+        weights = (scores - shift).exp()
+        total = weights.sum(-1, keepdim=True) + phantoms * (-shift).exp()
+        return (weights @ v.float() / total).to(narrow)
+
+    return run
+
+
+def layer_norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:])
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+
+@pytest.mark.parametrize(
+    ("program", "mistake", "shapes", "narrow"),
+    [
+        (layer_norm, normalized, [(64, 300)], torch.bfloat16),
+        (layer_norm, normalized, [(64, 1024)], torch.float16),
+        (attention, attended, [(2, 40, 32), (2, 64, 32), (2, 64, 32)], torch.float16),
+    ],
+)
+def test_errors_that_have_one_sign_are_no_rounding(
+    program: Callable[..., torch.Tensor],
+    mistake: Callable[[int, torch.dtype], Callable[..., torch.Tensor]],
+    shapes: list[tuple[int, ...]],
+    narrow: torch.dtype,
+) -> None:
+    original = lift(program, [torch.ones(s, dtype=narrow) for s in shapes]).graph
+    for count, accurate in ((0, True), (1, False)):
+        candidate = mistake(count, narrow)
+        verdict = verify_float(original, lambda t, c=candidate: [c(*t)], seed=1)
+        assert verdict.accurate is accurate, verdict.reason
+    assert "on the whole" in verdict.reason
+
+
+@pytest.mark.parametrize("steps", [0.3, 3.0])
+def test_errors_of_all_numbers_are_those_of_roundings(steps: float) -> None:
+    """One number may err by more than all of them together."""
+    x = b.input_("x", (64, 64), DType.BF16)
+    doubled = graph(b.add(x, x))
+
+    def run(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        exact = tensors[0].double() * 2.0
+        signs = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).sign()
+        return [(exact * (1.0 + steps * 2.0**-7 * signs)).to(torch.bfloat16)]
+
+    assert verify_float(doubled, run, seed=1).accurate is (steps < 1.0)
