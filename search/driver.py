@@ -75,8 +75,8 @@ LAST_S: Final = 2.0
 """For what comes after the proof: the program is compared with the original."""
 _LAST_SHARE: Final = 0.6
 """The largest share of the budget that is kept for all this."""
-_OVERRUN_S: Final = 5.0
-_OVERRUN: Final = 1.5
+_OVERRUN_S: Final = 2.0
+_OVERRUN: Final = 0.5
 """By how much, in seconds or in budgets, a proof may be thought to end too late: the machine may be busy, and
 what was found would be lost. Shorter proofs are made however late it is."""
 
@@ -133,7 +133,10 @@ class Statistics:
 @final
 @dataclass(slots=True)
 class SearchResult:
-    """The best proven program, its verdict (None: it is the original), and how it was found."""
+    """The best proven program, its verdict (None: it is the original), and how it was found.
+
+    `original_s` is infinite where there was no other program to time beside it.
+    """
 
     graph: Graph
     verdict: Verdict | None
@@ -234,10 +237,11 @@ class Driver:
         except KeyboardInterrupt:
             self.statistics.stopped = "interrupted"
         self.statistics.seconds = time.monotonic() - self.started
-        if self.original_s == inf:
-            self.original_s = self.measurer.programs([self.original])[0]
         graph, verdict, best_s = best or (self.original, None, self.original_s)
-        self._tell("result", f"{self.original_s * 1e3:.3f} ms -> {best_s * 1e3:.3f} ms")
+        if self.original_s < inf:
+            self._tell("result", f"{self.original_s * 1e3:.3f} ms -> {best_s * 1e3:.3f} ms")
+        else:  # there was nothing to compare it with, and no reason to wait for it
+            self._tell("result", "the original stays")
         return SearchResult(graph, verdict, self.original_s, best_s, self.statistics, self.notes)
 
     def _search(self) -> tuple[Graph, Verdict, float] | None:

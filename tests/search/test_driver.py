@@ -164,6 +164,20 @@ def test_the_same_seed_gives_the_same_program() -> None:
     assert first == second
 
 
+def test_what_there_is_nothing_to_compare_with_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(equivalence, "_ELEMENT_S", 1.0)
+
+    class Slow(Predicted):
+        def programs(self, graphs: Sequence[Graph]) -> list[float]:
+            raise AssertionError("a large program takes seconds")
+
+    result = run(PROGRAMS["causal_gqa"], Slow(), budget_s=1e-3)
+    assert result.original_s == inf
+    assert result.verdict is None
+
+
 def test_where_no_kernel_runs_the_original_stays() -> None:
     result = run(PROGRAMS["norm_linear"], Predicted(fails=True))
     assert result.verdict is None

@@ -17,6 +17,7 @@ from superopt.ir.graph import Graph
 from superopt.ir.target import Target
 from superopt.measure import Clock
 from superopt.plan import KernelSource
+from superopt.verify.reference import run_reference
 from tests.codegen.test_cpu_lower import attention
 
 
@@ -145,6 +146,46 @@ def test_what_was_timed_before_is_timed_again_beside_the_rest() -> None:
     again_s, beside_s = clock.kernels([first, second])
     assert backend.compiled == 2
     assert alone_s < again_s < beside_s
+
+
+def test_what_takes_very_long_is_timed_twice() -> None:
+    calls: list[str] = []
+
+    def timed(call: Any, repeats: int) -> float:
+        call()
+        return {"a": 0.5, "b": 0.6, "c": 2.0}[calls[-1]]
+
+    names = [lambda name=name: calls.append(name) for name in "abc"]
+    assert measure.interleaved(names, limit_s=0.0, timed=timed) == [0.5, 0.6, 2.0]
+    # one that is slower than that once is slower
+    assert sorted(calls) == ["a", "a", "b", "b", "c"]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_large_results_are_checked_at_a_few_steps(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def reference(graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        seen.append(max(t.numel() for t in tensors))
+        return run_reference(graph, tensors)
+
+    monkeypatch.setattr(measure, "run_reference", reference)
+    g = b.BlockBuilder("g", grid={"m": 4096})
+    g.store(
+        b.neg(g.load(b.input_("x", (4096, 1024)), ("m", 1), 1024)), (4096, 1024), ("m", 1), 1024
+    )
+
+    def negate(source: int, result: int) -> None:
+        read, written = ((c_float * (1 << 22)).from_address(a) for a in (source, result))
+        torch.frombuffer(written, dtype=torch.float32).copy_(
+            torch.frombuffer(read, dtype=torch.float32) * (-2.0 if wrong else -1.0)
+        )
+
+    clock = Clock(NoCompiler(), {})  # type: ignore[arg-type]
+    assert clock._agrees(g.graph(), negate) is not wrong
+    assert seen[0] < 1 << 20
 
 
 def test_compilers_are_waited_for_so_long_in_all_when_time_is_over(

@@ -18,7 +18,7 @@ from superopt.ir.ops.library import OpaqueAttrs
 from superopt.ir.types import DType, TensorType
 from superopt.verify import floating, threads
 from superopt.verify.equivalence import verify_field
-from superopt.verify.floating import DISTRIBUTIONS, draw_inputs, verify_float
+from superopt.verify.floating import DISTRIBUTIONS, PERIOD, draw_inputs, verify_float
 from superopt.verify.reference import run_reference
 from superopt.verify.slices import alike
 from tests.verify.workloads import WORKLOADS
@@ -531,3 +531,14 @@ def test_errors_of_all_numbers_are_those_of_roundings(steps: float) -> None:
         return [(exact * (1.0 + steps * 2.0**-7 * signs)).to(torch.bfloat16)]
 
     assert verify_float(doubled, run, seed=1).accurate is (steps < 1.0)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_large_inputs_repeat_after_a_prime_number_of_elements(distribution: str) -> None:
+    x, y = b.input_("x", (1100, 1024)), b.input_("y", (1100, 1024))
+    graph = b.kernel_graph("g", [x, y], [b.add(x, y)])
+    first, second = draw_inputs(graph, distribution, 3)
+    assert len(torch.unique(first[:, 5])) > 1000
+    assert not torch.equal(first, second)
+    if distribution != "constant-rows":  # whose means are the rows'
+        assert torch.equal(first.reshape(-1)[PERIOD:], first.reshape(-1)[: first.numel() - PERIOD])
