@@ -37,7 +37,7 @@ from superopt.verify.needs import (
     real_valued,
 )
 from superopt.verify.ranges import Integers, integer_ranges
-from superopt.verify.slices import SUMMED, alike, work
+from superopt.verify.slices import SUMMED, alike, seconds, work
 from superopt.verify.sweep import OUTPUT_SKIPS, SKIPS, Claim, Sweep, computes, partners
 from superopt.verify.threads import suitable
 from superopt.verify.views import MOST_ELEMENTS, occurring, view
@@ -53,8 +53,6 @@ _MOST_ERROR = 0.5
 """Tests that say less than this are not worth repeating."""
 _SAMPLE = 1 << 15
 """How many elements of a value tell which others may be equal to it."""
-_ELEMENT_S = 1e-8
-"""What an operator takes for an element on one core; exponentials and extrema take longer."""
 DIRECT_ERROR = 2.0**-10
 """Programs are tested whole while one test says so much; else in pieces, which then costs less."""
 
@@ -185,7 +183,7 @@ def least_s(graph: Graph) -> float:
     left = alike(_joint(graph, graph), summed=SUMMED).graph
     if _error(left, len(graph.outputs)) > DIRECT_ERROR:
         left = alike(left, summed=inf).graph
-    return _ELEMENT_S / torch.get_num_threads() * work(list(topological(left.outputs)))
+    return seconds(work(list(topological(left.outputs))))
 
 
 def provable(graph: Graph) -> bool:

@@ -18,7 +18,7 @@ import torch
 
 from superopt.ir.graph import Graph
 from superopt.ir.interpret import Domain
-from superopt.ir.node import Node
+from superopt.ir.node import Node, topological
 from superopt.ir.ops import contraction, elementwise, library, structural
 from superopt.ir.ops.registry import Op, OpKind
 from superopt.ir.semantics import expand
@@ -28,7 +28,7 @@ from superopt.verify.memory import empty
 from superopt.verify.opaque import duplicate, spread
 from superopt.verify.ranges import Integers, draw_integers, integer_ranges
 from superopt.verify.reference import DTYPES, TorchDomain, run_reference
-from superopt.verify.slices import Alike, alike, evaluate, slices
+from superopt.verify.slices import Alike, alike, evaluate, seconds, slices, work
 from superopt.verify.threads import now, suitable, worked_s
 
 RunCandidate = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -233,6 +233,8 @@ class FloatTest:
         self._part = self._all if self._picks else sampled(whole)
         self._slices = {whole: slices(whole, device)}
         self._slices[self._part.graph] = slices(self._part.graph, device)
+        steps = work(list(topological(self._part.graph.outputs)))
+        self._least_s = 2 * seconds(steps) if self.device == torch.device("cpu") else 0.0
         self._references: dict[str, _Reference | str] = {}
         self._reference_s: dict[str, float] = {}
         self._candidate_s: dict[str, float] = {}
@@ -240,8 +242,8 @@ class FloatTest:
     def predicted_s(self) -> float:
         """Return how long a check on every distribution may take, going by the checks so far."""
         missing = len(DISTRIBUTIONS) - len(self._reference_s)
-        # the first one of a process waits for memory
-        made_s = min(self._reference_s.values(), default=0.0)
+        # the first one of a process waits for memory; before it only what is left to compute tells
+        made_s = min(self._reference_s.values(), default=self._least_s)
         checked_s = min(self._candidate_s.values(), default=made_s / 2)
         return made_s * missing + checked_s * len(DISTRIBUTIONS)
 

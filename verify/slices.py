@@ -35,6 +35,8 @@ LARGE: Final = 1 << 19
 """Elements of float64 that several operators in turn still find in a cache."""
 _TERMS: Final = 32
 """How many terms of a product cost as much as an operator on an element."""
+ELEMENT_S = 1e-8
+"""What an operator takes for an element on one core; exponentials and extrema take longer."""
 _MOST: Final = 256
 """How many slices at most: each costs a walk over the graph."""
 _WORTH: Final = 0.5
@@ -291,6 +293,11 @@ def work(nodes: Sequence[Node]) -> int:
     """Return how many elements are computed, terms of products counted as a part of one."""
     terms = {n: n.inputs[0].shape[-1] // _TERMS for n in nodes if n.op is contraction.MATMUL}
     return sum(_size(n) * (1 + terms.get(n, 0)) for n in nodes)
+
+
+def seconds(elements: int) -> float:
+    """Return about how long a test computes so many elements, at least."""
+    return ELEMENT_S / torch.get_num_threads() * elements
 
 
 def _roots(outputs: Iterable[Node]) -> list[Node]:

@@ -27,7 +27,7 @@ from superopt.search.driver import Driver, Event, search
 from superopt.search.partition import is_compute, partition
 from superopt.search.region import make_region
 from superopt.search.schedule import derive
-from superopt.verify import equivalence, threads
+from superopt.verify import slices, threads
 from superopt.verify.equivalence import Piece, Verdict, provable, verify_field
 from superopt.verify.floating import FloatTest
 from superopt.verify.reference import run_reference
@@ -72,7 +72,7 @@ def test_a_budget_that_is_over_still_finds_something(monkeypatch: pytest.MonkeyP
 def test_what_no_budget_like_this_can_look_at_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(equivalence, "_ELEMENT_S", 1.0)  # large values, or a slow machine
+    monkeypatch.setattr(slices, "ELEMENT_S", 1.0)  # large values, or a slow machine
     monkeypatch.setattr(Driver, "_variants", lambda self: pytest.fail("it looked at variants"))
     result = run(PROGRAMS["causal_gqa"], Predicted(), budget_s=10.0)
     assert result.verdict is None
@@ -167,7 +167,7 @@ def test_the_same_seed_gives_the_same_program() -> None:
 def test_what_there_is_nothing_to_compare_with_is_not_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(equivalence, "_ELEMENT_S", 1.0)
+    monkeypatch.setattr(slices, "ELEMENT_S", 1.0)
 
     class Slow(Predicted):
         def programs(self, graphs: Sequence[Graph]) -> list[float]:
