@@ -16,10 +16,11 @@ from typing import Any, Final, final
 import numpy as np
 import torch
 
+from superopt.ir.build import item
 from superopt.ir.graph import Graph
 from superopt.ir.interpret import Domain
 from superopt.ir.node import Node, topological
-from superopt.ir.ops import contraction, elementwise, library, structural
+from superopt.ir.ops import contraction, elementwise, leaf, library, structural
 from superopt.ir.ops.registry import Op, OpKind
 from superopt.ir.semantics import expand
 from superopt.ir.types import DType, TensorType
@@ -226,7 +227,7 @@ class FloatTest:
         self._halves = any(
             isinstance(n.type, TensorType) and n.type.dtype.is_half for n in original.nodes()
         )
-        scores = [node.inputs[0] for node in self._picks.values()]
+        scores = [node for picked in self._picks.values() for node in picked.nodes()]
         self._scored = original.with_outputs([*original.outputs, *scores])
         whole = expand(self._scored)
         self._all = Alike(whole, (), {})
@@ -342,8 +343,12 @@ class FloatTest:
                 self._references[distribution] = f"{type(error).__name__}: {error}"
             else:
                 count = len(own)
-                pairs = zip(self._picks.items(), exact[count:], strict=True)
-                found = {index: _Pick(node, values) for (index, node), values in pairs}
+                beside = iter(exact[count:])
+                found: dict[int, _Pick] = {}
+                for index, picked in self._picks.items():
+                    pick = picked.pick(exact[index], [next(beside) for _ in picked.nodes()])
+                    if pick is not None:
+                        found[index] = pick
                 self._references[distribution] = _Reference(
                     exact[:count], moved[:count], own, found, self._part
                 )
@@ -421,47 +426,101 @@ class _Reference:
 @final
 @dataclass(frozen=True, slots=True)
 class _Pick:
-    """An output that says where something is largest or smallest, and of what, in float64."""
+    """An output that says where scores of a type were picked, along which axis, and they in float64.
 
-    node: Node
+    `shape`: that of the places, which may be reshaped in the output, the axis among its dims.
+    """
+
     scores: torch.Tensor
+    dtype: torch.dtype
+    axis: int
+    shape: tuple[int, ...]
 
     def at(self, places: torch.Tensor) -> torch.Tensor:
-        """Return the scores at `places`, one per row, beside the row's scale."""
-        axis = self.node.attrs.axis
+        """Return the score at each of `places`, beside the scale of all that were to choose from."""
         zero = self.scores.new_zeros(())
-        scale = torch.where(self.scores.isfinite(), self.scores.abs(), zero).amax(axis)
-        picked = torch.gather(self.scores, axis, self._index(places))
+        scale = torch.where(self.scores.isfinite(), self.scores.abs(), zero)
+        picked = torch.gather(self.scores, self.axis, self._index(places))
+        scale = scale.amax(self.axis, keepdim=True).expand(picked.shape)
         return torch.stack([picked.reshape(-1), scale.reshape(-1)], dim=-1)
 
     def differs(self, own: torch.Tensor, found: torch.Tensor) -> bool:
-        """Say whether rounding cannot explain `found`: no place at all, or another for NaN or infinity."""
-        axis = self.node.attrs.axis
-        if bool(((found < 0) | (found >= self.scores.shape[axis])).any()):
+        """Say whether rounding cannot explain `found`: no place at all or one twice, or another for NaN or infinity."""
+        if bool(((found < 0) | (found >= self.scores.shape[self.axis])).any()):
             return True
-        missing = self.scores.isnan().any(axis, keepdim=True)
-        before, after = (self.scores.gather(axis, self._index(i)) for i in (own, found))
+        if self._repeats(found) and not self._repeats(own):
+            return True
+        missing = self.scores.isnan().any(self.axis, keepdim=True)
+        before, after = (self.scores.gather(self.axis, self._index(i)) for i in (own, found))
         wrong = (before.isinf() & (before != after)) | (
             missing & (self._index(own) != self._index(found))
         )
         return bool(wrong.any())
 
+    def _repeats(self, places: torch.Tensor) -> bool:
+        return bool((self._index(places).sort(self.axis).values.diff(dim=self.axis) == 0).any())
+
     def _index(self, places: torch.Tensor) -> torch.Tensor:
-        return places.reshape(self.node.shape).to(torch.int64)
+        return places.reshape(self.shape).to(torch.int64)
 
 
-def _picks(graph: Graph) -> dict[int, Node]:
-    """Return the outputs that are places of extremes of floating-point numbers.
+@final
+@dataclass(frozen=True, slots=True)
+class _Picked:
+    """Nodes of the original: places that an output holds, and the scores that they are places of.
+
+    `values` are the scores at these places, where an operator returns them too.
+    """
+
+    places: Node
+    scores: Node
+    values: Node | None = None
+
+    def nodes(self) -> list[Node]:
+        """Return what a pick is made of, beside the output."""
+        return [self.scores] if self.values is None else [self.scores, self.values]
+
+    def pick(self, places: torch.Tensor, found: Sequence[torch.Tensor]) -> _Pick | None:
+        """Return the pick, given places and `nodes()` in float64; None where values are no scores."""
+        scores, shape = found[0], self.places.shape
+        dtype = DTYPES[self.scores.tensor.dtype]
+        if self.values is None:
+            return _Pick(scores, dtype, self.places.attrs.axis, shape)
+        index = places.reshape(shape).to(torch.int64)
+        for axis, count in enumerate(scores.shape):
+            others = [n for i, n in enumerate(shape) if i != axis]
+            if others != [n for i, n in enumerate(scores.shape) if i != axis]:
+                continue
+            inside = bool(((index >= 0) & (index < count)).all())
+            # operators that stay whole see numbers of the types that the program gave them
+            if inside and torch.equal(scores.gather(axis, index).to(dtype), found[1].to(dtype)):
+                return _Pick(scores, dtype, axis, shape)
+        return None
+
+
+def _picks(graph: Graph) -> dict[int, _Picked]:
+    """Return the outputs that are places of floating-point numbers: of extremes, of the largest few, of all in order.
 
     Rounding decides between scores that are nearly equal, so that no two correct programs need agree.
     """
-    found: dict[int, Node] = {}
+    found: dict[int, _Picked] = {}
     for index, node in enumerate(graph.outputs):
         while node.op is structural.RESHAPE:
             node = node.inputs[0]
-        places = node.op in (contraction.ARGMAX, contraction.ARGMIN)
-        if places and node.inputs[0].tensor.dtype.is_float:
-            found[index] = node
+        if node.op in (contraction.ARGMAX, contraction.ARGMIN):
+            picked = _Picked(node, node.inputs[0])
+        elif node.op is leaf.ITEM and node.inputs[0].op is library.OPAQUE and node.attrs.index:
+            operator = node.inputs[0]
+            values = item(operator, 0)
+            if len(operator.inputs) != 1 or node.tensor.dtype is not DType.I64:
+                continue
+            picked = _Picked(node, operator.inputs[0], values)
+            if values.shape != node.shape or node.tensor.rank != picked.scores.tensor.rank:
+                continue
+        else:
+            continue
+        if picked.scores.tensor.dtype.is_float:
+            found[index] = picked
     return found
 
 
@@ -622,9 +681,8 @@ def _worst(reference: _Reference, found: list[torch.Tensor]) -> tuple[tuple[floa
             pick = reference.picks.get(index)
             if pick is None or pick.differs(o, f):
                 return (worst_own, float("inf")), f"output {index} differs"
-            dtype = DTYPES[pick.node.inputs[0].tensor.dtype]
             e, m, o, f = (pick.at(places) for places in (e, m, o, f))
-            o = o.to(dtype)
+            o = o.to(pick.dtype)
         own_error, found_error, reason = _output_errors(e, m, o, f)
         worst_own, worst_found = max(worst_own, own_error), max(worst_found, found_error)
         if reason:

@@ -358,6 +358,33 @@ def test_rounding_may_decide_which_of_equal_scores_is_the_largest() -> None:
         assert "output 0" in verdict.reason
 
 
+@pytest.mark.parametrize("pick", [lambda s: s.topk(3, -1), lambda s: s.sort(-1)])
+def test_rounding_may_decide_which_scores_an_operator_picks(pick: Callable[..., Any]) -> None:
+    """Those of an operator that returns the scores and their places."""
+
+    def nearest(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return pick((x @ y).float()).indices
+
+    def unrounded(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return pick(x.float() @ y.float()).indices
+
+    source = torch.Generator().manual_seed(0)
+    operands = [torch.randn(s, generator=source).bfloat16() for s in ((200, 30), (30, 40))]
+    original = lift(nearest, operands).graph
+    assert not torch.equal(nearest(*operands), unrounded(*operands))
+    verdict = verify_float(original, lambda t: [unrounded(*t)], seed=0)
+    assert verdict.accurate, verdict.reason
+    wrongs = (
+        lambda found: found.roll(1, -1),
+        lambda found: found[:, :1].expand(found.shape),
+        lambda found: found + 1,
+    )
+    for wrong in wrongs:
+        verdict = verify_float(original, lambda t, w=wrong: [w(unrounded(*t))], seed=0)
+        assert not verdict
+        assert "output 0" in verdict.reason
+
+
 @pytest.mark.parametrize("special", [float("inf"), float("nan")])
 def test_infinity_and_nan_are_the_largest_scores(special: float) -> None:
     x = b.input_("x", (6, 20))
