@@ -41,6 +41,8 @@ _FIRST_CACHE_BYTES: Final = 48 << 10
 _OUTGROWN: Final = 3.0
 """Vector operations per element of a product that leaves the first cache before it is read: of bfloat16, 4 x 2048 x 64,
 32 queries by 64 keys 3.3 ms, 64 by 64 and 32 by 128 4.0 (two Xeon cores with AMX); in float32 all take the same."""
+_MATRIX_TILE: Final = 16
+"""Rows and columns of a matrix tile."""
 _WRITTEN: Final = {"cpu": 2.0, "cuda": 1.0}
 """Bytes moved per byte written: a CPU reads what it writes first."""
 _LINE_BYTES: Final = 64
@@ -412,7 +414,14 @@ class KernelModel:
         least, most = (6, 2 * machine.vector_lanes) if machine.kind == "cpu" else _GPU_PRODUCT
         reuse = min(1.0, narrow / least) * min(1.0, wide / most)
         rate = product.flops / machine.cores * max(reuse, 0.05) * 0.9
+        if self._in_matrix_tiles(product):
+            kept *= prod(ceil(n / _MATRIX_TILE) * _MATRIX_TILE / n for n in (narrow, wide))
         return kept * 2.0 * elements * sizes[product.inner] / rate
+
+    def _in_matrix_tiles(self, product: _Product) -> bool:
+        """Say whether a product goes through a CPU's matrix tiles, whose rows and columns stay idle at edges."""
+        machine = self._machine
+        return machine.kind == "cpu" and product.flops == machine.half_flops > machine.peak_flops
 
     def _transposed_s(
         self, product: _Product, sizes: list[int], counts: Mapping[Atom, int]

@@ -59,6 +59,8 @@ _BATCH: Final = 6
 """How many kernels are compiled and timed at once."""
 _LEAST: Final = 3
 """How many are tried where time is short."""
+_LIKELY: Final = 2.5
+"""By how much dearer than the cheapest a prediction may be to be tried."""
 _SAME_SCHEDULE: Final = 1.03
 """How much dearer a candidate seems for every one of its schedule that is tried already."""
 _NEXT_TILES: Final = 1.06
@@ -169,6 +171,15 @@ class _Ranking:
     name: str
     candidates: list[_Candidate]
     tried: set[Any] = field(default_factory=set)
+
+    def likely(self) -> list[_Candidate]:
+        """Return those that are not predicted to be far slower than the first."""
+        return [e for e in self.candidates if e[0] <= _LIKELY * self.candidates[0][0]]
+
+    def elsewhere(self, count: int) -> list[_Candidate]:
+        """Return some that were not tried, apart from one another and from those that were."""
+        tried = [e for e in self.likely() if _key(*e[1:]) in self.tried]
+        return _diverse([e for e in self.likely() if e not in tried], count, tried)
 
 
 @final
@@ -479,10 +490,12 @@ class Driver:
         if whole is not None and self._clear(region, whole, variant, products):
             return [(region, whole if minor else self._climbed(region, whole, until))]
         # without a kernel for all of it products have one each, however late it is: a library may be slow
-        if len(products) > 1 and (whole is None or time.monotonic() < until):
-            parts = self._kernels(subgraph, self._costs(subgraph, 1), until)
+        now = time.monotonic()
+        half = until if whole is None else now + (until - now) / 2
+        if len(products) > 1 and (whole is None or now < until):
+            parts = self._kernels(subgraph, self._costs(subgraph, 1), half)
         else:
-            parts = self._around(subgraph, until, minor)
+            parts = self._around(subgraph, half, minor)
         if whole is None:
             return _moved(variant, region, parts)
         fused = _alone(region, whole)
@@ -491,7 +504,7 @@ class Driver:
             "compared", f"one kernel {custom_s * 1e3:.3f} ms, its parts {parts_s * 1e3:.3f} ms"
         )
         if custom_s <= parts_s:
-            return [(region, whole)]
+            return [(region, whole if minor else self._climbed(region, whole, until))]
         return _moved(variant, region, parts)
 
     def _around(self, graph: Graph, until: float, minor: bool) -> list[tuple[Region, _Choice]]:
@@ -526,8 +539,11 @@ class Driver:
             for schedule in derive(region):
                 ranked += [(c, schedule, t) for c, t in best_tiles(schedule, self.machine, 12)]
             ranked.sort(key=lambda entry: entry[0])
+            different: dict[tuple[Any, ...], _Candidate] = {}
+            for entry in ranked:
+                different.setdefault(_effective(*entry[1:]), entry)
             name = f"{self.original.name}_{len(self.rankings) + 1}"
-            self.rankings[region] = _Ranking(name, ranked)
+            self.rankings[region] = _Ranking(name, list(different.values()))
         return self.rankings[region]
 
     def _prepare(self, regions: Sequence[Region]) -> None:
@@ -548,8 +564,7 @@ class Driver:
         ranked, name = ranking.candidates, ranking.name
         if not ranked:
             return None
-        first = [entry for entry in ranked if entry[0] <= 2.5 * ranked[0][0]]
-        batch = _diverse(first, max(_LEAST, self._affordable(until)))
+        batch = _diverse(ranking.likely(), max(_LEAST, self._affordable(until)))
         if minor:
             found = (self._measure(name, [(s, t)], None) for _, s, t in batch)
             return next((choice for choice in found if choice is not None), None)
@@ -558,18 +573,29 @@ class Driver:
         return None if best is None else self._climbed(region, best, until)
 
     def _climbed(self, region: Region, best: _Choice, until: float) -> _Choice:
-        """Change the tile sizes of a kernel step by step, while that helps and there is time."""
+        """Change the tile sizes of a kernel step by step, while that helps and there is time.
+
+        Where it no longer does, what was predicted next best and lies apart is looked at, once for each climb.
+        """
         ranking = self._ranking(region)
         random_ = random.Random(self.seed)
+        elsewhere = False
         while (count := self._affordable(until)) > 0:
             near = [m for m in _neighbours(best, self.machine) if _key(*m) not in ranking.tried]
             random_.shuffle(near)
             near = near[:count]
+            if not near:
+                elsewhere = True
+            if elsewhere:
+                near = [(s, t) for _, s, t in ranking.elsewhere(count)]
             ranking.tried.update(_key(*m) for m in near)
             better = self._measure(ranking.name, near, best) if near else best
-            if better is None or better is best:
+            if better is not None and better is not best:
+                best, elsewhere = better, False
+            elif elsewhere:
                 break
-            best = better
+            else:
+                elsewhere = True
         return best
 
     def _affordable(self, until: float) -> int:
@@ -713,7 +739,18 @@ def _key(schedule: Schedule, tiles: dict[Atom, int]) -> tuple[Any, ...]:
     return (schedule.loop, tuple(sorted(tiles.items())))
 
 
-def _diverse(ranked: Sequence[_Candidate], count: int) -> list[_Candidate]:
+def _effective(schedule: Schedule, tiles: Mapping[Atom, int]) -> tuple[Any, ...]:
+    """Return what a kernel with these tile sizes is: a loop of one step, or a grid of one block, is none."""
+    extents = {a: schedule.space.extent(a) for a in schedule.roles}
+    sizes = {a: min(tiles.get(a, e), e) for a, e in extents.items()}
+    loop = schedule.loop
+    loops = None if loop is None or sizes[loop] == extents[loop] else loop
+    return loops, tuple(sorted(sizes.items()))
+
+
+def _diverse(
+    ranked: Sequence[_Candidate], count: int, before: Sequence[_Candidate] = ()
+) -> list[_Candidate]:
     """Choose the cheapest, one after the other, each the dearer the more it is like those before it.
 
     Predictions within a schedule are wrong together, and steps next to a choice are left to the climb.
@@ -722,7 +759,7 @@ def _diverse(ranked: Sequence[_Candidate], count: int) -> list[_Candidate]:
 
     def price(entry: _Candidate) -> float:
         cost, schedule, tiles = entry
-        others = [t for _, s, t in chosen if s is schedule]
+        others = [t for _, s, t in (*before, *chosen) if s is schedule]
         near = sum(_steps(tiles, t) <= 1 for t in others)
         return cost * _SAME_SCHEDULE ** len(others) * _NEXT_TILES**near
 

@@ -24,6 +24,7 @@ from superopt.ir.types import DType
 from superopt.search import driver
 from superopt.search.algebra import FUSION_RULES, Rule, apply_rules
 from superopt.search.driver import Driver, Event, search
+from superopt.search.emit import block_graph
 from superopt.search.partition import is_compute, partition
 from superopt.search.region import make_region
 from superopt.search.schedule import derive
@@ -122,6 +123,48 @@ def test_a_slow_moment_of_the_machine_decides_nothing(speeds: tuple[float, ...])
     assert drifting is not None
     assert drifting.graph == steady.graph
     assert drifting.seconds == pytest.approx(steady.seconds * speeds[0])
+
+
+def test_a_climb_that_ends_goes_on_elsewhere() -> None:
+    x = b.input_("x", (256, 512))
+    graph = b.kernel_graph("g", [x], [b.exp(b.sub(x, b.reduce_max(x, -1)))])
+    region = make_region(graph, [n for n in graph.nodes() if is_compute(n)])
+
+    class Island(Predicted):
+        """All kernels take the same but one, which is no neighbour of what is tried first."""
+
+        island = ""
+
+        def kernels(self, graphs: Sequence[Graph]) -> list[float]:
+            return [0.1 if g.digest() == self.island else 1.0 for g in graphs]
+
+    clock = Island()
+    search_ = Driver(graph, Target(), clock, 1000.0, 0, FloatTest(graph, seed=0))
+    ranking = search_._ranking(region)
+    first = driver._diverse(ranking.likely(), 6)
+    _, schedule, tiles = next(
+        (c, s, t)
+        for c, s, t in ranking.likely()
+        if all(s is not o or driver._steps(t, near) > 1 for _, o, near in first)
+    )
+    clock.island = block_graph(schedule, tiles, ranking.name).digest()
+    found = search_.tune(region, time.monotonic() + 1000.0, minor=False)
+    assert found is not None
+    assert found.tiles == tiles
+
+
+def test_a_loop_of_one_step_is_tried_once() -> None:
+    x = b.input_("x", (256, 512))
+    graph = b.kernel_graph("g", [x], [b.exp(b.sub(x, b.reduce_max(x, -1)))])
+    region = make_region(graph, [n for n in graph.nodes() if is_compute(n)])
+    ranking = Driver(graph, Target(), Predicted(), 9.0, 0, FloatTest(graph, seed=0))._ranking(
+        region
+    )
+    steps = [
+        s.space.extent(s.loop) // t[s.loop] for _, s, t in ranking.candidates if s.loop is not None
+    ]
+    assert steps
+    assert 1 not in steps
 
 
 class SlowProducts(Predicted):
