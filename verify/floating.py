@@ -29,7 +29,7 @@ from superopt.verify.memory import empty
 from superopt.verify.opaque import duplicate, spread
 from superopt.verify.ranges import Integers, draw_integers, integer_ranges
 from superopt.verify.reference import DTYPES, TorchDomain, run_reference
-from superopt.verify.slices import Alike, alike, evaluate, seconds, slices, work
+from superopt.verify.slices import TERMS_OF_FLOATS, Alike, alike, evaluate, seconds, slices, work
 from superopt.verify.threads import now, suitable, worked_s
 
 RunCandidate = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -234,8 +234,8 @@ class FloatTest:
         self._part = self._all if self._picks else sampled(whole)
         self._slices = {whole: slices(whole, device)}
         self._slices[self._part.graph] = slices(self._part.graph, device)
-        steps = work(list(topological(self._part.graph.outputs)))
-        self._least_s = 2 * seconds(steps) if self.device == torch.device("cpu") else 0.0
+        steps = work(list(topological(self._part.graph.outputs)), TERMS_OF_FLOATS)
+        self._least_s = seconds(steps) if torch.device(device).type == "cpu" else 0.0
         self._references: dict[str, _Reference | str] = {}
         self._reference_s: dict[str, float] = {}
         self._candidate_s: dict[str, float] = {}

@@ -35,6 +35,8 @@ LARGE: Final = 1 << 19
 """Elements of float64 that several operators in turn still find in a cache."""
 _TERMS: Final = 32
 """How many terms of a product cost as much as an operator on an element."""
+TERMS_OF_FLOATS: Final = 160
+"""The same in float64: a field's are of several products."""
 ELEMENT_S = 1e-8
 """What an operator takes for an element on one core; exponentials and extrema take longer."""
 _MOST: Final = 256
@@ -289,9 +291,9 @@ def _leaves(order: Sequence[Node], seed: "_Seed", length: int) -> set[tuple[Node
     return found
 
 
-def work(nodes: Sequence[Node]) -> int:
+def work(nodes: Sequence[Node], terms_of_one: int = _TERMS) -> int:
     """Return how many elements are computed, terms of products counted as a part of one."""
-    terms = {n: n.inputs[0].shape[-1] // _TERMS for n in nodes if n.op is contraction.MATMUL}
+    terms = {n: n.inputs[0].shape[-1] // terms_of_one for n in nodes if n.op is contraction.MATMUL}
     return sum(_size(n) * (1 + terms.get(n, 0)) for n in nodes)
 
 
