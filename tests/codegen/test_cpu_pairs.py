@@ -31,6 +31,8 @@ EXTENTS = [
     (7, 65, 33),
     (70, 31, 96),
     (32, 100, 2),
+    (48, 80, 64),
+    (50, 70, 34),
 ]
 WAYS = {
     "native": (64, ""),
@@ -67,6 +69,11 @@ SO_KERNEL superopt_kernel(const void* va, const void* vb, float* c, const long* 
     pack_rows_bf16(a, e[4], e[5], k, m, rows, depth);
     if (e[3]) gemm_pairs<true>(tiles, m, n, k, rows, depth, b, e[7], e[6], pairs, c, e[8]);
     else gemm_pairs<false>(tiles, m, n, k, rows, depth, b, e[7], e[6], pairs, c, e[8]);
+  }} else if (e[3] >= 4) {{
+    pack_rows_bf16(a, e[4], e[5], k, m, rows, depth);
+    pack_pairs(b, e[7], e[6], n, k, pairs);
+    if (e[3] == 5) gemm_pairs_made<true>(tiles, m, n, k, rows, depth, pairs, c, e[8]);
+    else gemm_pairs_made<false>(tiles, m, n, k, rows, depth, pairs, c, e[8]);
   }} else {{
     pack_rows_bf16(b, e[7], e[6], k, n, rows, depth);
     pack_pairs(a, e[4], e[5], m, k, pairs);
@@ -88,10 +95,10 @@ def test_any_extent_and_strides(folder: Path, way: str) -> None:
         want = a.double() @ w.double()
         for left in (a, a.T.contiguous().T):
             for right in (w, w.T.contiguous().T, w.repeat_interleave(2, 1)[:, ::2]):
-                for transposed in (False, True):
+                for kind in (0, 2, 4):
                     c = torch.full((m + 1, n + 3), CANARY)
                     for added in (0, 1):
-                        numbers = [m, n, k, added + 2 * transposed, *left.stride(), *right.stride()]
+                        numbers = [m, n, k, added + kind, *left.stride(), *right.stride()]
                         e = np.array([*numbers, n + 3], dtype=np.int64)
                         kernel(left.data_ptr(), right.data_ptr(), c.data_ptr(), e.ctypes.data)
                         assert (c[:m, :n] - (1 + added) * want).abs().max() < 2e-5 * k**0.5

@@ -263,6 +263,9 @@ struct Tiles {
   Tiles() = default;
   Tiles(const Tiles&) = delete;
   inline void shape(long new_rows, long new_columns) {
+    // of one tile where there may be two, the other stays as it was
+    if (new_rows == 16) new_rows = 32;
+    if (new_columns == 16) new_columns = 32;
     if (rows != new_rows || columns != new_columns) shape_tiles(rows = new_rows, columns = new_columns);
   }
   ~Tiles() {
@@ -370,15 +373,27 @@ SO_INLINE void gemm_pairs(Tiles& tiles, long m, long n, long k, const bf16* a, l
   }
 }
 
-// The same for B that has been made into pairs as a whole.
+// The same for B that has been made into pairs as a whole; rows `first` to `last` of the result, first a multiple of 32.
+template <bool ACCUMULATE, class IN, class OUT>
+SO_INLINE void rows_of_pairs(Tiles& tiles, long first, long last, long n, long k, const bf16* a, long am,
+                             const bf16* b, float* c, long cm, IN in, OUT out) {
+  for (long j = 0; j < n; j += PANEL, b += round_up(k, DEPTH) * PANEL) {
+    const long columns = min_of(PANEL, n - j), top = max_of(first, out.top(j)), bottom = out.bottom(j + columns);
+    if (top < min_of(last, bottom))
+      panel_pairs<ACCUMULATE>(tiles, last, columns, k, a, am, b, c + j, cm, top, bottom, in);
+  }
+}
+
 template <bool ACCUMULATE, class IN = Whole, class OUT = Whole>
 SO_INLINE void gemm_pairs_made(Tiles& tiles, long m, long n, long k, const bf16* a, long am, const bf16* b, float* c,
-                             long cm, IN in = {}, OUT out = {}) {
-  for (long j = 0; j < n; j += PANEL, b += round_up(k, DEPTH) * PANEL) {
-    const long columns = min_of(PANEL, n - j), top = max_of(0, out.top(j)), bottom = out.bottom(j + columns);
-    if (top < min_of(m, bottom))
-      panel_pairs<ACCUMULATE>(tiles, m, columns, k, a, am, b, c + j, cm, top, bottom, in);
-  }
+                               long cm, IN in = {}, OUT out = {}) {
+  // rows that fill no tiles come after all others: tiles get their shape once
+  long whole = 0;
+#if SO_HAS_TILES
+  if (tiles_allowed() && n > PANEL && m % 32 % 16) whole = m / 32 * 32;
+#endif
+  if (whole > 0) rows_of_pairs<ACCUMULATE>(tiles, 0, whole, n, k, a, am, b, c, cm, in, out);
+  rows_of_pairs<ACCUMULATE>(tiles, whole, m, n, k, a, am, b, c, cm, in, out);
 }
 
 // The same with C[n,m] = transposed: few columns n (rows of the result), many rows of A, read once as
