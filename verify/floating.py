@@ -773,7 +773,7 @@ def _off_together(reference: _Reference, found: list[torch.Tensor]) -> str:
 
     Rounding goes up as often as down: what its errors have in common with the results cancels, while a variance
     of n - 1 for n moves all of them the same way. And chance hardly changes their mean square: that of kernels is a
-    seventh of what `moved` has, or less, in all workloads of the benchmarks on these inputs.
+    seventh of what `moved` has, or less, in twelve searched for programs of the benchmarks.
     """
     own = reference.part.outputs(reference.own)
     rows = zip(reference.exact, reference.moved, own, found, strict=True)
