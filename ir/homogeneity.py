@@ -38,6 +38,19 @@ _KEEPS = (
 )
 
 
+_PASS_NAN_ON = (
+    elementwise.EXP,
+    elementwise.MUL,
+    elementwise.ADD,
+    elementwise.CAST,
+    contraction.MATMUL,
+    contraction.REDUCE_SUM,
+    structural.PERMUTE,
+    structural.RESHAPE,
+    structural.BROADCAST,
+)
+
+
 def degree(node: Node, operands: list[Degree | None]) -> Degree | None:
     """Return the degree of `node` from those of its operands; None when it has none."""
     if any(o is None for o in operands):
@@ -176,7 +189,8 @@ def may_lag(shift: Node, nodes: Iterable[Node]) -> float:
 def cancels(shift: Node, nodes: Sequence[Node]) -> bool:
     """Say whether the results of a block graph are the same if another shift is in force after the loop, too.
 
-    A softmax and the logarithm of a sum of exponentials are. `nodes` as for `may_lag`.
+    A softmax and the logarithm of a sum of exponentials are. NaN among what the maximum is taken of is then in all
+    sums that are made with it, so that the shift may be a number. `nodes` as for `may_lag`.
     """
     after = {shift: Degree(True, 1.0)}
     for node in nodes:
@@ -185,9 +199,32 @@ def cancels(shift: Node, nodes: Sequence[Node]) -> bool:
         elif node.op is tile.ACCUM_LAST and node.inputs[0] is shift:
             after[node] = Degree(True, 1.0)
     found = _degrees(shift, nodes, after)
-    return found is not None and all(
-        found.get(n, _NONE) == _NONE for n in nodes if n.op is tile.STORE
-    )
+    stores = [n for n in nodes if n.op is tile.STORE]
+    invariant = found is not None and all(found.get(n, _NONE) == _NONE for n in stores)
+    return invariant and _passes_nan_on(shift, nodes)
+
+
+def _passes_nan_on(shift: Node, nodes: Sequence[Node]) -> bool:
+    """Say whether NaN in an element of the maximum is NaN in every sum over the loop that is made with the shift."""
+    (top,) = shift.inputs
+    if top.op is not contraction.REDUCE_MAX:
+        return False
+    guards, shifted = {shift}, set[Node]()
+    for node in nodes:
+        if node.op is tile.ACCUM_RESCALED and node.inputs[1] is shift:
+            if node.inputs[0] not in shifted:
+                return False
+        elif node.op is elementwise.SUB and node.inputs[1] in guards:
+            if node.inputs[0] is not top.inputs[0]:
+                return False
+            shifted.add(node)
+        elif node.op in (elementwise.GT, elementwise.WHERE) and not guards.isdisjoint(node.inputs):
+            guards.add(node)  # 0 where there is no maximum
+        elif not shifted.isdisjoint(node.inputs):
+            if node.op not in _PASS_NAN_ON:
+                return False
+            shifted.add(node)
+    return True
 
 
 def _degrees(

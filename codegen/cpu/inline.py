@@ -69,7 +69,7 @@ class Seen:
     rough: frozenset[Node] = frozenset()
     """Exponentials of which 16 bits count."""
     loose: frozenset[Node] = frozenset()
-    """Running maxima that cancel in all results, so that another shift does as well."""
+    """Running maxima that cancel in all results, NaN included: another shift does as well."""
 
 
 @final
@@ -111,31 +111,6 @@ class Plan:
         """Return the loose running maximum that alone reads the value."""
         (user, *others) = self.users[node] or (node,)
         return user if not others and user in self.seen.loose else None
-
-    def is_free_of_nan(self, node: Node) -> bool:
-        """Say whether a maximum may leave NaN out: all that its shift is taken off is what it is the maximum of.
-
-        NaN is then in all sums that are made with the shift.
-        """
-        shift = self.only_shifts(node)
-        shifted: list[Node] = []
-        stack = [] if shift is None else [shift]
-        while stack:
-            value = stack.pop()
-            for user in self.users[value]:
-                if user.op is elementwise.SUB and user.inputs == (node.inputs[0], value):
-                    shifted.append(user)
-                elif user.op in (elementwise.GT, elementwise.WHERE):
-                    stack.append(user)  # 0 where it is -inf
-                elif user.op is not tile.ACCUM_RESCALED:
-                    return False
-        stack = list(shifted)
-        while stack:
-            users = self.users[stack.pop()]
-            if any(user.op is elementwise.WHERE for user in users):
-                return False
-            stack += [user for user in users if user.op is not tile.ACCUM_RESCALED]
-        return bool(shifted)
 
     def only_multiplied(self, node: Node) -> bool:
         """Say whether nothing but products reads the value, through moves, reshapes and conversions."""

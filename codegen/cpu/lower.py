@@ -9,7 +9,7 @@ the grid: FULL knows that all of its tiles are whole. The same is done inside lo
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
@@ -25,7 +25,6 @@ from superopt.codegen.cpu.expressions import LOWER, literal
 from superopt.codegen.cpu.fused import FusedLoop
 from superopt.codegen.cpu.inline import Plan, Seen, rough_exponentials
 from superopt.codegen.cpu.members import Member, MemberKind, carried, combine_kind, identity
-from superopt.codegen.cpu.ranges import unscaled
 from superopt.codegen.cpu.scales import scales_behind_maxima
 from superopt.codegen.cpu.sharing import is_kept, left_to_others, only_right_of, shared_over
 from superopt.codegen.cpu.transposed import rows_of
@@ -34,7 +33,7 @@ from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile
 from superopt.ir.coordinates import identity_coords
 from superopt.ir.graph import Graph
 from superopt.ir.homogeneity import cancels, may_lag
-from superopt.ir.node import Node, rebuild, rewrite
+from superopt.ir.node import Node, rebuild, rewrite, topological
 from superopt.ir.ops import contraction, elementwise, structural, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.threads import inline_threads
@@ -65,18 +64,31 @@ def lower(graph: Graph, config: CpuConfig, name: str) -> Source:
     """
     inlined = inline_threads(graph)
     block = inlined if config.pairs else unrounded(inlined)
-    nodes = list(block.nodes())
+    exponentials = [n for n in block.nodes() if n.op is elementwise.EXP]
+    scaled = scales_behind_maxima((*block.outputs, *exponentials))
+    results = len(block.outputs)
+    nodes = list(topological(scaled[:results]))
+    shifts = [n for n in nodes if n.op is tile.PREFIX_MAX]
+    roots = iter(shared_divisions((*scaled, *shifts)))
+    program = tile_program(block.with_outputs(tuple(islice(roots, results))))
     rough = rough_exponentials(block)
-    loose = [n for n in nodes if n.op is tile.PREFIX_MAX and cancels(n, nodes)]
-    roots = iter(shared_divisions(scales_behind_maxima((*block.outputs, *rough, *loose))))
-    program = tile_program(block.with_outputs(tuple(islice(roots, len(block.outputs)))))
-    seen = Seen(frozenset(islice(roots, len(rough))), frozenset(unscaled(n)[0] for n in roots))
+    seen = Seen(
+        _alone(dict.fromkeys(exponentials, False) | dict.fromkeys(rough, True), roots),
+        _alone({n: cancels(n, nodes) for n in shifts}, roots),
+    )
     for node in program.graph.nodes():
         if node.op in LOWER.unsupported:
             raise CodegenError(f"{node.op.name}: {LOWER.unsupported[node.op]}")
         if node.tensor.dtype.is_complex:
             raise CodegenError("complex tiles have no C++ form")
     return _Kernel(program, config, name, seen).source()
+
+
+def _alone(chosen: Mapping[Node, bool], images: Iterator[Node]) -> frozenset[Node]:
+    """Return what nodes that were chosen have become, unless others have become the same."""
+    found = dict(zip(chosen, images, strict=False))
+    others = {image for node, image in found.items() if not chosen[node]}
+    return frozenset(found.values()) - others
 
 
 @final

@@ -383,7 +383,7 @@ class Row:
         if env.count and env.vector:
             value = f"select(first_lanes({env.count}), {value}, {_neutral(kind, dtype)})"
         text = combine(kind, total, value, dtype, vector=env.vector)
-        if env.vector and self.plan.is_free_of_nan(member.node):
+        if env.vector and self.plan.only_shifts(member.node) is not None:
             text = f"so::max_fast({total}, {value})"
         env.lines.append(f"{total} = {text};")
 

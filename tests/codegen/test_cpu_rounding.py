@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from superopt.codegen import cpu
 from superopt.codegen.cpu.ranges import is_below_maximum, unscaled
@@ -13,6 +15,7 @@ from superopt.ir.ops import elementwise
 from superopt.ir.types import DType
 
 SCALE = 0.08838834764831845
+NOTHING = 0.633544921875
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -66,7 +69,9 @@ def test_a_factor_goes_behind_the_maximum(masked: bool) -> None:
     builder = b.BlockBuilder("f", grid={"m": 1})
     scores = b.mul(builder.load(b.input_("x", (4, 64)), 4, 64), SCALE)
     if masked:
-        scores = b.where(b.lt(builder.load(b.input_("y", (4, 64)), 4, 64), 0.0), -1e9, scores)
+        scores = b.where(
+            b.lt(builder.load(b.input_("y", (4, 64)), 4, 64), 0.0), float("-inf"), scores
+        )
     shifted = b.exp(b.sub(scores, b.reduce_max(scores, -1)))
     nodes = list(topological(scales_behind_maxima((shifted,))))
     (product,) = (n for n in nodes if n.op is elementwise.MUL)
@@ -77,15 +82,40 @@ def test_a_factor_goes_behind_the_maximum(masked: bool) -> None:
 
 
 def test_factors_that_stay_where_they_are() -> None:
-    x = b.input_("x", (4, 64))
+    x, y = b.input_("x", (4, 64)), b.input_("y", (4, 64))
     for scores, top in (
-        (b.mul(x, -2.0), b.mul(x, -2.0)),  # its maximum is the minimum
-        (b.mul(x, 2.0), b.mul(x, 3.0)),
-        (b.mul(x, 2.0), x),
+        (b.mul(x, -0.5), b.mul(x, -0.5)),  # its maximum is the minimum
+        (b.mul(x, 2.0), b.mul(x, 2.0)),  # overflows where x does not
+        (b.mul(x, 0.5), b.mul(x, 0.25)),
+        (b.mul(x, 0.5), b.mul(y, 0.5)),
+        (b.mul(x, 0.5), x),
         (b.where(b.lt(x, 0.0), -3e38, b.mul(x, 0.125)),) * 2,  # -3e38 / 0.125 is no float
     ):
-        (root,) = scales_behind_maxima((b.sub(scores, b.reduce_max(top, -1)),))
-        assert root.op is elementwise.SUB
+        (root,) = scales_behind_maxima((b.exp(b.sub(scores, b.reduce_max(top, -1))),))
+        assert root.inputs[0].op is elementwise.SUB
+    halved = b.mul(x, 0.5)
+    for seen in (
+        b.sub(halved, b.reduce_max(halved, -1)),  # may overflow
+        b.gt(halved, 0.0),  # halves of the smallest number are 0
+        b.gt(b.reduce_max(halved, -1), 0.0),
+        b.where(b.lt(x, 0.0), 41.0, b.mul(x, NOTHING)),  # no number times it is 41
+    ):
+        (root,) = scales_behind_maxima((seen,))
+        assert root.op is seen.op
+
+
+@settings(deadline=None)
+@given(
+    st.floats(-(2.0**100), 2.0**100, width=32), st.floats(2.0**-60, 1.0, exclude_max=True, width=32)
+)
+def test_numbers_beside_scaled_values_keep_their_bits(number: float, factor: float) -> None:
+    x = b.input_("x", (4, 64))
+    choice = b.where(b.lt(x, 0.0), number, b.mul(x, factor))
+    (root,) = scales_behind_maxima((choice,))
+    if root is not choice:
+        inner, by = root.inputs
+        kept = np.float32(inner.inputs[1].attrs.value) * np.float32(by.attrs.value)
+        assert kept == np.float32(number)
 
 
 def test_exponentials_of_divided_scores_are_rough() -> None:
