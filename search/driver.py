@@ -77,7 +77,7 @@ LAST_S: Final = 2.0
 """For what comes after the proof: the program is compared with the original."""
 _LAST_SHARE: Final = 0.6
 """The largest share of the budget that is kept for all this."""
-_OVERRUN_S: Final = 3.0
+_OVERRUN_S: Final = 5.0
 _OVERRUN: Final = 0.5
 """By how much, in seconds or in budgets, a proof may be thought to end too late: the machine may be busy, and
 what was found would be lost. Shorter proofs are made however late it is."""
