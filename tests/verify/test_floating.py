@@ -434,7 +434,7 @@ def test_what_a_check_will_take_leaves_out_what_is_known(monkeypatch: pytest.Mon
     monkeypatch.setattr(floating, "evaluate", slow(0.5, floating.evaluate))
     original = graph(b.exp(X))
     test = floating.FloatTest(original, seed=1)
-    assert test.predicted_s() == 0.0
+    assert test.predicted_s() < 1e-3  # what is left to compute takes that at least
     candidate = slow(0.25)
     for _ in range(2):  # the second time nothing of the original is computed any more
         assert test.check(lambda tensors: candidate(original, tensors), floating.HARDEST)
