@@ -47,8 +47,11 @@ MAX_TESTS = 64
 MAX_REDRAWS = 4
 MIN_DECISIONS = 256
 """How many random outcomes each comparison is to see over all tests."""
-MIN_INTEGERS = 64
-"""How many values are drawn of each integer or boolean input of what differs, over all tests."""
+MIN_INTEGERS = 32
+"""How often each end of a range, and each special value, would be tried over all tests if all values drawn were such.
+
+One of four is (`draw_integers`): each comes up eight times, and not at all once in 3000 searches.
+"""
 _MOST_ERROR = 0.5
 """Tests that say less than this are not worth repeating."""
 _SAMPLE = 1 << 15
@@ -166,8 +169,9 @@ def _verified(original: Graph, candidate: Graph, seed: int, error_bound: float) 
     if mismatch:
         return _refused(mismatch, seed, started)
     half = len(original.outputs)
-    ranges = integer_ranges(original)
-    left = alike(_joint(original, candidate), summed=SUMMED)
+    both = _joint(original, candidate)
+    ranges = integer_ranges(original, both)
+    left = alike(both, summed=SUMMED)
     joint = left.graph
     if _error(joint, half) <= DIRECT_ERROR:
         verdict = _direct(joint, half, ranges, seed, error_bound, started)
@@ -496,12 +500,14 @@ def _run(
     sites = _decision_sites(compared, by_order)
     read = frozenset(topological(compared))
     integers = [i for i in joint.inputs if i in read and not i.tensor.dtype.is_float]
-    drawn = [max(1, i.tensor.elements) for i in integers]
+    wanted = [(MIN_DECISIONS, elements) for elements in sites]
+    for i in integers:
+        rare = 2 + len(ranges[i.attrs.name].special)
+        wanted.append((MIN_INTEGERS * rare, max(1, i.tensor.elements)))
     # a first look, which asks for less, sees fewer outcomes too
     part = min(1.0, log2(error_bound) / log2(DEFAULT_ERROR_BOUND))
-    for wanted, elements in ((MIN_DECISIONS, sites), (MIN_INTEGERS, drawn)):
-        if elements:
-            tests = max(tests, min(MAX_TESTS, ceil(part * wanted / min(elements))))
+    for outcomes, elements in wanted:
+        tests = max(tests, min(MAX_TESTS, ceil(part * outcomes / elements)))
     needs = needed_residues(joint, by_order=by_order)
     primes: list[tuple[int, int]] = []
     seeds: list[int] = []
@@ -520,7 +526,7 @@ def _run(
         seeds=tuple(seeds),
         error_per_test=error,
         bound=1.0 if difference is not None else error ** len(seeds),
-        decisions=bool(sites or drawn),
+        decisions=bool(wanted),
         by_order=by_order,
         seconds=time.perf_counter() - started,
         counterexample=difference,

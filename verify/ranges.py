@@ -1,7 +1,7 @@
 """Which integers a program is tested with: those that are valid where they are used as indices."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, final
 
@@ -15,6 +15,7 @@ from superopt.ir.node import Node, topological
 from superopt.ir.ops import elementwise, leaf, library, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
+from superopt.ir.types import TensorType
 from superopt.verify.reference import DTYPES, run_reference
 
 _FAR: Final = 64
@@ -47,11 +48,11 @@ def draw_integers(
 
 
 @lru_cache(maxsize=64)
-def integer_ranges(graph: Graph) -> Mapping[str, Integers]:
+def integer_ranges(graph: Graph, joint: Graph | None = None) -> Mapping[str, Integers]:
     """Map the name of each integer input to values that are valid where it is used as an index.
 
-    Integers beside these are special where a comparison asks for them, and what it decides makes a valid
-    index of them: classes to be ignored, negative places.
+    Integers are special where a comparison of `graph` asks for them, or one of `joint`, which may compute other
+    things of the same inputs, and where all of `graph`'s indices allow them: classes to be ignored, negative places.
     """
     expanded = expand(graph)
     limits: dict[Node, int] = {}
@@ -67,15 +68,16 @@ def integer_ranges(graph: Graph) -> Mapping[str, Integers]:
                 extent = 1 if place == starts else _smallest_dim(node)
                 unknown.update(_limit(operand, extent, limits))
         elif node.op is elementwise.POW:
-            _limit(node.inputs[1], _FAR, limits)  # PyTorch refuses negative ones of integers
+            # PyTorch refuses negative ones of integers
+            unknown.update(_limit(node.inputs[1], _FAR, limits))
     found = {}
     for x in expanded.inputs:
         limit = limits.get(x)
-        if limit is None:
-            found[x.attrs.name] = Integers()
-            continue
-        special = () if x in unknown else _special(expanded, x, max(limit, 1), indices)
-        found[x.attrs.name] = Integers(0, max(limit, 1), special)
+        drawn = Integers() if limit is None else Integers(0, max(limit, 1))
+        if x.tensor.dtype.is_integer and x not in unknown:
+            asked = _asked(x, expanded.outputs if joint is None else joint.outputs)
+            drawn = replace(drawn, special=_special(x, drawn, asked, indices))
+        found[x.attrs.name] = drawn
     return found
 
 
@@ -100,40 +102,56 @@ def _limit(index: Node, extent: int, limits: dict[Node, int]) -> set[Node]:
     return {n for n in seen if n.op is leaf.INPUT}
 
 
-def _special(
-    graph: Graph, x: Node, limit: int, indices: Iterable[tuple[Node, int]]
-) -> tuple[int, ...]:
-    """Return the integers around constants that `x` is compared with which all `indices` allow."""
-    below = {x}
-    asked: set[int] = set()
-    for node in topological(graph.outputs):
+def _asked(x: Node, outputs: Sequence[Node]) -> set[int]:
+    """Return the integers around those that `x`, or what is made of it, is compared with."""
+    below, found = {x}, set[int]()
+    for node in topological(outputs):
         if any(i in below for i in node.inputs):
             below.add(node)
             if node.op in elementwise.COMPARISONS:
-                asked.update(_constants(node.inputs))
-    around = {k + d for k in asked for d in (-1, 0, 1)} - set(range(limit))
-    mine = [(i, extent) for i, extent in indices if i in below]
-    if not around or any(
+                found.update(_constants(node.inputs))
+    return {k + d for k in found for d in (-1, 0, 1)}
+
+
+def _special(
+    x: Node, drawn: Integers, asked: set[int], indices: Iterable[tuple[Node, int]]
+) -> tuple[int, ...]:
+    """Return those of the integers `asked` for, but the ends of the range, which all indices of `x` allow."""
+    info = torch.iinfo(DTYPES[x.tensor.dtype])
+    ends = (drawn.low, drawn.high - 1)
+    asked = {k for k in asked if info.min <= k <= info.max and k not in ends}
+    mine = [(i, extent) for i, extent in indices if x in topological([i])]
+    inside = sorted(k for k in asked if drawn.low <= k < drawn.high)
+    outside = sorted(asked.difference(inside))
+    if not mine:
+        return tuple(inside + outside)
+    if not outside or any(
         n.op is leaf.INPUT and n is not x for n in topological([i for i, _ in mine])
     ):
-        return ()
+        return tuple(inside)
     places = kernel_graph("places", [x], [i for i, _ in mine])
-    return tuple(k for k in sorted(around) if _allowed(places, k, [extent for _, extent in mine]))
+    extents = [extent for _, extent in mine]
+    return (*inside, *(k for k in outside if _allowed(places, k, extents)))
 
 
 def _constants(nodes: Iterable[Node]) -> set[int]:
-    return {
-        int(n.attrs.value)
-        for n in topological(nodes)
-        if n.op is leaf.CONSTANT and n.tensor.dtype.is_integer
-    }
+    """Return the integers that operands of a comparison are made of, of a count its ends."""
+    found, pending, seen = set[int](), list(nodes), set[Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen or not (isinstance(node.type, TensorType) and node.tensor.dtype.is_integer):
+            continue
+        seen.add(node)
+        if node.op is leaf.CONSTANT:
+            found.add(int(node.attrs.value))
+        elif node.op is leaf.IOTA:
+            found |= {0, node.shape[node.attrs.axis] - 1}
+        pending += node.inputs
+    return found
 
 
 def _allowed(places: Graph, value: int, extents: Iterable[int]) -> bool:
     (x,) = places.inputs
-    info = torch.iinfo(DTYPES[x.tensor.dtype])
-    if not info.min <= value <= info.max:
-        return False
     given = torch.full(x.shape, value, dtype=DTYPES[x.tensor.dtype])
     found = run_reference(places, [given])
     return all(

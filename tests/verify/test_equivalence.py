@@ -3,6 +3,7 @@
 import random
 from functools import partial
 from math import inf
+from typing import Any
 
 import numpy as np
 import pytest
@@ -393,7 +394,7 @@ def test_indices_that_the_program_mends_are_drawn_too() -> None:
     from_the_end = b.where(negative, b.add(i, b.constant(9, DType.I64)), i)
     assert range_of(i) == Integers(0, 9)
     assert range_of(ignored) == Integers(0, 9, (-100,))
-    assert range_of(from_the_end) == Integers(0, 9, (-1,))
+    assert range_of(from_the_end) == Integers(0, 9, (1, -1))
     zero, one = b.constant(0, DType.I64), b.constant(1, DType.I64)
     same_ignored = b.where(b.eq(i, b.constant(-100, DType.I64)), zero, i)
     same_from_the_end = b.add(i, b.where(negative, b.constant(9, DType.I64), zero))
@@ -522,6 +523,56 @@ def test_sums_over_rows_are_tested_at_a_few_rows(monkeypatch: pytest.MonkeyPatch
     other = mean_loss(b.where(row, b.mul(logits, 2.0), logits), classes)
     assert not same(loss, other).equivalent
     assert same(loss, other).alike == ()
+
+
+def label_loss(
+    logits: Node,
+    classes: Node,
+    table: bool,
+    ignored: int,
+    *,
+    by: float | None = None,
+    odd: int | None = None,
+    shift: int = 0,
+    last: int | None = None,
+) -> Node:
+    """Return the mean loss over rows, looked up in a table or compared with all classes; or a wrong one."""
+
+    def whole(value: int) -> Node:
+        return b.constant(value, DType.I64)
+
+    kept = b.ne(classes, whole(ignored))
+    index = b.add(classes, whole(shift))
+    columns = logits.shape[-1]
+    if not table:
+        hot = b.eq(index, b.iota((1, columns if last is None else last), -1))
+        read = logits if last is None else b.slice_(logits, -1, 0, last)
+        picked = b.reduce_sum(b.where(hot, read, b.constant(0.0)), -1)
+    else:
+        inside = b.where(b.lt(index, whole(columns if last is None else last)), index, whole(0))
+        picked = b.gather(logits, b.where(kept, inside, whole(0)), -1)
+    if odd is not None:
+        picked = b.where(b.eq(classes, whole(odd)), b.mul(picked, 2.0), picked)
+    rows = b.where(kept, picked, b.constant(0.0))
+    count = b.cast(b.reduce_sum(b.cast(kept, DType.I64), (-2, -1)), DType.F32)
+    return b.div(b.reduce_sum(rows, (-2, -1)), count if by is None else by)
+
+
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize("ignored", [-100, 40, 63])
+@pytest.mark.parametrize(
+    "wrong", [{"by": 512.0}, {"odd": 77}, {"shift": 1}, {"last": 199}], ids=str
+)
+def test_a_class_that_few_rows_have_is_tried(
+    table: bool, ignored: int, wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(equivalence, "alike", partial(alike, large=64))
+    logits, classes = tensor("logits", (512, 200)), b.input_("classes", (512, 1), DType.I64)
+    loss = partial(label_loss, logits, classes, table, ignored)
+    for seed in range(3):
+        found = same(loss(), loss(**wrong), logits, classes, seed=seed)
+        assert not found.equivalent
+        assert found.alike
 
 
 def test_a_product_is_tested_at_a_few_terms_where_its_result_is_no_argument(
