@@ -37,7 +37,7 @@ from superopt.verify.needs import (
     real_valued,
 )
 from superopt.verify.ranges import Integers, integer_ranges
-from superopt.verify.slices import SUMMED, alike, seconds, work
+from superopt.verify.slices import SUMMED, Alike, alike, seconds, work
 from superopt.verify.sweep import OUTPUT_SKIPS, SKIPS, Claim, Sweep, computes, partners
 from superopt.verify.threads import suitable
 from superopt.verify.views import MOST_ELEMENTS, occurring, view
@@ -171,7 +171,7 @@ def _verified(original: Graph, candidate: Graph, seed: int, error_bound: float) 
     half = len(original.outputs)
     both = _joint(original, candidate)
     ranges = integer_ranges(original, both)
-    left = alike(both, summed=SUMMED)
+    left = _few_steps(both, half, SUMMED)
     joint = left.graph
     if _error(joint, half) <= DIRECT_ERROR:
         verdict = _direct(joint, half, ranges, seed, error_bound, started)
@@ -180,6 +180,15 @@ def _verified(original: Graph, candidate: Graph, seed: int, error_bound: float) 
     boundaries = tuple(left.values[n] for n in _boundaries(original, candidate) if n in left.values)
     verdict = _swept(joint, half, boundaries, ranges, seed, error_bound, started)
     return replace(verdict, alike=left.kept)
+
+
+def _few_steps(joint: Graph, half: int, summed: float) -> Alike:
+    """Return a few steps of two programs; all of both where their results would be steps along different axes."""
+    left = alike(joint, summed=summed)
+    pairs = zip(left.graph.outputs[:half], left.graph.outputs[half : 2 * half], strict=True)
+    if all(one.shape == other.shape for one, other in pairs):
+        return left
+    return Alike(joint, (), {node: node for node in topological(joint.outputs)})
 
 
 def least_s(graph: Graph) -> float:
@@ -304,7 +313,7 @@ def _swept(
         like = [n for n in topological(joint.outputs) if n.type in types and real_valued(n)]
         watched = joint.with_outputs([*joint.outputs, *like])
     # what the claims are is all that this test tells: a few steps do, also of what is summed
-    few = alike(watched, summed=inf)
+    few = _few_steps(watched, half, inf)
     for by_order in (False, True) if _order_helps(joint) else (False,):
         needs = needed_residues(few.graph, by_order=by_order)
         seen = _Observed({few.values[n].type for n in boundaries if n in few.values})
@@ -324,7 +333,7 @@ def _swept(
 
         def prove(claim: Claim) -> bool:
             # the whole test has chosen the claims: their tests draw afresh
-            left = alike(claim.graph, summed=SUMMED)
+            left = _few_steps(claim.graph, 1, SUMMED)
             if _error(left.graph, 1) > most_error:
                 raise _TooLarge
             verdict = _direct(

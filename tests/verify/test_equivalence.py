@@ -601,3 +601,19 @@ def test_kernels_are_proven_at_a_few_steps(causal: bool, monkeypatch: pytest.Mon
     assert found.alike
     other = original.with_outputs([b.mul(original.outputs[0], 2.0)])
     assert not verify_field(other, kernel, seed=2).equivalent
+
+
+def test_results_whose_few_steps_lie_along_different_axes_are_refused_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What sums over the first axis in one program, and over the last in the other, is cut along others."""
+    monkeypatch.setattr(equivalence, "alike", lambda graph, **options: alike(graph, 120, **options))
+    monkeypatch.setattr(equivalence, "DIRECT_ERROR", 0.0)
+    x, z = b.input_("x", (6, 18, 4)), b.input_("z", (6, 18, 4))
+    quotients = b.flip(b.div(z, b.reduce_sum(b.mul(x, x), 1)), (2,))
+    one, other = (
+        b.kernel_graph("g", [x, z], [b.broadcast(b.reduce_sum(quotients, axis), (6, 18, 4))])
+        for axis in (2, 0)
+    )
+    assert not verify_field(one, other, seed=1).equivalent
+    assert verify_field(one, one, seed=1).equivalent
