@@ -209,10 +209,10 @@ def _passes_nan_on(shift: Node, nodes: Sequence[Node]) -> bool:
     (top,) = shift.inputs
     if top.op is not contraction.REDUCE_MAX:
         return False
-    guards, shifted = {shift}, set[Node]()
+    guards, shifted, summed = {shift}, set[Node](), set[Node]()
     for node in nodes:
         if node.op is tile.ACCUM_RESCALED and node.inputs[1] is shift:
-            if node.inputs[0] not in shifted:
+            if node.inputs[0] not in summed:
                 return False
         elif node.op is elementwise.SUB and node.inputs[1] in guards:
             if node.inputs[0] is not top.inputs[0]:
@@ -224,6 +224,10 @@ def _passes_nan_on(shift: Node, nodes: Sequence[Node]) -> bool:
             if node.op not in _PASS_NAN_ON:
                 return False
             shifted.add(node)
+            # what is not summed along the maximum's axes has NaN in some of its elements only
+            sums = node.op is contraction.REDUCE_SUM and node.attrs.axes == top.attrs.axes
+            if sums or node.op is contraction.MATMUL or not summed.isdisjoint(node.inputs):
+                summed.add(node)
     return True
 
 

@@ -40,6 +40,10 @@ from superopt.search.region import is_leaf, view_base, view_type
 
 _ROW: Final = 16
 """Elements that are read together at a place; fewer are not worth a kernel's while."""
+_SHORT_ROW: Final = 256
+"""Elements of an operand's row that every tile has all of."""
+_WIDER: Final = 4
+"""How many times as many elements a product must have as its operand to be worth more than a copy of that."""
 
 
 @final
@@ -107,10 +111,6 @@ def _step(node: Node, rules: tuple[Rule, ...]) -> Node:
         if replaced is not None:
             return replaced
     return node
-
-
-_SHORT_ROW: Final = 256
-_WIDER: Final = 4
 
 
 @final

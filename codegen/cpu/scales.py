@@ -29,8 +29,9 @@ def scales_behind_maxima(roots: Sequence[Node]) -> tuple[Node, ...]:
         fresh = rebuild(node, inputs)
         if node.op is tile.ACCUM_RESCALED:
             shift, factor = _scaled(inputs[1])
-            power = factor * node.attrs.power
-            attrs = tile.RescaleAttrs(node.attrs.loop, power if factor != 1.0 else node.attrs.power)
+            if factor == 1.0:
+                return fresh
+            attrs = tile.RescaleAttrs(node.attrs.loop, factor * node.attrs.power)
             return make(node.op, (inputs[0], shift), attrs)
         if not inputs or inputs[-1].tensor.dtype is not DType.F32:
             return fresh

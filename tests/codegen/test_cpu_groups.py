@@ -177,6 +177,18 @@ def test_nan_that_is_left_out_of_sums_is_in_the_maximum(tmp_path: Path, *, left_
         torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
+def test_sums_along_a_part_of_the_maximum_do_not_have_all_of_its_nan() -> None:
+    g = BlockBuilder("strided", grid={"m": 1}, loops={"n": 5})
+    x = g.load(b.input_("x", (18, 100)), 18, ("n", 20))
+    top = b.accumulate(tile.PREFIX_MAX, b.reduce_max(x, -1), "n")
+    value = b.exp(b.sub(x, b.finite_or_zero(top)))
+    for total in (value, b.reduce_sum(value, -1)):
+        one, other = (b.accum_rescaled(v, top, "n") for v in (b.mul(total, 2.0), total))
+        found = BlockBuilder("one", grid={"m": 1}, loops={"n": 5})
+        found.store(b.div(one, other), one.shape, *one.shape)
+        assert cancels(top, list(found.graph().nodes())) == (total is not value)
+
+
 def test_a_shift_that_is_also_a_result_is_not_loose(tmp_path: Path) -> None:
     """Scores and scores times a number have one maximum, up to that number: one cancels, the other is seen."""
     g = BlockBuilder("both", grid={"m": 1}, loops={"n": 5})
