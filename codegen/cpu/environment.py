@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 from superopt.codegen.cpu.context import Context, Extent, View, element_type
-from superopt.codegen.cpu.expressions import LOWER, literal, scalar_type, vector_type
+from superopt.codegen.cpu.expressions import LOWER, literal, over_range, scalar_type, vector_type
 from superopt.codegen.cpu.inline import JOINS, Plan, joined_parts
 from superopt.codegen.cpu.ranges import unscaled
 from superopt.codegen.errors import CodegenError
@@ -169,22 +169,23 @@ class Environment:
         if isinstance(rule, str):
             raise CodegenError(f"{node.op.name} has no expression: {rule}")
         operands = [self.value(i, broadcast_coords(i, coords)) for i in node.inputs]
-        text = rule(operands, node, self.vector)
+        bounded = over_range(operands, node, self.plan.bounds) if self.vector else None
+        text = bounded or rule(operands, node, self.vector)
         if self.vector and node in self.plan.seen.rough:
-            text = self._rough_exponential(node.inputs[0], operands[0], coords)
+            text = self._rough(node, operands[0], coords)
         if node.op is elementwise.MUL and dtype in _CONTRACTED and self._is_added(node):
             text = f"rounded({text})"
         return self.define(text, dtype)
 
-    def _rough_exponential(self, node: Node, operand: str, coords: Coordinates) -> str:
-        """Return exp of a value, a constant factor of which becomes one with that of the exponential."""
-        x, factor = unscaled(node)
-        usual = 1 / _USUAL < factor < _USUAL and node.tensor.dtype is DType.F32
+    def _rough(self, node: Node, operand: str, coords: Coordinates) -> str:
+        """Return a function of 16 bits; a constant factor of its operand becomes one with that of its exponential."""
+        x, factor = unscaled(node.inputs[0])
+        usual = 1 / _USUAL < factor < _USUAL and x.tensor.dtype is DType.F32
         if factor == 1.0 or not usual:
-            return f"so::exp_rough({operand})"
-        base = self.value(x, broadcast_coords(x, broadcast_coords(node, coords)))
+            return f"so::{node.op.name}_rough({operand})"
+        base = self.value(x, broadcast_coords(x, broadcast_coords(node.inputs[0], coords)))
         number = self.splat(literal(factor / math.log(2), DType.F32), DType.F32)
-        return f"so::exp2_rough({base} * {number})"
+        return f"so::{node.op.name}2_rough({base} * {number})"
 
     def _joined(self, node: Node, coords: Coordinates) -> str:
         """Read an element of what is put together from the part in which it lies."""

@@ -9,10 +9,10 @@ makes them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from superopt.codegen.cpu.ranges import is_below_maximum
+from superopt.codegen.cpu.ranges import UNKNOWN, Range
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, elementwise, leaf, library, structural, tile
 from superopt.ir.ops.registry import OpKind, RuleTable, all_ops
@@ -48,6 +48,11 @@ _SCALAR_INTEGER: Final = (
     elementwise.SHR,
     elementwise.SIGN,
 )
+_OVER_RANGE: Final = {
+    elementwise.EXP: ("exp_nonpositive", -math.inf, 0.0),
+    elementwise.LOG1P: ("log1p_unit", 0.0, 1.0),
+}
+"""Vector functions that need their operand to be between two bounds."""
 
 
 def scalar_type(dtype: DType) -> str:
@@ -155,6 +160,7 @@ for _op, _name in (
 ):
     LOWER.register(_op)(_call(_name))
 for _op, _name in (
+    (elementwise.EXP, "exp"),
     (elementwise.EXPM1, "expm1"),
     (elementwise.LOG, "log"),
     (elementwise.LOG1P, "log1p"),
@@ -167,10 +173,13 @@ for _op, _name in (
     LOWER.register(_op)(_call_one(_name))
 
 
-@LOWER.register(elementwise.EXP)
-def _exp(args: list[str], node: Node, vector: bool) -> str:
-    bounded = vector and is_below_maximum(node.inputs[0])
-    return _call_one("exp_nonpositive" if bounded else "exp")(args, node, vector)
+def over_range(args: list[str], node: Node, ranges: Mapping[Node, Range]) -> str | None:
+    """Return a function of vectors that is cheaper where its operand stays within known bounds, if there is one."""
+    if node.op not in _OVER_RANGE:
+        return None
+    name, least, most = _OVER_RANGE[node.op]
+    low, high = ranges.get(node.inputs[0], UNKNOWN)
+    return _rounded(f"so::{name}({args[0]})", node, True) if least <= low and high <= most else None
 
 
 @LOWER.register(elementwise.NEG)

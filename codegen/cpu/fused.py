@@ -89,6 +89,8 @@ class FusedLoop:
         elif all(m.extents[-1].full == 1 for m in members if m.rank) and rank:
             wide = [d for d in range(rank) if members[0].extents[d].full != 1]
             lane = wide[-1] if wide else lane
+        if rank > 0:
+            members = self._in_passes(members, lane)
         for member in members:
             self._before(member, lane)
         stretched = self._stretched(members[0], lane)
@@ -96,6 +98,36 @@ class FusedLoop:
             self._stretches(members[0], *stretched, lane)
             return
         self._nest(members[0].extents, 0, lane, self._grouped(members, lane), members)
+
+    def _in_passes(self, members: list[Member], lane: int) -> list[Member]:
+        """Put members in an order that takes as few passes over a row as their reductions allow.
+
+        A reduction or a store joins the first pass that has what it reads, a value that is kept the last one before
+        it is read. Members of loops with states stay as they are: these change where they lie.
+        """
+        if any(
+            m.kind not in ("write", "reduce", "store") or self._crosses_rows(m) for m in members
+        ):
+            return members
+        wide = [m.extents[lane].full != 1 for m in members]
+        made: dict[Node, int] = {}
+        reads: list[list[int]] = []
+        first: list[int] = []
+        for at, member in enumerate(members):
+            reads.append([made[n] for n in read_by(self.context, member) if n in made])
+            after = [
+                first[i] + (wide[at] and (not wide[i] or members[i].kind == "reduce"))
+                for i in reads[at]
+            ]
+            first.append(max(after, default=0 if wide[at] else -1))
+            made[member.node] = at
+        passes = list(first)
+        for at in range(len(members) - 1, -1, -1):
+            readers = [passes[i] for i in range(at + 1, len(members)) if at in reads[i]]
+            if wide[at] and members[at].kind == "write" and readers:
+                passes[at] = min(readers)
+        order = sorted(range(len(members)), key=lambda i: (passes[i], not wide[i], i))
+        return [members[i] for i in order]
 
     def _before(self, member: Member, lane: int) -> None:
         """Start reductions that collect over rows at their neutral element."""

@@ -1,6 +1,6 @@
 """Which values are computed where they are read, and which of those have a vector form.
 
-In: a tile program. Out: `Plan`: the set of values that need memory, users, integer ranges. A value
+In: a tile program. Out: `Plan`: the set of values that need memory, users, ranges. A value
 needs memory when it is a product, a reduction or a loop's state, when a product or a reshape reads
 it, or when computing it again would cost more than keeping it.
 """
@@ -11,6 +11,7 @@ from typing import final
 
 from superopt.codegen.cpu.config import of_bfloat16, source, widens
 from superopt.codegen.cpu.expressions import can_be_vector
+from superopt.codegen.cpu.ranges import Range, range_of
 from superopt.codegen.tile_program import TileProgram
 from superopt.ir.coordinates import adds_ones, is_move
 from superopt.ir.graph import Graph
@@ -43,6 +44,8 @@ _DEAR_OPS = frozenset(
     }
 )
 JOINS = (structural.CONCAT, structural.PAD)
+ROUGH = (elementwise.EXP, elementwise.SIGMOID)
+"""What has a cheaper form of 16 bits. It is nowhere below 0."""
 _MOST_PARTS = 4
 _LANES = 16
 _ROW_OF_SEAM = 64
@@ -67,7 +70,7 @@ class Seen:
     """What of a program's values its results show."""
 
     rough: frozenset[Node] = frozenset()
-    """Exponentials of which 16 bits count."""
+    """Exponentials and sigmoids of which 16 bits count."""
     loose: frozenset[Node] = frozenset()
     """Running maxima that cancel in all results, NaN included: another shift does as well."""
 
@@ -87,6 +90,7 @@ class Plan:
     users: dict[Node, list[Node]] = field(default_factory=dict)
     cost: dict[Node, int] = field(default_factory=dict)
     ranges: dict[Node, tuple[int, int]] = field(default_factory=dict)
+    bounds: dict[Node, Range] = field(default_factory=dict)
     vector: dict[Node, bool] = field(default_factory=dict)
     merged: dict[Node, Node] = field(default_factory=dict)
     """A product that goes straight into an accumulator, and that accumulator."""
@@ -99,6 +103,7 @@ class Plan:
         for node in topological(outputs):
             self._decide(node)
             self.ranges[node] = self._range(node)
+            self.bounds[node] = range_of(node, self.bounds)
             self.vector[node] = self._has_vector_form(node)
 
     def operand_base(self, node: Node) -> Node:
@@ -301,8 +306,8 @@ def joined_parts(node: Node) -> list[tuple[Node | None, int, int]]:
     return found
 
 
-def rough_exponentials(graph: Graph) -> frozenset[Node]:
-    """Return the exponentials of which nobody sees more than 16 bits: they are rounded, or scaled and then rounded.
+def rough_functions(graph: Graph) -> frozenset[Node]:
+    """Return the `ROUGH` values of which nobody sees more than 16 bits: they are rounded, or scaled and then rounded.
 
     Or added up before that: terms of one sign err together no more than each. Neither what is taken
     off a sum nor its logarithm keeps its relative error.
@@ -323,7 +328,7 @@ def rough_exponentials(graph: Graph) -> frozenset[Node]:
         summed.add(node)
         if not others:
             scaled.add(node)
-    return frozenset(n for n in summed if n.op is elementwise.EXP)
+    return frozenset(n for n in summed if n.op in ROUGH)
 
 
 def _readers(users: Mapping[Node, Sequence[Node]], node: Node) -> list[Node]:

@@ -23,7 +23,7 @@ from superopt.codegen.cpu.divide import shared_divisions
 from superopt.codegen.cpu.environment import Environment
 from superopt.codegen.cpu.expressions import LOWER, literal
 from superopt.codegen.cpu.fused import FusedLoop
-from superopt.codegen.cpu.inline import Plan, Seen, rough_exponentials
+from superopt.codegen.cpu.inline import ROUGH, Plan, Seen, rough_functions
 from superopt.codegen.cpu.members import Member, MemberKind, carried, combine_kind, identity
 from superopt.codegen.cpu.scales import scales_behind_maxima
 from superopt.codegen.cpu.sharing import is_kept, left_to_others, only_right_of, shared_over
@@ -64,16 +64,16 @@ def lower(graph: Graph, config: CpuConfig, name: str) -> Source:
     """
     inlined = inline_threads(graph)
     block = inlined if config.pairs else unrounded(inlined)
-    exponentials = [n for n in block.nodes() if n.op is elementwise.EXP]
-    scaled = scales_behind_maxima((*block.outputs, *exponentials))
+    functions = [n for n in block.nodes() if n.op in ROUGH]
+    scaled = scales_behind_maxima((*block.outputs, *functions))
     results = len(block.outputs)
     nodes = list(topological(scaled[:results]))
     shifts = [n for n in nodes if n.op is tile.PREFIX_MAX]
     roots = iter(shared_divisions((*scaled, *shifts)))
     program = tile_program(block.with_outputs(tuple(islice(roots, results))))
-    rough = rough_exponentials(block)
+    rough = rough_functions(block)
     seen = Seen(
-        _alone(dict.fromkeys(exponentials, False) | dict.fromkeys(rough, True), roots),
+        _alone(dict.fromkeys(functions, False) | dict.fromkeys(rough, True), roots),
         _alone({n: cancels(n, nodes) for n in shifts}, roots),
     )
     for node in program.graph.nodes():

@@ -58,6 +58,26 @@ def test_values_of_rows(tmp_path: Path, rows: int, columns: int, tile: int, dtyp
     check(graph, inputs, launched(kernel, graph, inputs))
 
 
+@pytest.mark.parametrize("rows", [5, 37])
+def test_passes_over_a_row_are_as_few_as_its_reductions_allow(tmp_path: Path, rows: int) -> None:
+    g = BlockBuilder("passes", grid={"m": 1})
+    x, y = (g.load(b.input_(name, (rows, 200)), rows, 200) for name in "xy")
+    e = b.sigmoid(x)
+    shares = b.div(b.reduce_sum(b.mul(e, y), -1), b.add(b.reduce_sum(e, -1), 1.0))
+    spread = b.reduce_sum(b.mul(b.sub(e, shares), b.tanh(y)), -1)
+    late = b.reduce(contraction.REDUCE_MAX, b.mul(x, y), -1)
+    for value in (shares, spread, late):
+        g.store(value, (rows, 1), rows, 1)
+    g.store(b.mul(e, x), (rows, 200), rows, 200)
+    graph = g.graph()
+    source = lower(graph, CpuConfig(), graph.name)
+    assert source.text.count("if (j1 < 200)") == 2  # the ends of two passes
+    (kernel,) = compile_many([source], tmp_path)
+    assert isinstance(kernel, Kernel), kernel
+    inputs = [tensor(i, torch.Generator().manual_seed(1)) for i in graph.inputs]
+    check(graph, inputs, launched(kernel, graph, inputs))
+
+
 def test_long_rows_go_one_by_one() -> None:
     graph = reductions(64, 4096, 32)
     assert "fold_rows" not in lower(graph, CpuConfig(), graph.name).text

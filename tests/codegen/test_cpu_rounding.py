@@ -57,6 +57,30 @@ def test_exponentials_of_which_sixteen_bits_count_are_rough(dtype, use, rough):
     assert ("exp_rough" in text) == rough
 
 
+@pytest.mark.parametrize(
+    ("use", "call"),
+    [
+        (lambda x: b.mul(x, b.sigmoid(x)), "sigmoid_rough("),
+        (lambda x: b.mul(x, b.sigmoid(b.mul(x, 1.702))), "sigmoid2_rough("),
+        (lambda x: b.sub(x, b.sigmoid(x)), "sigmoid("),
+    ],
+)
+def test_sigmoids_of_which_sixteen_bits_count_are_rough(use, call):
+    builder = b.BlockBuilder("f", grid={"m": 1})
+    x = b.cast(builder.load(b.input_("x", (4, 64), DType.BF16), 4, 64), DType.F32)
+    builder.store(b.cast(use(x), DType.BF16), (4, 64), 4, 64)
+    assert f"so::{call}" in cpu.lower(builder.graph(), cpu.CpuConfig(), "f").text
+
+
+def test_functions_over_a_known_range_are_cheaper() -> None:
+    builder = b.BlockBuilder("f", grid={"m": 1})
+    x = builder.load(b.input_("x", (4, 64)), 4, 64)
+    power = b.exp(b.neg(b.abs_(x)))
+    builder.store(b.sub(b.log1p(power), b.log1p(b.exp(x))), (4, 64), 4, 64)
+    text = cpu.lower(builder.graph(), cpu.CpuConfig(), "f").text
+    assert all(f"so::{n}(" in text for n in ("exp_nonpositive", "log1p_unit", "exp", "log1p"))
+
+
 def test_exponentials_before_a_comparison_are_not_rough():
     builder = b.BlockBuilder("f", grid={"m": 1})
     x = builder.load(b.input_("x", (4, 64)), 4, 64)

@@ -75,7 +75,10 @@ SO_INLINE float sigmoid(float x) {
 }
 SO_INLINE float exp_nonpositive(float x) { return __builtin_expf(x); }
 SO_INLINE double exp_nonpositive(double x) { return __builtin_exp(x); }
+SO_INLINE float log1p_unit(float x) { return __builtin_log1pf(x); }
+SO_INLINE double log1p_unit(double x) { return __builtin_log1p(x); }
 SO_INLINE float exp_rough(float x) { return __builtin_expf(x); }
+SO_INLINE float sigmoid_rough(float x) { return sigmoid(x); }
 SO_INLINE float pow(float x, float y) { return __builtin_powf(x, y); }
 SO_INLINE double pow(double x, double y) { return __builtin_pow(x, y); }
 SO_INLINE float fmod(float x, float y) { return __builtin_fmodf(x, y); }
@@ -421,6 +424,27 @@ SO_INLINE vf sigmoid(vf x) {
 #endif
 }
 
+// 1 / (1 + 2^-t) and sigmoid where only 16 bits count, to the error of exp2_rough: an inverse good to 14 bits and one
+// Newton step, which would make NaN of the inverse of infinity.
+// Measured: 0.7 cycles (2.9 GHz Xeon with AMX; sigmoid 1.1 there).
+SO_INLINE vf sigmoid2_rough(vf t) {
+#if SO_USE_512 && defined(__AVX512DQ__)
+  vf denominator = exp2_rough(-t) + 1.0f;
+  vf inverse = __builtin_ia32_rcp14ps512_mask(denominator, denominator, every_lane);
+  vf rest = max_fast(fma(-denominator, inverse, splat<vf>(1.0f)), splat<vf>(-1.0f));
+  return fma(rest, inverse, inverse);
+#else
+  return sigmoid(t * splat<vf>(0x1.62e43p-1f));
+#endif
+}
+SO_INLINE vf sigmoid_rough(vf x) {
+#if SO_USE_512 && defined(__AVX512DQ__)
+  return sigmoid2_rough(x * splat<vf>(0x1.715476p+0f));
+#else
+  return sigmoid(x);
+#endif
+}
+
 // Measured: 1.41 / 0.94 / 1.13 ulp; 1.1 / 3.7 cycles.
 SO_INLINE vf erf(vf x) {
 #if SO_USE_512
@@ -537,18 +561,54 @@ SO_INLINE vf log10(vf x) {
 
 // log of u + lost, where u = fl(1 + x) and lost is the rounding error of that sum: u scales into
 // m 2^n, and lost 2^-n joins m - 1.
-// Measured: 1.33 / 1.33 / 1.33 ulp; 2.6 / 5.8 cycles.
+// Measured: 0.88 / 1.33 / 1.33 ulp; 1.2 (2.9 GHz Xeon with AMX; log 0.9 there) / 5.8 cycles.
 SO_INLINE vf log1p(vf x) {
   vf u = x + 1.0f;
   vf back = u - 1.0f;
   vf lost = (1.0f - (u - back)) + (x - back);
+#if SO_USE_512
+  vf n, f = log_split(u, n);
+  // where something is lost, and x is finite; log_split's n is infinite where u is 0
+  const auto lanes = __builtin_ia32_cmpps512_mask(lost, vf{}, 12, every_lane, 4);
+  f += scale_by_power(lost, -n, lanes);
+  vf result = fma(n, splat<vf>(0x1.62e430p-1f), log_rest(f));
+#else
   vi bits = bit_cast<vi>(u);
   vi n = (bits - 0x3f3504f3) >> 23;
   vf m = bit_cast<vf>(bits - (n << 23));
   vf scale = bit_cast<vf>((127 - n) << 23);
   vf f = (m - 1.0f) + select(x < 0x1p26f, lost * scale, splat<vf>(0.0f));
   vf result = log_edges(u, log_assemble(f, __builtin_convertvector(n, vf)));
+#endif
   return select(abs(x) < 0x1p-25f, x, result);
+}
+
+#if SO_USE_512
+// 1 / (1 + j / 15) nearly, where its logarithm is close to a float, and that logarithm with its sign changed (the
+// first is -0: adding it keeps the sign of a zero).
+alignas(64) static const float inverse_fifteenths[16] = {
+    1.0f, 0.937500298f, 0.882352591f, 0.833357096f, 0.789496958f, 0.750023842f, 0.71426338f, 0.681818008f,
+    0.652164042f, 0.62499994f, 0.599976182f, 0.576922774f, 0.555555582f, 0.535728931f, 0.517218113f, 0.500023842f};
+alignas(64) static const float log_fifteenths[16] = {
+    -0.0f, 0.0645382032f, 0.12516354f, 0.182293043f, 0.236359298f, 0.287650287f, 0.336503506f, 0.382992506f,
+    0.427459151f, 0.470003724f, 0.510865331f, 0.550046861f, 0.587786615f, 0.624126971f, 0.659290612f, 0.693099499f};
+#endif
+
+// log1p for 0 <= x <= 1 (or NaN), as in softplus: (1 + x) c = 1 + f with |f| <= 1 / 30 and c from a table in one
+// register, so that f is rounded once.
+// Measured: 1.02 / 1.36 / 1.37 ulp; 0.7 (2.9 GHz Xeon with AMX; log1p 1.2 there) / 5.8 cycles.
+SO_INLINE vf log1p_unit(vf x) {
+#if SO_USE_512
+  vi index = bit_cast<vi>(fma(x, splat<vf>(15.0f), splat<vf>(0x1.8p23f)));
+  vf c = lookup(inverse_fifteenths, index);
+  vf f = fma(x, c, -(1.0f - c));  // -0 stays -0
+  vf p = fma(splat<vf>(0x1.9a1cb0p-3f), f, splat<vf>(-0x1.002baap-2f));
+  p = fma(p, f, splat<vf>(0x1.55554ep-2f));
+  p = fma(p, f, splat<vf>(-0.5f));
+  return lookup(log_fifteenths, index) + fma(f * f, p, f);
+#else
+  return log1p(x);
+#endif
 }
 
 // ---- sin, cos -----------------------------------------------------------------------------------
