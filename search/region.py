@@ -11,6 +11,8 @@ from superopt.ir.node import Node, make, rebuild, topological, users_of
 from superopt.ir.ops import leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import TensorType, reshape_strides
+from superopt.search.errors import NotFusible
+from superopt.search.indices import analyse
 
 
 @final
@@ -100,15 +102,35 @@ def view_type(node: Node) -> TensorType | None:
     """Return how a chain of views over a tensor in memory lies there; None if it must be copied.
 
     The strides are those of the view; a broadcast dim has stride 0. The tensor at the end of the
-    chain is a graph input (with its own strides) or a kernel's result (row-major).
+    chain is a graph input (with its own strides) or a kernel's result (row-major), as is a copy on the way
+    that no kernel can make where it reads it.
     """
     if node.op not in structural.VIEWS:
         return node.tensor
-    base = view_type(node.inputs[0])
-    if base is None:
+    operand = node.inputs[0]
+    base = view_type(operand)
+    if base is None and _follows(node):
         return None
+    if base is None:
+        base = TensorType(operand.shape, operand.tensor.dtype)
     strides = _view_strides(node, base)
     return None if strides is None else TensorType(node.shape, base.dtype, strides)
+
+
+@lru_cache(maxsize=1024)
+def _follows(node: Node) -> bool:
+    """Say whether kernels can follow a view and the copies under it by index.
+
+    Not where a slice cuts a dim that a reshape made of several: no tile of it is one of what it is made of.
+    """
+    chain = [node]
+    while chain[-1].inputs[0].op in structural.VIEWS and not is_view(chain[-1].inputs[0]):
+        chain.append(chain[-1].inputs[0])
+    try:
+        analyse(chain[-1].inputs, chain[::-1])
+    except NotFusible:
+        return False
+    return True
 
 
 def view_base(node: Node) -> Node:

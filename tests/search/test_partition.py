@@ -419,3 +419,22 @@ def test_dear_operators_are_dear_in_the_library_too() -> None:
     p = b.sigmoid(logits)
     loss = b.reduce_sum(b.add(b.mul(p, target), b.mul(b.sub(1.0, p), b.sub(1.0, target))), -1)
     assert len(partition(b.kernel_graph("loss", [logits, target], [loss]), MACHINE)) == 1
+
+
+def test_a_mask_given_by_blocks_is_made_whole_where_no_tile_of_it_is_one_of_its_blocks() -> None:
+    q, k, v = (b.input_(name, (2, 61, 16)) for name in "qkv")
+    blocks = b.input_("m", (1, 4, 4), DType.BOOL)
+    repeated = b.broadcast(b.reshape(blocks, (1, 4, 1, 4, 1)), (1, 4, 16, 4, 16))
+    mask = b.slice_(b.slice_(b.reshape(repeated, (1, 64, 64)), 1, 0, 61), 2, 0, 61)
+    scores = b.where(mask, b.matmul(q, b.permute(k, (0, 2, 1))), b.constant(-1e30))
+    shifted = b.exp(b.sub(scores, b.reduce_max(scores, -1)))
+    out = b.div(b.matmul(shifted, v), b.reduce_sum(shifted, -1))
+    graph = b.kernel_graph("attention", [q, k, v, blocks], [out])
+    *_, attention = partition(graph, MACHINE)
+    assert {n.op for n in attention} >= {
+        elementwise.WHERE,
+        contraction.REDUCE_MAX,
+        contraction.MATMUL,
+    }
+    assert structural.SLICE not in {n.op for n in attention}  # of what lies in memory it is free
+    assert any(s.passes.shifts for s in derive(make_region(graph, attention)))
