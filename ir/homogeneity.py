@@ -9,6 +9,7 @@ property, whatever it is called. The analysis computes c, the *degree*, node by 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf, isnan
 from typing import final
 
 from superopt.ir.node import Node
@@ -38,16 +39,14 @@ _KEEPS = (
 )
 
 
+_VIEWS = (elementwise.CAST, structural.PERMUTE, structural.RESHAPE, structural.BROADCAST)
 _PASS_NAN_ON = (
     elementwise.EXP,
     elementwise.MUL,
     elementwise.ADD,
-    elementwise.CAST,
     contraction.MATMUL,
     contraction.REDUCE_SUM,
-    structural.PERMUTE,
-    structural.RESHAPE,
-    structural.BROADCAST,
+    *_VIEWS,
 )
 
 
@@ -121,7 +120,7 @@ def _of_additive(node: Node, known: list[Degree]) -> Degree | None:
 
 
 def _is_minus_infinity(node: Node) -> bool:
-    return node.op is leaf.CONSTANT and node.attrs.value == float("-inf")
+    return node.op is leaf.CONSTANT and node.attrs.value == -inf
 
 
 def _select_degree(node: Node, known: list[Degree]) -> Degree | None:
@@ -129,8 +128,11 @@ def _select_degree(node: Node, known: list[Degree]) -> Degree | None:
     if yes == no:
         return yes
     for one, other in ((1, 2), (2, 1)):
-        if node.inputs[other].op is leaf.CONSTANT and node.inputs[other].attrs.value == 0:
-            return known[one]
+        if node.inputs[other].op is leaf.CONSTANT:
+            value = float(node.inputs[other].attrs.value)
+            # what times any number is itself
+            if value == 0 or isnan(value):
+                return known[one]
     return None
 
 
@@ -139,20 +141,25 @@ def _select_degree(node: Node, known: list[Degree]) -> Degree | None:
 class Homogeneity:
     """Degrees of a region's nodes in one shift, and the power to rescale by where the loop closes.
 
-    A node with degree None cannot be computed from a running maximum.
+    A node with degree None cannot be computed from a running maximum. The sums in `lost` are NaN where there is
+    no maximum but -inf, and 0 if a running one is guarded.
     """
 
     degree: dict[Node, Degree | None]
     rescale: dict[Node, int]
+    lost: frozenset[Node]
 
 
-def homogeneity(shift: Node, body: tuple[Node, ...], closes: frozenset[Node]) -> Homogeneity:
+def homogeneity(
+    shift: Node, body: Sequence[Node], outputs: Sequence[Node], closes: frozenset[Node]
+) -> Homogeneity:
     """Analyse a region for `shift`; `closes` holds the reductions over the loop.
 
     After a reduction in `closes` the true maximum is in force: the accumulator rescales.
     """
     found: dict[Node, Degree | None] = {shift: Degree(True, 1.0)}
     rescale: dict[Node, int] = {}
+    lowest = _lowest(shift, body)
     for node in body:
         if node is shift:
             continue
@@ -162,13 +169,70 @@ def homogeneity(shift: Node, body: tuple[Node, ...], closes: frozenset[Node]) ->
             summing = node.op in (contraction.REDUCE_SUM, contraction.MATMUL)
             # exp(m - x) has grown to inf before the first maximum
             falls = total is not None and not total.additive and total.power < 0
-            if total is None or not falls or not summing or not total.power.is_integer():
+            known = summing and lowest.get(node) is not None
+            if total is None or not falls or not known or not total.power.is_integer():
                 total = None
             else:
                 rescale[node] = -int(total.power)
                 total = _NONE
         found[node] = total
-    return Homogeneity(found, rescale)
+    sums = {n for n in rescale if lowest[n] == _NAN}
+    return Homogeneity(found, rescale, _lost(body, sums, outputs))
+
+
+_LOW, _NAN, _SAME = "-inf", "nan", "the same"
+
+
+def _lowest(shift: Node, body: Iterable[Node]) -> dict[Node, str | None]:
+    """Return what the values made with a maximum are where it is -inf: itself, NaN or what a guard makes of them.
+
+    A program without a guard has exp(-inf - -inf) = NaN there, a running maximum a guard of its own. None: either.
+    """
+    found: dict[Node, str | None] = {shift: _LOW}
+    infinite = {shift.inputs[0]}
+    for node in body:
+        states = [found[i] for i in node.inputs if i in found]
+        scales = node.op is elementwise.MUL and any(map(_is_positive, node.inputs))
+        if not infinite.isdisjoint(node.inputs) and (scales or node.op in _VIEWS):
+            infinite.add(node)
+        if node is shift or not states:
+            continue
+        if _LOW in states and (scales or node.op in _VIEWS):
+            found[node] = _LOW
+        elif _is_guarded(node, found):
+            found[node] = found.get(node.inputs[-1], _SAME)
+        elif node.op is elementwise.SUB and states == [_LOW]:
+            found[node] = _NAN if node.inputs[0] in infinite else None
+        elif _NAN in states and node.op in (*_PASS_NAN_ON, elementwise.SUB, elementwise.DIV):
+            found[node] = _NAN
+        else:
+            found[node] = _SAME if set(states) == {_SAME} else None
+    return found
+
+
+def _is_positive(node: Node) -> bool:
+    return node.op is leaf.CONSTANT and 0 < float(node.attrs.value) < inf
+
+
+def _is_guarded(node: Node, found: dict[Node, str | None]) -> bool:
+    """Recognize "more than -inf", and a choice by that, where -inf is not."""
+    if node.op is elementwise.WHERE:
+        node = node.inputs[0]
+    low = node.op is elementwise.GT and found.get(node.inputs[0]) == _LOW
+    return low and _is_minus_infinity(node.inputs[1])
+
+
+def _lost(body: Iterable[Node], sums: set[Node], outputs: Sequence[Node]) -> frozenset[Node]:
+    """Return the sums of NaN that are more than an end of a quotient of two of them: 0 / 0 is NaN by itself."""
+    of = {n: n for n in sums}
+    lost = set[Node]()
+    for node in body:
+        read = [of[i] for i in node.inputs if i in of]
+        if read and node.op in _VIEWS:
+            of[node] = read[0]
+        elif len(read) < 2 or node.op is not elementwise.DIV:
+            lost.update(read)
+    return frozenset(lost.union(of[o] for o in outputs if o in of))
 
 
 def may_lag(shift: Node, nodes: Iterable[Node]) -> float:

@@ -9,11 +9,12 @@ other steps, conversions that the program writes, and results that are small bes
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, nan, prod
 from typing import final
 
 from superopt.ir import build as b
 from superopt.ir.graph import Axis, Graph, Level
+from superopt.ir.homogeneity import Homogeneity
 from superopt.ir.node import Node, make
 from superopt.ir.ops import contraction, elementwise, leaf, structural, tile
 from superopt.ir.ops.registry import OpKind
@@ -254,12 +255,12 @@ class _Emitter:
             return b.accumulate(tile.ACCUM_LAST, running, loop)
         for shift, found in s.passes.shifts.items():
             if node in found.rescale:
-                return self._rescaled(node, part, shift, found.rescale[node])
+                return self._rescaled(node, part, shift, found)
         if node.op not in _CLOSES:
             raise NotFusible(f"{node.op.name} has no accumulator")
         return b.accumulate(_CLOSES[node.op], part, loop)
 
-    def _rescaled(self, node: Node, part: Node, shift: Node, power: int) -> Node:
+    def _rescaled(self, node: Node, part: Node, shift: Node, found: Homogeneity) -> Node:
         number = self.schedule.passes.number[shift]
         if self.schedule.passes.number[node] != number:
             return b.accumulate(
@@ -268,7 +269,15 @@ class _Emitter:
         loop = self._loop_name(number)
         running = self._value(shift, number).inputs[1]
         top = self._conform(running.inputs[0], self._layout(shift), self._layout(node))
-        return b.accum_rescaled(part, b.accumulate(tile.PREFIX_MAX, top, loop), loop, power)
+        prefix = b.accumulate(tile.PREFIX_MAX, top, loop)
+        total = b.accum_rescaled(part, prefix, loop, found.rescale[node])
+        if node not in found.lost:
+            return total
+        last = b.accumulate(tile.ACCUM_LAST, prefix, loop)
+        dtype = total.tensor.dtype
+        return b.where(
+            b.gt(last, b.constant(-inf, top.tensor.dtype)), total, b.constant(nan, dtype)
+        )
 
     def _conform(self, value: Node, have: Layout, want: Layout) -> Node:
         """Reorder the tile dims of `value` to those of another layout, 1 where it has no atom."""

@@ -147,7 +147,7 @@ def _running_maxima(
     for node in region.body:
         if node.op is not contraction.REDUCE_MAX or node not in closes:
             continue
-        found = homogeneity(node, region.body, closes)
+        found = homogeneity(node, region.body, region.outputs, closes)
         if not _usable(node, region, varies, found):
             continue
         if any(set(found.rescale) & set(other.rescale) for other in chosen.values()):

@@ -1,6 +1,7 @@
 """Every schedule of every program, with ragged tiles, means what the program means."""
 
 from collections.abc import Callable
+from math import inf
 
 import pytest
 import torch
@@ -94,6 +95,56 @@ def test_masks_bound_the_loop(name: str, bounds: int) -> None:
     schedule = next(s for s in derive(region) if s.passes.shifts)
     block = block_graph(schedule, tiles(schedule, 8), "kernel")
     assert [len(axis.bounds) for axis in block.loops] == [bounds]
+
+
+def shifted(kind: str) -> Graph:
+    """Exponentials of differences to a maximum, of rows that may be -inf alone."""
+    x, v = b.input_("x", (6, 24)), b.input_("v", (24, 5))
+    top = b.reduce_max(x, -1)
+    if kind == "guarded":
+        top = b.finite_or_zero(top)
+    e = b.exp(b.sub(x, top))
+    total = b.reduce_sum(e, -1)
+    made = {
+        "sum": [total],
+        "guarded": [total, b.matmul(e, v)],
+        "logarithm": [b.add(b.log(total), top)],
+        "product": [b.matmul(e, v)],
+        "quotient": [b.matmul(b.div(e, total), v)],
+        "divisor": [b.div(b.matmul(e, v), b.add(total, 1e-6))],
+        "scaled": [b.reduce_sum(b.exp(b.sub(b.mul(x, 2.0), b.mul(top, 2.0))), -1)],
+        "chosen": [b.reduce_sum(b.where(b.gt(x, 0.0), e, 0.0), -1)],
+        "another": [b.reduce_sum(b.exp(b.sub(b.neg(x), top)), -1)],
+    }[kind]
+    return b.kernel_graph("shifted", b.graph_inputs(made), made)
+
+
+@pytest.mark.parametrize(
+    "kind", ["sum", "guarded", "logarithm", "product", "quotient", "divisor", "scaled"]
+)
+def test_a_row_without_a_maximum_is_what_it_is_in_the_program(kind: str) -> None:
+    graph = shifted(kind)
+    values = tensors(graph)
+    values[0][2] = values[0][3, :10] = values[0][4, 20] = -inf
+    values[0][5, 12] = inf
+    wanted = run_reference(graph, values, dtype_override=torch.float64)
+    graph = prepared(graph)
+    region = whole_region(graph)
+    online = [s for s in derive(region) if s.passes.shifts]
+    assert online
+    for schedule in online:
+        block = block_graph(schedule, tiles(schedule, 8), "kernel")
+        kept = any(n.op is tile.ACCUM_LAST for n in block.nodes())
+        assert kept == (kind not in ("guarded", "quotient")), "a quotient is NaN by itself"
+        results = place(schedule, block, region.inputs)
+        candidate = substitute(graph, dict(zip(region.outputs, results, strict=True)))
+        found = run_reference(expand(candidate), values, dtype_override=torch.float64)
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["chosen", "another"])
+def test_no_running_maximum_where_a_row_without_one_may_be_anything(kind: str) -> None:
+    assert not any(s.passes.shifts for s in derive(whole_region(shifted(kind))))
 
 
 def test_squared_weights_rescale_by_the_square() -> None:
