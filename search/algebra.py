@@ -9,7 +9,7 @@
 - `gather-below-elementwise`: gather(f(x), i) => f(gather(x, i)).
 - `gather-to-select`: gather(x, i) of one element per row => reduce_sum(where(iota == i, x, 0)),
   which lets a loss read its logits once; only for computed x where kernels read at given places.
-- `take-to-gather`: take(x, i) of rows => gather(x, i) with both repeated along each other's dims,
+- `take-to-gather`: take(x, i) => gather(x, i) with both repeated along each other's dims,
   which costs nothing for an x in memory; only where kernels read at given places.
 - those of `superopt.search.reductions`.
 
@@ -38,8 +38,6 @@ from superopt.search.reductions import (
 )
 from superopt.search.region import is_leaf, view_base, view_type
 
-_ROW: Final = 16
-"""Elements that are read together at a place; fewer are not worth a kernel's while."""
 _SHORT_ROW: Final = 256
 """Elements of an operand's row that every tile has all of."""
 _WIDER: Final = 4
@@ -327,8 +325,6 @@ def _take_to_gather(node: Node) -> Node | None:
     axis = x.tensor.rank + node.attrs.axis
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     places = index.shape or (1,)
-    if prod(after) < _ROW:
-        return None  # a library moves single elements faster
     rows, ones = places[:-1], (1,) * (len(places) - 1)
     x = b.reshape(x, (*before, *ones, x.shape[axis], *after))
     x = b.broadcast(x, (*before, *rows, x.shape[-1 - len(after)], *after))

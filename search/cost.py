@@ -41,6 +41,8 @@ _FIRST_CACHE_BYTES: Final = 48 << 10
 _OUTGROWN: Final = 3.0
 """Vector operations per element of a product that leaves the first cache before it is read: of bfloat16, 4 x 2048 x 64,
 32 queries by 64 keys 3.3 ms, 64 by 64 and 32 by 128 4.0 (two Xeon cores with AMX); in float32 all take the same."""
+_PICKED: Final = 24.0
+"""Vector operations per element of a row that an index chooses, the index brought into lanes among them."""
 _MATRIX_TILE: Final = 16
 """Rows and columns of a matrix tile."""
 _WRITTEN: Final = {"cpu": 2.0, "cuda": 1.0}
@@ -71,7 +73,10 @@ def library_cost(node: Node, machine: Target) -> float:
     read = size if gathers else 0
     read += sum(tensor(i.type).size_bytes for i in (node.inputs[1:] if gathers else node.inputs))
     moved = read + _WRITTEN[machine.kind] * size
-    flops = node.op.flops(tuple(i.type for i in node.inputs), node.type) if node.op.flops else 0
+    types = tuple(i.type for i in node.inputs)
+    flops: float = node.op.flops(types, node.type) if node.op.flops else 0
+    if _picks(node):
+        flops = _PICKED * node.tensor.elements
     rate = _product_flops(node, machine) * machine.library_efficiency
     if node.op.kind not in (OpKind.CONTRACTION, OpKind.LIBRARY):
         rate = machine.vector_ops * machine.cores / _SLOW.get(node.op, 1.0)
@@ -79,6 +84,15 @@ def library_cost(node: Node, machine: Target) -> float:
     if node.op is contraction.MATMUL and machine.kind == "cpu" and _runs_along(node.inputs[1]):
         busy += _transposition_s(node.inputs[1].tensor.elements / machine.cores, machine)
     return machine.library_call_s + max(busy, waiting) + _UNHIDDEN * min(busy, waiting)
+
+
+def _picks(node: Node) -> bool:
+    """Say whether an index chooses the elements of a row one by one."""
+    return (
+        node.op in (structural.GATHER, structural.TAKE)
+        and node.attrs.axis == -1
+        and node.shape[-1:] > (1,)
+    )
 
 
 def _product_flops(node: Node, machine: Target) -> float:
@@ -291,6 +305,8 @@ class KernelModel:
             shared = present - self._present.get(node.inputs[1], frozenset())
             if shared:  # the divisor is inverted once
                 return 2.0
+        if _picks(node):
+            return _PICKED
         return _SLOW.get(node.op, 1.0)
 
     def _read(self, node: Node) -> _Read:

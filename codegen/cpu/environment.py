@@ -171,6 +171,13 @@ class Environment:
         operands = [self.value(i, broadcast_coords(i, coords)) for i in node.inputs]
         bounded = over_range(operands, node, self.plan.bounds) if self.vector else None
         text = bounded or rule(operands, node, self.vector)
+        if (
+            self.vector
+            and node.op is elementwise.ADD
+            and dtype is DType.I64
+            and not self.plan.fits(node)
+        ):
+            text = f"so::add_saturated({', '.join(operands)})"
         if self.vector and node in self.plan.seen.rough:
             text = self._rough(node, operands[0], coords)
         if node.op is elementwise.MUL and dtype in _CONTRACTED and self._is_added(node):

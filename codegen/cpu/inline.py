@@ -7,7 +7,7 @@ it, or when computing it again would cost more than keeping it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Final, final
 
 from superopt.codegen.cpu.config import of_bfloat16, source, widens
 from superopt.codegen.cpu.expressions import can_be_vector
@@ -61,6 +61,8 @@ _RANGES = {
 }
 _CHOICES = frozenset({elementwise.WHERE, elementwise.MAXIMUM, elementwise.MINIMUM})
 """A choice among saturated integers is the saturated choice."""
+_LITTLE: Final = 2**24
+"""A number so small may be added to saturated ones many times before the sum looks small."""
 _SUMS = (contraction.REDUCE_SUM, tile.ACCUM_SUM, tile.ACCUM_RESCALED)
 
 
@@ -285,12 +287,22 @@ class Plan:
             return not computed or dtype is DType.I64 or self.ranges[node] != _RANGES[dtype]
         base = self.operand_base(node)
         saturated = base.op is tile.LOAD or base in self.memory or base.op in _CHOICES
+        saturated |= base.op is elementwise.ADD and self._adds_little(base)
         if user.op in _CHOICES:
             return saturated
+        if user.op is elementwise.ADD:
+            return saturated and self._adds_little(user)
         # a saturated operand compares right with numbers well inside the range
         others = [self.ranges[i] for i in user.inputs if i is not node]
-        inside = all(_INT32[0] < a and b < _INT32[1] for a, b in others)
+        inside = all(_INT32[0] // 2 < a and b < _INT32[1] // 2 for a, b in others)
         return user.op in elementwise.COMPARISONS and saturated and inside
+
+    def _adds_little(self, node: Node) -> bool:
+        """Say whether a sum of 64 bits has one small operand: of a saturated one it is saturated, or nearly."""
+        given = (self.ranges[i] for i in node.inputs)
+        return node.tensor.dtype is DType.I64 and any(
+            a > -_LITTLE and b < _LITTLE for a, b in given
+        )
 
 
 def joined_parts(node: Node) -> list[tuple[Node | None, int, int]]:

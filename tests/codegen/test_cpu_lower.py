@@ -558,12 +558,14 @@ def test_an_index_beyond_its_tensor_gives_nan(folder, rows, columns):
     assert torch.equal(got[1], x[19])
 
 
-@pytest.mark.parametrize("ignored", [None, 40])
-def test_a_place_per_lane_beyond_its_tensor_gives_nan(folder, ignored):
+@pytest.mark.parametrize("used", ["as given", "some ignored", "from the end"])
+def test_a_place_per_lane_beyond_its_tensor_gives_nan(folder, used):
     build = BlockBuilder("beyond_lanes", grid={"m": 1})
     places = build.load(b.input_("i", (1, 40), DType.I64), 1, 40)
-    if ignored is not None:  # what is chosen of saturated numbers is saturated
-        places = b.where(b.ne(places, ignored), places, 3)
+    if used == "some ignored":  # what is chosen of saturated numbers is saturated
+        places = b.where(b.ne(places, 40), places, 3)
+    elif used == "from the end":  # and so is what a little is added to
+        places = b.where(b.lt(places, 0), b.add(places, 20), places)
     table = build.load(b.input_("x", (1, 20)), 1, 20)
     build.store(b.gather(table, places, -1), (1, 40), 1, 40)
     graph = build.graph()
@@ -571,13 +573,15 @@ def test_a_place_per_lane_beyond_its_tensor_gives_nan(folder, ignored):
     assert "load_scattered(" in source.text
     (kernel,) = compile_many([source], folder)
     places, x = torch.arange(40)[None] % 20, torch.randn(1, 20)
-    beyond = [0, 17, 20, 39]
-    places[0, beyond] = torch.tensor([-1, 20, 2**31, -(2**40)])
+    beyond = [0, 17, 20, 30, 39]
+    places[0, beyond] = torch.tensor([-21, 20, 2**31, 2**31 - 1, -(2**40)])
+    if used == "from the end":
+        places[0, 1:4] -= 20
     got = torch.zeros(1, 40)
     kernel(*(t.data_ptr() for t in (places, x)), got.data_ptr())
     inside = torch.tensor([n not in beyond for n in range(40)])
     assert got[:, ~inside].isnan().all()
-    assert torch.equal(got[:, inside], torch.gather(x, 1, places[:, inside]))
+    assert torch.equal(got[:, inside], torch.gather(x, 1, places[:, inside] % 20))
 
 
 @pytest.mark.parametrize("dtype", [DType.F32, DType.I64])

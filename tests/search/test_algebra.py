@@ -63,6 +63,7 @@ FIRES = [
     (TAKE_TO_GATHER, case([rows, place], b.take(rows, place, 0))),
     (TAKE_TO_GATHER, case([rows, label], b.take(rows, b.reshape(label, (5,)), 1))),
     (TAKE_TO_GATHER, case([rows, places], b.take(b.transpose(rows), places, 0))),
+    (TAKE_TO_GATHER, case([x, places], b.take(x, places, -1))),
     (REDUCE_IN_STAGES, case([deep], b.reduce_sum(deep, (-3, -2, -1)))),
     (REDUCE_IN_STAGES, case([deep], b.reduce_max(deep, (-2, -1)))),
     (REDUCE_IN_STAGES, case([tall], b.reduce_sum(b.exp(b.mul(tall, 2.0)), (-3, -2, -1)))),
@@ -93,7 +94,6 @@ STAYS = [
     (COMPUTED_GATHER_TO_SELECT, case([x, label], b.gather(b.transpose(b.transpose(x)), label, -1))),
     # what is computed has to be in memory whole, and a library moves single elements
     (TAKE_TO_GATHER, case([rows, places], b.take(b.exp(rows), places, 0))),
-    (TAKE_TO_GATHER, case([x, places], b.take(x, places, -1))),
     # a plain input costs nothing inside the loop
     (SCALE_OUT_OF_CONTRACTION, case([x, y], b.matmul(b.mul(x, b.input_("r", (5, 1))), y))),
     (SCALE_OUT_OF_SUM, case([x], b.reduce_sum(b.div(b.exp(x), row), -2))),

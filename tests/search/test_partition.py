@@ -90,6 +90,16 @@ def test_an_embedding_is_read_in_the_kernel_of_its_norm() -> None:
     assert len(partition(apply_rules(graph, FUSION_RULES), MACHINE)) == 2
 
 
+def test_a_bias_chosen_from_a_table_is_made_once_for_all_that_read_it() -> None:
+    table, index = b.input_("t", (4, 31)), b.input_("i", (197, 333), DType.I64)
+    q, k = b.input_("q", (3, 4, 197, 64)), b.input_("k", (3, 4, 64, 333))
+    out = b.exp(b.add(b.matmul(q, k), b.take(table, b.where(b.lt(index, 0), 0, index), -1)))
+    graph = b.kernel_graph("g", [table, index, q, k], [out])
+    first, second = partition(apply_rules(graph, with_gathers(FUSION_RULES)), MACHINE)
+    assert {n.op for n in first} == {elementwise.LT, elementwise.WHERE, structural.GATHER}
+    assert {n.op for n in second} == {contraction.MATMUL, elementwise.ADD, elementwise.EXP}
+
+
 def test_a_library_node_stays_alone() -> None:
     x, w = b.input_("x", (1, 3, 8, 8)), b.input_("w", (4, 3, 3, 3))
     attrs = library.ConvAttrs((1, 1), (1, 1), (1, 1), False, (0, 0), 1)

@@ -175,6 +175,10 @@ SO_INLINE vi saturate(vl low, vl high) {
 #endif
   return join(first, second, count_lanes<VL>::type());
 }
+SO_INLINE vi add_saturated(vi a, vi b) {
+  const vi sum = a + b, least = vi{} + INT32_MIN, greatest = vi{} + INT32_MAX;
+  return ((a ^ sum) & (b ^ sum)) < 0 ? (a < 0 ? least : greatest) : sum;
+}
 SO_INLINE vi load_integers(const int8_t* p) { return extend(load_raw<vb>(p)); }
 SO_INLINE vi load_integers(const uint8_t* p) { return extend(load_raw<vub>(p)); }
 SO_INLINE vi load_integers(const int16_t* p) { return extend(load_raw<vs>(p)); }
