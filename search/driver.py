@@ -493,7 +493,7 @@ class Driver:
         now = time.monotonic()
         half = until if whole is None else now + (until - now) / 2
         if len(products) > 1 and (whole is None or now < until):
-            parts = self._kernels(subgraph, self._costs(subgraph, 1), half)
+            parts = self._kernels(subgraph, self._costs(subgraph, (len(products) + 1) // 2), half)
         else:
             parts = self._around(subgraph, half, minor)
         if whole is None:

@@ -74,10 +74,11 @@ class _Partition:
         self.producers = {n: _producers(n) for n in order}
         gains: dict[tuple[Group, Group], float] = {}
         while True:
-            best = self._best(self._edges(order), gains) or self._best(self._siblings(order), gains)
-            if best is None:
+            union = self._best(self._edges(order), gains) or self._best(
+                self._siblings(order), gains
+            )
+            if union is None:
                 break
-            union = best[0] | best[1]
             for node in union:
                 self.owner[node] = union
         self._merge_components(order)
@@ -88,14 +89,21 @@ class _Partition:
 
     def _best(
         self, pairs: list[tuple[Group, Group]], gains: dict[tuple[Group, Group], float]
-    ) -> tuple[Group, Group] | None:
-        """Return the pair that gains most as one kernel, if any does."""
+    ) -> Group | None:
+        """Return the groups that gain most as one kernel, if any do: a pair, and what lies between the two."""
         for pair in pairs:
             if pair not in gains:
                 gains[pair] = self._gain(*pair)
-        # whether a merge is legal takes long to tell: only the best are asked
-        ranked = sorted((e for e in pairs if gains[e] > 0), key=lambda e: -gains[e])
-        return next((e for e in ranked if self._convex(*e) and self._convex(*e[::-1])), None)
+        best, most = None, 0.0
+        # what lies between takes long to tell: only the best are asked
+        for pair in sorted((e for e in pairs if gains[e] > 0), key=lambda e: -gains[e]):
+            if gains[pair] <= most:
+                break
+            between = self._between(*pair)
+            gain = self._gain(*pair, *between) if between else gains[pair]
+            if gain > most:
+                best, most = frozenset().union(*pair, *between), gain
+        return best
 
     def _siblings(self, order: list[Node]) -> list[tuple[Group, Group]]:
         """Return pairs of groups without products that read one tensor: together they read it once."""
@@ -182,15 +190,24 @@ class _Partition:
                     edges[a, b] = None
         return list(edges)
 
-    def _convex(self, first: Group, second: Group) -> bool:
-        """Say whether no path leads from `first` to `second` through a third group."""
-        return not self._reaches(self._sources(second) - {first, second}, first)
+    def _between(self, first: Group, second: Group) -> list[Group]:
+        """Return the other groups on paths from one of the two to the other: they have to be in one kernel with them."""
+        ends = (first, second)
+        found: dict[Group, None] = {}
+        for end, other in (ends, ends[::-1]):
+            stack = [g for g in self._sources(end) if g not in ends]
+            while stack:
+                group = stack.pop()
+                if group not in found and self._reaches({group}, other):
+                    found[group] = None
+                    stack += [g for g in self._sources(group) if g not in ends]
+        return list(found)
 
-    def _gain(self, first: Group, second: Group) -> float:
-        union = first | second
+    def _gain(self, *groups: Group) -> float:
+        union: Group = frozenset().union(*groups)
         if not all(self._fusible(n) for n in union) or self._crowded(union):
             return -inf
-        return self._cost(first) + self._cost(second) - self._cost(union)
+        return sum(map(self._cost, groups)) - self._cost(union)
 
     def _crowded(self, union: Group) -> bool:
         """Say whether there are more products than may be in one kernel, or what may not be together."""

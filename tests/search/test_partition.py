@@ -300,6 +300,19 @@ def test_no_group_contains_a_refused_one() -> None:
     assert not any(refused <= group for group in found)
 
 
+def test_what_lies_between_two_groups_is_merged_with_them() -> None:
+    """Linear attention: a constant is added to the divisor after one product, before the quotient after the other."""
+    q, k, v = (b.input_(n, (16, 2053, 64)) for n in "qkv")
+    q_, k_ = (b.add(b.exp(x), 1.0) for x in (q, k))
+    turned = b.permute(k_, (0, 2, 1))
+    norm = b.matmul(q_, b.permute(b.reduce_sum(k_, -2), (0, 2, 1)))
+    result = b.div(b.matmul(q_, b.matmul(turned, v)), b.add(norm, 1e-6))
+    found = partition(prepared(b.kernel_graph("g", [q, k, v], [result])), MACHINE, products=2)
+    first, second = ([n.shape for n in g if n.op is contraction.MATMUL] for g in found)
+    assert first == [(16, 64, 64)]
+    assert sorted(second) == [(16, 2053, 1), (16, 2053, 64)]
+
+
 def test_a_boundary_lies_where_a_kernel_ends_best() -> None:
     """Pairs merged GELU into the second product; the first one does with it what others would read again."""
     x, w, v, c, d = (
