@@ -41,8 +41,9 @@ _FIRST_CACHE_BYTES: Final = 48 << 10
 _OUTGROWN: Final = 3.0
 """Vector operations per element of a product that leaves the first cache before it is read: of bfloat16, 4 x 2048 x 64,
 32 queries by 64 keys 3.3 ms, 64 by 64 and 32 by 128 4.0 (two Xeon cores with AMX); in float32 all take the same."""
+_ROW: Final = 16
 _PICKED: Final = 24.0
-"""Vector operations per element of a row that an index chooses, the index brought into lanes among them."""
+"""Vector operations per element that an index chooses alone or with fewer than `_ROW`, the index brought into lanes among them."""
 _MATRIX_TILE: Final = 16
 """Rows and columns of a matrix tile."""
 _WRITTEN: Final = {"cpu": 2.0, "cuda": 1.0}
@@ -87,12 +88,11 @@ def library_cost(node: Node, machine: Target) -> float:
 
 
 def _picks(node: Node) -> bool:
-    """Say whether an index chooses the elements of a row one by one."""
-    return (
-        node.op in (structural.GATHER, structural.TAKE)
-        and node.attrs.axis == -1
-        and node.shape[-1:] > (1,)
-    )
+    """Say whether an index chooses elements one by one, or rows that fill no vector."""
+    if node.op not in (structural.GATHER, structural.TAKE):
+        return False
+    axis = len(node.shape) + node.attrs.axis
+    return prod(node.shape[axis + 1 :]) < _ROW and node.shape[axis : axis + 1] != (1,)
 
 
 def _product_flops(node: Node, machine: Target) -> float:

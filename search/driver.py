@@ -25,6 +25,7 @@ import torch
 from superopt.ir.errors import GraphError, SuperoptError
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, rebuild, rewrite, topological
+from superopt.ir.ops import structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
@@ -446,7 +447,7 @@ class Driver:
         return {
             group: cost
             for group, cost in found.items()
-            if _worth(graph, group) and group not in self.refused
+            if _worth(group, self.machine) and group not in self.refused
         }
 
     def _kernels(
@@ -691,11 +692,13 @@ def _expand_simple(graph: Graph) -> Graph:
     return graph.with_outputs(rewrite(graph.outputs, step))
 
 
-def _worth(graph: Graph, group: Group) -> bool:
+def _worth(group: Group, machine: Target) -> bool:
     """Say whether a group may gain from a kernel of its own; single library ops do not."""
     if len(group) > 1:
         return True
     (node,) = group
+    if node.op is structural.GATHER:
+        return machine.kind == "cpu"
     return node.op.kind in (OpKind.ELEMENTWISE, OpKind.REDUCTION, OpKind.CONTRACTION)
 
 

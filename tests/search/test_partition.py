@@ -90,10 +90,14 @@ def test_an_embedding_is_read_in_the_kernel_of_its_norm() -> None:
     assert len(partition(apply_rules(graph, FUSION_RULES), MACHINE)) == 2
 
 
-def test_a_bias_chosen_from_a_table_is_made_once_for_all_that_read_it() -> None:
-    table, index = b.input_("t", (4, 31)), b.input_("i", (197, 333), DType.I64)
-    q, k = b.input_("q", (3, 4, 197, 64)), b.input_("k", (3, 4, 64, 333))
-    out = b.exp(b.add(b.matmul(q, k), b.take(table, b.where(b.lt(index, 0), 0, index), -1)))
+@pytest.mark.parametrize("heads_last", [False, True])
+def test_a_bias_chosen_from_a_table_is_made_once_for_all_that_read_it(heads_last: bool) -> None:
+    table = b.input_("t", (31, 4) if heads_last else (4, 31))
+    index = b.input_("i", (197, 333), DType.I64)
+    q, k = b.input_("q", (16, 4, 197, 64)), b.input_("k", (16, 4, 64, 333))
+    bias = b.take(table, b.where(b.lt(index, 0), 0, index), 0 if heads_last else -1)
+    bias = b.permute(bias, (2, 0, 1)) if heads_last else bias
+    out = b.exp(b.add(b.matmul(q, k), bias))
     graph = b.kernel_graph("g", [table, index, q, k], [out])
     first, second = partition(apply_rules(graph, with_gathers(FUSION_RULES)), MACHINE)
     assert {n.op for n in first} == {elementwise.LT, elementwise.WHERE, structural.GATHER}
