@@ -179,6 +179,7 @@ class KernelModel:
 
     def __init__(self, schedule: Schedule, machine: Target) -> None:
         self._schedule = schedule
+        self._grid = schedule.grid
         self._machine = machine
         self._space: IndexSpace = schedule.space
         self._passes = self._count_passes()
@@ -356,7 +357,7 @@ class KernelModel:
         if machine.kind != "cpu" and not self._fits(sizes):
             return inf
         counts = {a: -(-e // tile[a]) for a, e in self._extents.items()}
-        blocks = prod(counts[a] for a in schedule.grid)
+        blocks = prod([counts[a] for a in self._grid])
         loop = schedule.loop
         # iterations that masks leave; within them, a CPU's products compute little more than that
         share = self._visible.share(tile)
@@ -462,7 +463,7 @@ class KernelModel:
 
         `counts`: the tiles along each grid atom.
         """
-        grid = [a for a in self._schedule.grid if counts[a] > 1]
+        grid = [a for a in self._grid if counts[a] > 1]
         if not grid or grid[-1] in kept:
             return 1
         in_turn = ceil(prod(counts[a] for a in grid) / self._machine.cores)
@@ -474,9 +475,9 @@ class KernelModel:
         A core takes blocks in turn. Two that read the same at the same time wait for memory both: on a CPU the outer
         cache gives neither what it has not fetched for the other yet.
         """
-        blocks = span = prod(counts[a] for a in self._schedule.grid)
+        blocks = span = prod(counts[a] for a in self._grid)
         cores = self._machine.cores if self._machine.kind == "cpu" else 1
-        for atom in self._schedule.grid:
+        for atom in self._grid:
             if counts[atom] > 1 and atom not in varies:
                 return max(1.0, min(cores, blocks) * span / blocks)
             span //= counts[atom]

@@ -68,6 +68,8 @@ _NEXT_TILES: Final = 1.06
 """And for every one of these whose tile sizes differ in one step only."""
 _KERNEL_S: Final = 0.5
 """What one of them is thought to take, before any was: a second of a core, of two."""
+_LONG_S: Final = 0.02
+"""A kernel that takes so long, as predicted, is not compared with a library when time is over: the whole is."""
 _FIRST_LOOK: Final = 2.0**-20
 """The error bound of a variant's test: one draw as a rule."""
 _PROOF: Final = 3.0
@@ -138,7 +140,7 @@ class Statistics:
 class SearchResult:
     """The best proven program, its verdict (None: it is the original), and how it was found.
 
-    `original_s` is infinite where there was no other program to time beside it.
+    `original_s` is infinite where there was no other program to time beside it, or no time; so is `best_s` then.
     """
 
     graph: Graph
@@ -252,7 +254,7 @@ class Driver:
         graph, verdict, best_s = best or (self.original, None, self.original_s)
         if self.original_s < inf:
             self._tell("result", f"{self.original_s * 1e3:.3f} ms -> {best_s * 1e3:.3f} ms")
-        else:  # there was nothing to compare it with, and no reason to wait for it
+        elif best is None:  # there was nothing to compare it with, and no reason to wait for it
             self._tell("result", "the original stays")
         return SearchResult(graph, verdict, self.original_s, best_s, self.statistics, self.notes)
 
@@ -317,7 +319,10 @@ class Driver:
 
     def _first_proven(self, programs: Sequence[Graph]) -> tuple[Graph, Verdict, float] | None:
         """Return the fastest program that is proven and accepted, with its verdict and seconds."""
-        self.original_s, *times = self.measurer.programs([self.original, *programs])
+        if len(programs) == 1 and self._left() <= 0:
+            times = [0.0]  # nothing to choose from: it is compared with the original at the end
+        else:
+            self.original_s, *times = self.measurer.programs([self.original, *programs])
         for seconds, program in sorted(zip(times, programs, strict=True), key=lambda pair: pair[0]):
             if seconds == inf:
                 self._reject("it does not run")
@@ -335,7 +340,7 @@ class Driver:
             if not refusal:
                 self.statistics.proven += 1
                 self._tell("proven", "the program is proven equal to the original")
-                return program, verdict, seconds
+                return program, verdict, seconds or inf
             self._reject(refusal)
         return None
 
@@ -414,14 +419,13 @@ class Driver:
         domain = TorchDomain(device=device)
         floats = self.floats
         both = (*expand(self.original).outputs, *expand(variant).outputs)
-        part = sampled(self.original.with_outputs(both))
+        part = sampled(self.original.with_outputs(both), repeated=True)
         if part.few:
             # no kernel is at fault here: what is alike errs alike
             half = len(both) // 2
             few = part.graph.outputs
             variant = part.graph.with_outputs(few[half:])
             floats = FloatTest(part.graph.with_outputs(few[:half]), seed=self.seed, device=device)
-            self.floats.begin()
         sliced = slices(variant, device)
 
         def evaluated(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -429,6 +433,7 @@ class Driver:
                 return evaluate(variant, sliced, tensors, domain)
 
         verdict = floats.check(evaluated, distributions)
+        self.floats.begin()
         if not verdict.accurate:
             self._tell("inaccurate", f"a variant would be inaccurate: {verdict.reason}")
         return verdict.accurate
@@ -488,6 +493,8 @@ class Driver:
             whole = self.tune(region, now + share * (until - now), minor)
         if not products:
             return [] if whole is None else [(region, whole)]
+        if whole is not None and time.monotonic() >= until and self._believed(region, whole):
+            return [(region, whole)]
         if whole is not None and self._clear(region, whole, variant, products):
             return [(region, whole if minor else self._climbed(region, whole, until))]
         # without a kernel for all of it products have one each, however late it is: a library may be slow
@@ -507,6 +514,11 @@ class Driver:
         if custom_s <= parts_s:
             return [(region, whole if minor else self._climbed(region, whole, until))]
         return _moved(variant, region, parts)
+
+    def _believed(self, region: Region, whole: _Choice) -> bool:
+        """Say whether a kernel takes long, and what was predicted: no time is lost by comparing it with a library."""
+        predicted = self._ranking(region).candidates[0][0]
+        return _LONG_S <= whole.seconds <= _LIKELY * predicted
 
     def _around(self, graph: Graph, until: float, minor: bool) -> list[tuple[Region, _Choice]]:
         """Return kernels for what is around products, which stay in the library; all, however late it is."""

@@ -31,9 +31,10 @@ from superopt.ir.tiles import dim_sources
 from superopt.ir.types import TensorType
 from superopt.plan import KernelSource
 from superopt.runtime import Program, build_program
-from superopt.verify.floating import PERIOD, repeated, sampled
+from superopt.verify.floating import PERIOD, repeated
 from superopt.verify.opaque import spread
 from superopt.verify.reference import DTYPES, run_reference
+from superopt.verify.slices import alike
 from superopt.verify.threads import suitable, waited_s
 
 logger = logging.getLogger("superopt")
@@ -48,9 +49,13 @@ _VERY_LONG_S: Final = 0.2
 _MORE: Final = 8
 """How many times as many rounds there may be where other programs disturb, while there is time."""
 _LONG_S: Final = 0.02
+_STEADY: Final = 1.03
+"""By how much times of calls that take long differ where some tell as much as many."""
 _DISTURBED: Final = 0.1
 """The share of a call's time for which our threads waited for a processor that makes it a disturbed one."""
 _HOPELESS: Final = 1.6
+_LOST: Final = 3.0
+"""How much slower than another a call that takes long must be for one time to be enough."""
 _TOLERANCE: Final = 2e-2
 _PIECE: Final = 1 << 17
 _PATIENCE_S: Final = 15.0
@@ -89,13 +94,18 @@ def interleaved(
     end = time.perf_counter() + limit_s
     repeats: list[int] = []
     samples = [_Samples() for _ in calls]
-    for call, own in zip(calls, samples, strict=True):
+    lost: set[int] = set()
+    for number, (call, own) in enumerate(zip(calls, samples, strict=True)):
+        waited = waited_s()
         once = timed(call, 1)
+        if once >= _LONG_S and waited_s() - waited <= _DISTURBED * once:
+            lost.add(number)  # if another takes that much less
         if once < _LONG_S:  # what takes long does not wait for caches
             once = timed(call, 1)
         repeats.append(max(1, int(_SAMPLE_S / max(once, 1e-7))))
         own.first = once
-    alive = list(range(len(calls)))
+    best = min(own.first for own in samples)
+    alive = [i for i in range(len(calls)) if i not in lost or samples[i].first <= _LOST * best]
     for number in range(_MORE * rounds):
         over = time.perf_counter() > end
         if number >= 2 or over:
@@ -104,7 +114,7 @@ def interleaved(
         few = _FEW if min(own.seconds() for own in samples) < _VERY_LONG_S else 1
         if over and (number >= few or len(alive) < 2):
             break
-        if all(len(samples[i].calm) >= rounds for i in alive):
+        if all(len(samples[i].calm) >= rounds or samples[i].settled() for i in alive):
             break
         for i in alive:
             waited = waited_s()
@@ -130,6 +140,12 @@ class _Samples:
         if self.calm:
             return median(self.calm)
         return sorted([self.first, *self.disturbed])[len(self.disturbed) // 4]
+
+    def settled(self) -> bool:
+        """Say whether a call that takes long took as long every time."""
+        long = min(self.calm, default=0.0)
+        enough = _FEW if long < _VERY_LONG_S else _FEW - 1
+        return len(self.calm) >= enough and _LONG_S < max(self.calm) < _STEADY * long
 
     def hopeless(self, best: float, over: bool) -> bool:
         """Say whether another round would not help; in a disturbed moment that is not known."""
@@ -330,7 +346,7 @@ class Clock:
         try:
             with suitable():
                 # what a kernel writes elsewhere the test of the whole program sees
-                part = sampled(expand(graph))
+                part = alike(expand(graph), picked=True)
                 few = part.graph if part.few else graph
                 expected = run_reference(few, part.inputs(operands))
                 pairs = zip(part.outputs(results), expected, strict=True)

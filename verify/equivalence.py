@@ -22,7 +22,7 @@ from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph, Level
 from superopt.ir.interpret import interpret
 from superopt.ir.node import Node, make, rebuild, rewrite, topological
-from superopt.ir.ops import contraction, elementwise
+from superopt.ir.ops import contraction, elementwise, leaf
 from superopt.ir.ops.registry import Op
 from superopt.ir.semantics import to_primitives
 from superopt.ir.types import TensorType, Type
@@ -178,13 +178,24 @@ def _verified(original: Graph, candidate: Graph, seed: int, error_bound: float) 
         if verdict.equivalent or not _nests_exponentials(joint):
             return replace(verdict, alike=left.kept)
     boundaries = tuple(left.values[n] for n in _boundaries(original, candidate) if n in left.values)
-    verdict = _swept(joint, half, boundaries, ranges, seed, error_bound, started)
+    for picked in (True, False) if _pickable(both) else (False,):
+        verdict = _swept(joint, half, boundaries, ranges, seed, error_bound, started, picked)
+        if verdict.equivalent or verdict.counterexample:
+            break
     return replace(verdict, alike=left.kept)
 
 
-def _few_steps(joint: Graph, half: int, summed: float) -> Alike:
-    """Return a few steps of two programs; all of both where their results would be steps along different axes."""
-    left = alike(joint, summed=summed)
+def _pickable(joint: Graph) -> bool:
+    """Say whether a few steps tell which values are finite: no position is known, and nothing infinite given."""
+    return not any(n.op is leaf.IOTA or infinite_constant(n) for n in topological(joint.outputs))
+
+
+def _few_steps(joint: Graph, half: int, summed: float, picked: bool = False) -> Alike:
+    """Return a few steps of two programs; all of both where their results would be steps along different axes.
+
+    Where they are `picked`, others may be anything.
+    """
+    left = alike(joint, summed=summed, rows=int(picked), picked=picked)
     pairs = zip(left.graph.outputs[:half], left.graph.outputs[half : 2 * half], strict=True)
     if all(one.shape == other.shape for one, other in pairs):
         return left
@@ -193,9 +204,10 @@ def _few_steps(joint: Graph, half: int, summed: float) -> Alike:
 
 def least_s(graph: Graph) -> float:
     """Return about how many seconds a test of a program takes at least."""
-    left = alike(_joint(graph, graph), summed=SUMMED).graph
+    whole = _joint(graph, graph)
+    left = alike(whole, summed=SUMMED).graph
     if _error(left, len(graph.outputs)) > DIRECT_ERROR:
-        left = alike(left, summed=inf).graph
+        left = alike(left, summed=inf, rows=1, picked=_pickable(whole)).graph
     return seconds(work(list(topological(left.outputs))))
 
 
@@ -303,8 +315,9 @@ def _swept(
     seed: int,
     error_bound: float,
     started: float,
+    picked: bool,
 ) -> Verdict:
-    """Test the whole once, then prove piece by piece what that test found equal."""
+    """Test the whole once, or `picked` steps of it, then prove piece by piece what that test found equal."""
     original, candidate = joint.outputs[:half], joint.outputs[half:]
     types = {n.type for n in boundaries}
     watched = joint
@@ -313,7 +326,7 @@ def _swept(
         like = [n for n in topological(joint.outputs) if n.type in types and real_valued(n)]
         watched = joint.with_outputs([*joint.outputs, *like])
     # what the claims are is all that this test tells: a few steps do, also of what is summed
-    few = _few_steps(watched, half, inf)
+    few = _few_steps(watched, half, inf, picked)
     for by_order in (False, True) if _order_helps(joint) else (False,):
         needs = needed_residues(few.graph, by_order=by_order)
         seen = _Observed({few.values[n].type for n in boundaries if n in few.values})

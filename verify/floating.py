@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 from typing import Any, Final, final
 
 import numpy as np
@@ -82,6 +82,9 @@ _PIECE: Final = 1 << 17
 _MORE_DRAWS: Final = 3
 """Further draws of rounding errors for a few numbers, whose first ones may have cancelled."""
 
+_MUCH_MORE: Final = 4
+"""How much more work a test in float64 may be for the original to run on a few rows only."""
+
 _ENOUGH_ROWS: Final = 16
 """How many rows tell how far others may err."""
 
@@ -152,11 +155,18 @@ def draw_inputs(
     graph: Graph, distribution: str, seed: int, device: torch.device | str = "cpu"
 ) -> list[torch.Tensor]:
     """Draw one tensor per input: floats of the distribution, integers valid as indices."""
+    return _drawn_as(graph, graph, distribution, seed, device)
+
+
+def _drawn_as(
+    graph: Graph, left: Graph, distribution: str, seed: int, device: torch.device | str
+) -> list[torch.Tensor]:
+    """Draw inputs for what is left of a graph."""
     source = Source([seed, DISTRIBUTIONS.index(distribution)], device)
     ranges = integer_ranges(graph)
     return [
         _draw(i.tensor, distribution, ranges[i.attrs.name], source, position)
-        for position, i in enumerate(graph.inputs)
+        for position, i in enumerate(left.inputs)
     ]
 
 
@@ -212,7 +222,10 @@ def _floats(distribution: str, type_: TensorType, source: Source, position: int)
 class FloatTest:
     """The test of one original for several candidates: what does not depend on these is kept.
 
-    Where the original's results are alike along some axes, it runs in float64 for a few positions (`slices.alike`).
+    Where the original's results are alike along some axes, it runs for a few positions only (`slices.alike`), and the
+    candidate on inputs in which these come again and again. One test more, on inputs that do not
+    repeat, then holds all the candidate's results against the original's. Where results of a few positions read
+    all others, the original runs as a whole, but for these positions only in float64.
     Errors are held against it there; everywhere the candidate is held against the original at its own
     precision, from which it may be as far as errors of these positions foretell. Otherwise the whole decides.
 
@@ -231,12 +244,22 @@ class FloatTest:
         self._scored = original.with_outputs([*original.outputs, *scores])
         whole = expand(self._scored)
         self._all = Alike(whole, (), {})
-        self._part = self._all if self._picks else sampled(whole)
+        count = len(whole.outputs)
+        both = whole if self._picks else whole.with_outputs([*whole.outputs, *original.outputs])
+        part = self._all if self._picks else sampled(both, repeated=True)
+        self._own = part.graph.with_outputs(part.graph.outputs[count:])
+        self._part = part.first(count)
+        self._repeats = bool(part.few) and not part.picked
         self._slices = {whole: slices(whole, device)}
         self._slices[self._part.graph] = slices(self._part.graph, device)
         steps = work(list(topological(self._part.graph.outputs)), TERMS_OF_FLOATS)
         self._least_s = seconds(steps) if torch.device(device).type == "cpu" else 0.0
         self._references: dict[str, _Reference | str] = {}
+        # how much more the whole is than what the original runs on
+        sizes = [sum(i.tensor.elements for i in g.inputs) for g in (original, self._part.graph)]
+        self._share = sizes[0] / max(1, sizes[1]) if self._repeats else 1.0
+        self._own_s = 0.0
+        self._wholes: list[torch.Tensor] = []
         self._reference_s: dict[str, float] = {}
         self._candidate_s: dict[str, float] = {}
 
@@ -245,18 +268,18 @@ class FloatTest:
         missing = len(DISTRIBUTIONS) - len(self._reference_s)
         # the first one of a process waits for memory; before it only what is left to compute tells
         made_s = min(self._reference_s.values(), default=self._least_s)
-        checked_s = min(self._candidate_s.values(), default=made_s / 2)
-        return made_s * missing + checked_s * len(DISTRIBUTIONS)
+        checked_s = min(self._candidate_s.values(), default=self._own_s or made_s / 2)
+        return made_s * missing + checked_s * (len(DISTRIBUTIONS) + self._repeats)
 
     def begin(self) -> None:
         """Make one reference, if there is none yet, so that `predicted_s` knows."""
         if not self._references:
             with suitable():
-                inputs = draw_inputs(self.original, _USUAL, self.seed, self.device)
-                del inputs  # memory that is new takes longer than what those to come are drawn into
+                drawn = self._drawn(_USUAL)
+                del drawn  # memory that is new takes longer than what those to come are drawn into
                 begun = now()
-                inputs = draw_inputs(self.original, _USUAL, self.seed, self.device)
-            self._reference(_USUAL, inputs)
+                drawn = self._drawn(_USUAL)
+            self._reference(_USUAL, drawn)
             self._reference_s[_USUAL] = worked_s(begun)
 
     def check(
@@ -269,74 +292,142 @@ class FloatTest:
         for distribution in distributions:
             begun = now()
             with suitable():
-                inputs = draw_inputs(self.original, distribution, self.seed, self.device)
+                drawn = self._drawn(distribution)
+                inputs = drawn.inputs()
             drawn_s, begun = worked_s(begun), now()
-            reference = self._reference(distribution, inputs)
+            reference = self._reference(distribution, drawn)
             self._reference_s.setdefault(distribution, worked_s(begun))
             begun = now()
             if isinstance(reference, str):
                 refused = reference
                 continue
-            with self._drawing():
-                found = list(run_candidate([on(i, self.device) for i in inputs]))
-            reason = _shape_mismatch(reference.own, found)
+            found, reason = self._found(run_candidate, inputs)
+            del inputs
             if not reason:
-                noise = self._halves and distribution == _USUAL
-                pair, reason = self._judged(reference, inputs, found, noise)
-                if reason and reference.part.few:
-                    # a few positions foretell little where the program is ill-conditioned
-                    reference = self._whole(reference, inputs)
-                    self._references[distribution] = reference
-                    pair, reason = self._judged(reference, inputs, found, noise)
-                if reason and any(
-                    rows < _ENOUGH_ROWS for rows in map(_rows, self.original.outputs)
-                ):
-                    reference = self._moved_again(reference, inputs)
-                    self._references[distribution] = reference
-                    pair, reason = self._judged(reference, inputs, found, noise)
+                pair, reason = self._judged(distribution, reference, found)
                 errors.append(FloatError(distribution, *pair))
             self._candidate_s[distribution] = drawn_s + worked_s(begun)
             if reason:
                 reason = f"{distribution} inputs: {reason}"
                 break
+        if self._repeats and not reason and set(distributions) == set(DISTRIBUTIONS):
+            reason = self._checked_whole(run_candidate)
         if not errors and not reason:
             reason = f"the original fails on all test inputs: {refused}"
         seconds = time.perf_counter() - started
         return FloatVerdict(not reason, reason, self.seed, tuple(errors), seconds)
 
+    def _found(
+        self, run_candidate: RunCandidate, inputs: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], str]:
+        """Run the candidate, and say whether its results are of the right shapes."""
+        # large inputs are drawn again where they are read again: who knows what it wrote there
+        given = inputs if self._part.few else [on(i, self.device) for i in inputs]
+        with self._drawing():
+            found = list(run_candidate(given))
+        return found, _shape_mismatch(self.original, found)
+
     def _judged(
-        self,
-        reference: "_Reference",
-        inputs: list[torch.Tensor],
-        found: list[torch.Tensor],
-        noise: bool,
+        self, distribution: str, reference: "_Reference", found: list[torch.Tensor]
+    ) -> tuple[tuple[float, float], str]:
+        """Return the errors of the original and the candidate, and what is wrong after all."""
+        noise = self._halves and distribution == _USUAL
+        pair, reason = self._compared(distribution, reference, found, noise)
+        if reason and reference.part.few:
+            # a few positions foretell little where the program is ill-conditioned
+            reference = self._whole(reference, distribution)
+            self._references[distribution] = reference
+            pair, reason = self._compared(distribution, reference, found, noise)
+        if reason and any(rows < _ENOUGH_ROWS for rows in map(_rows, self.original.outputs)):
+            reference = self._moved_again(reference, self._drawn(distribution))
+            self._references[distribution] = reference
+            pair, reason = self._compared(distribution, reference, found, noise)
+        return pair, reason
+
+    def _whole_own(self) -> list[torch.Tensor]:
+        """Return what the original gives for inputs that do not repeat."""
+        if not self._wholes:
+            with suitable():
+                inputs = draw_inputs(self.original, _USUAL, self.seed + 1, self.device)
+            with self._drawing():
+                self._wholes = run_reference(self.original, inputs)
+        return self._wholes
+
+    def _checked_whole(self, run_candidate: RunCandidate) -> str:
+        """Hold results for inputs that do not repeat against the original's: no position stands for others."""
+        usual = self._references[_USUAL]
+        if isinstance(usual, str):
+            return ""
+        own = self._whole_own()
+        with suitable():
+            inputs = draw_inputs(self.original, _USUAL, self.seed + 1, self.device)
+        found, reason = self._found(run_candidate, inputs)
+        with suitable():
+            if reason or not _strays(usual, own, found):
+                return reason
+            inputs = draw_inputs(self.original, _USUAL, self.seed + 1, self.device)
+            exact, moved = self._twice(self._all, inputs)
+            count = len(own)
+            reference = _Reference(exact[:count], moved[:count], own, {}, self._all, own)
+            _, reason = _worst(reference, found)
+            if reason and any(rows < _ENOUGH_ROWS for rows in map(_rows, self.original.outputs)):
+                reference = self._moved_again(reference, _Drawn(inputs, lambda: inputs))
+                _, reason = _worst(reference, found)
+        return reason and f"{_USUAL} inputs, all of them: {reason}"
+
+    def _compared(
+        self, distribution: str, reference: "_Reference", found: list[torch.Tensor], noise: bool
     ) -> tuple[tuple[float, float], str]:
         """Return the errors of the original and the candidate, and what is wrong."""
         with suitable():
             part = reference.part.outputs(found)
             pair, reason = _worst(reference, part)
             if reason.endswith(_NOT_FINITE) and not reference.part.few:
-                pair, reason = _worst(self._by_chance(reference, inputs), part)
+                drawn = self._drawn(distribution)
+                pair, reason = _worst(self._by_chance(reference, drawn.inputs()), part)
             if not reason and noise:
                 reason = _other_noise(reference, part) or _off_together(reference, part)
-            if not reason and reference.part.few and _strays(reference, found):
-                reason = "is far from the original"
+            if not reason and reference.part.few:
+                own = reference.part.all_outputs(reference.own) if self._repeats else reference.all
+                if _strays(reference, own, found):
+                    reason = "is far from the original"
             return pair, reason
 
     def _drawing(self) -> AbstractContextManager[None]:
         """Let programs that draw random numbers all draw the same ones."""
         return generators(self.device, self.seed)
 
-    def _reference(self, distribution: str, inputs: list[torch.Tensor]) -> "_Reference | str":
+    def _drawn(self, distribution: str) -> "_Drawn":
+        """Draw the inputs of a test, and those of what is left of the original."""
+        if not self._repeats:
+            inputs = draw_inputs(self.original, distribution, self.seed, self.device)
+            return _Drawn(self._part.inputs(inputs), lambda: inputs)
+        left = _drawn_as(self.original, self._part.graph, distribution, self.seed, self.device)
+
+        def again() -> list[torch.Tensor]:
+            pairs = zip(self._part.all_inputs(left), self.original.inputs, strict=True)
+            return [_strided(x, node.tensor) for x, node in pairs]
+
+        return _Drawn(left, again)
+
+    def _reference(self, distribution: str, drawn: "_Drawn") -> "_Reference | str":
         """Return what the original gives, or why it gives nothing.
 
         An operator may refuse operands: a Cholesky factor exists of few matrices.
         """
         if distribution not in self._references:
             try:
-                exact, moved = self._twice(self._part, inputs)
+                exact, moved = self._twice(self._part, drawn.left)
+                begun = now()
                 with self._drawing():
-                    own = run_reference(self.original, inputs)
+                    if self._repeats:
+                        whole = []
+                        own = run_reference(self._own, drawn.left)
+                    else:
+                        whole = run_reference(self.original, drawn.inputs())
+                        own = self._part.outputs(whole)
+                # a candidate takes no longer than the original
+                self._own_s = min(self._own_s or inf, self._share * worked_s(begun))
             except (RuntimeError, ValueError, IndexError) as error:
                 if not any(n.op is library.OPAQUE for n in self.original.nodes()):
                     raise
@@ -350,32 +441,33 @@ class FloatTest:
                     if pick is not None:
                         found[index] = pick
                 self._references[distribution] = _Reference(
-                    exact[:count], moved[:count], own, found, self._part
+                    exact[:count], moved[:count], own, found, self._part, whole
                 )
         return self._references[distribution]
 
     def _twice(
-        self, part: Alike, inputs: list[torch.Tensor]
+        self, part: Alike, given: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Run what is left of the original in float64, without rounding errors and with them."""
         rounding = _Rounding(self.device, self.seed)
         with suitable():
-            given = part.inputs(inputs)
             exact = self._in_float64(part.graph, given, TorchDomain(torch.float64, self.device))
             moved = rounding.all_moved(part.graph, given)
             return exact, self._in_float64(part.graph, moved, rounding)
 
-    def _whole(self, reference: "_Reference", inputs: list[torch.Tensor]) -> "_Reference":
+    def _whole(self, reference: "_Reference", distribution: str) -> "_Reference":
+        inputs = self._drawn(distribution).inputs()
         exact, moved = self._twice(self._all, inputs)
-        return replace(reference, exact=exact, moved=moved, part=self._all)
+        own = reference.all or run_reference(self.original, inputs)
+        return replace(reference, exact=exact, moved=moved, own=own, part=self._all)
 
-    def _moved_again(self, reference: "_Reference", inputs: list[torch.Tensor]) -> "_Reference":
+    def _moved_again(self, reference: "_Reference", drawn: "_Drawn") -> "_Reference":
         """Return the reference with outputs of a few rows as far off as rounding takes them in several draws.
 
         Many rows tell together how far rounding goes; the errors of one number may cancel.
         """
         graph, moved = reference.part.graph, list(reference.moved)
-        given = reference.part.inputs(inputs)
+        given = drawn.left if reference.part.few else drawn.inputs()
         for draw in range(_MORE_DRAWS):
             rounding = _Rounding(self.device, self.seed + 1 + draw)
             found = self._in_float64(graph, rounding.all_moved(graph, given), rounding)
@@ -413,7 +505,7 @@ class FloatTest:
 class _Reference:
     """What the original gives: in float64, there with rounding errors, and at its own precision.
 
-    The former two for a `part` of it.
+    All for a `part` of it; `all` its results as a whole, where they were computed.
     """
 
     exact: list[torch.Tensor]
@@ -421,6 +513,16 @@ class _Reference:
     own: list[torch.Tensor]
     picks: "dict[int, _Pick]"
     part: Alike
+    all: list[torch.Tensor]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Inputs of what is left of the original, and a function that returns those of the programs."""
+
+    left: list[torch.Tensor]
+    inputs: Callable[[], list[torch.Tensor]]
 
 
 @final
@@ -659,18 +761,19 @@ def on(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return duplicate(x, device)
 
 
-def _shape_mismatch(own: list[torch.Tensor], found: list[torch.Tensor]) -> str:
-    if len(own) != len(found):
-        return f"{len(found)} outputs, not {len(own)}"
-    for index, (a, b) in enumerate(zip(own, found, strict=True)):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"output {index} is {b.dtype}{tuple(b.shape)}, not {a.dtype}{tuple(a.shape)}"
+def _shape_mismatch(original: Graph, found: list[torch.Tensor]) -> str:
+    if len(original.outputs) != len(found):
+        return f"{len(found)} outputs, not {len(original.outputs)}"
+    for index, (node, x) in enumerate(zip(original.outputs, found, strict=True)):
+        shape, dtype = node.shape, DTYPES[node.tensor.dtype]
+        if x.shape != shape or x.dtype != dtype:
+            return f"output {index} is {x.dtype}{tuple(x.shape)}, not {dtype}{shape}"
     return ""
 
 
 def _worst(reference: _Reference, found: list[torch.Tensor]) -> tuple[tuple[float, float], str]:
     worst_own = worst_found = 0.0
-    own = reference.part.outputs(reference.own)
+    own = reference.own
     rows = zip(reference.exact, reference.moved, own, found, strict=True)
     for index, (e, m, o, f) in enumerate(rows):
         if o.is_complex():
@@ -752,7 +855,7 @@ def _other_noise(reference: _Reference, found: list[torch.Tensor]) -> str:
     Compensated sums compute what a rounding took away. In float64 that is nothing, so that a candidate
     that does not round looks more accurate than the original, and is wrong.
     """
-    own = reference.part.outputs(reference.own)
+    own = reference.own
     for index, (e, o, f) in enumerate(zip(reference.exact, own, found, strict=True)):
         if not o.is_floating_point():
             continue
@@ -775,7 +878,7 @@ def _off_together(reference: _Reference, found: list[torch.Tensor]) -> str:
     of n - 1 for n moves all of them the same way. And chance hardly changes their mean square: that of kernels is a
     seventh of what `moved` has, or less, in twelve searched for programs of the benchmarks.
     """
-    own = reference.part.outputs(reference.own)
+    own = reference.own
     rows = zip(reference.exact, reference.moved, own, found, strict=True)
     for index, (e, m, o, f) in enumerate(rows):
         if not o.is_floating_point() or not e.numel():
@@ -806,24 +909,29 @@ def _off_together(reference: _Reference, found: list[torch.Tensor]) -> str:
     return ""
 
 
-def sampled(whole: Graph) -> Alike:
-    """Leave the steps of a program whose errors foretell those of all: no fewer than tell."""
-    part = alike(whole)
-    enough = min(map(_rows, part.graph.outputs), default=0) >= _ENOUGH_ROWS
-    return part if enough else Alike(whole, (), {})
+def sampled(whole: Graph, *, repeated: bool = False) -> Alike:
+    """Leave the steps of a program whose errors foretell those of all: no fewer than tell.
+
+    Those that may be `repeated` in its inputs, if they are few enough.
+    """
+    picked = alike(whole, rows=_ENOUGH_ROWS, picked=True)
+    if not repeated:
+        return picked
+    part = alike(whole, rows=_ENOUGH_ROWS, repeated=True)
+    left, least = (work(list(topological(p.graph.outputs))) for p in (part, picked))
+    return part if part.few and left <= _MUCH_MORE * least else picked
 
 
 def _rows(output: Node) -> int:
     return prod(output.shape[:-1])
 
 
-def _strays(reference: _Reference, found: list[torch.Tensor]) -> bool:
+def _strays(reference: _Reference, own: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
     """Say whether a candidate is further from the original than its errors at a few positions foretell.
 
     Rows are ranked by how far they are, beside their scale: as errors of all are by errors of the few.
     """
-    own = reference.part.outputs(reference.own)
-    rows = zip(reference.exact, reference.moved, own, reference.own, found, strict=True)
+    rows = zip(reference.exact, reference.moved, reference.own, own, found, strict=True)
     for e, m, few, o, f in rows:
         if o.is_complex():
             e, m, few, o, f = (torch.view_as_real(t).flatten(-2) for t in (e, m, few, o, f))

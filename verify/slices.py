@@ -21,6 +21,7 @@ from typing import Any, Final, final
 import torch
 
 from superopt.ir import build as b
+from superopt.ir import composite
 from superopt.ir.build import input_
 from superopt.ir.graph import Graph, Level
 from superopt.ir.interpret import Domain, interpret
@@ -29,6 +30,7 @@ from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType
 from superopt.verify.draws import is_draw
+from superopt.verify.memory import empty
 from superopt.verify.needs import constant_power, real_valued
 
 LARGE: Final = 1 << 19
@@ -44,7 +46,7 @@ _MOST: Final = 256
 _WORTH: Final = 0.5
 """The largest share of the work that may be left for a cut to be worth it."""
 _WORTH_OF_SUMS: Final = 0.8
-"""The same where sums are cut too: next to the scores of all heads, a wide layer is as much again."""
+"""The same where sums are cut too, or steps are picked: next to the scores of all heads, a wide layer is as much again."""
 SUMMED: Final = 8.0
 """Of what degree in sums results may be, where steps that are summed are left out."""
 
@@ -162,10 +164,11 @@ class _Few:
     length: int
     inputs: _Wanted
     outputs: _Wanted
+    picked: bool = False
 
     def of(self, values: Sequence[torch.Tensor], cuts: _Wanted) -> list[torch.Tensor]:
-        """Return these steps of each value, at equal distances and with the last."""
-        places = [(i + 1) * self.length // self.steps - 1 for i in range(self.steps)]
+        """Return these steps of each value."""
+        places = _places(self.steps, self.length)
         found = list(values)
         for i, (value, cut) in enumerate(zip(values, cuts, strict=True)):
             if cut is not None:
@@ -174,6 +177,34 @@ class _Few:
                 chosen = cut.split(value).index_select(axis + 1, index)
                 found[i] = chosen.flatten(axis, axis + 2)
         return found
+
+    def again(self, values: Sequence[torch.Tensor], cuts: _Wanted) -> list[torch.Tensor]:
+        """Return values of all steps, of which `of` gives these."""
+        index = torch.arange(self.length) % self.steps
+        index[_places(self.steps, self.length)] = torch.arange(self.steps)
+        found = list(values)
+        for i, (value, cut) in enumerate(zip(values, cuts, strict=True)):
+            if cut is not None:
+                axis, given = value.dim() + cut.axis, cut.split(value)
+                shape = (*given.shape[: axis + 1], self.length, *given.shape[axis + 2 :])
+                every = empty(shape, value.dtype, value.device)
+                torch.index_select(given, axis + 1, index.to(value.device), out=every)
+                found[i] = every.flatten(axis, axis + 2)
+        return found
+
+
+def _distances(steps: int, length: int) -> tuple[int, int, int]:
+    """Return (a, c, d): of so many steps the i-th stands at a i + c (d i // (steps - 1)).
+
+    They are the first, the last and some between; if they can, as they come where all repeat them in turn.
+    """
+    return (1, steps, length // steps - 1) if length % steps == 0 else (0, 1, length - 1)
+
+
+def _places(steps: int, length: int) -> list[int]:
+    """Return so many steps; one is the last."""
+    a, c, d = _distances(steps, length)
+    return [a * i + c * (d * i // (steps - 1)) for i in range(steps)] if steps > 1 else [length - 1]
 
 
 @final
@@ -205,8 +236,38 @@ class Alike:
             whole = few.of(whole, few.outputs)
         return list(whole)
 
+    @property
+    def picked(self) -> bool:
+        """Say whether what is left is computed of all steps of something."""
+        return any(few.picked for few in self.few)
 
-def alike(graph: Graph, large: int = LARGE, *, summed: float = 0.0) -> Alike:
+    def all_inputs(self, left: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return inputs of the program in which those of what is left come again and again."""
+        for few in reversed(self.few):
+            left = few.again(left, few.inputs)
+        return list(left)
+
+    def all_outputs(self, left: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the results for `all_inputs`, of those of what is left."""
+        for few in reversed(self.few):
+            left = few.again(left, few.outputs)
+        return list(left)
+
+    def first(self, count: int) -> "Alike":
+        """Return what is left of the first results."""
+        few = tuple(replace(f, outputs=f.outputs[:count]) for f in self.few)
+        return Alike(self.graph.with_outputs(self.graph.outputs[:count]), few, self.values)
+
+
+def alike(
+    graph: Graph,
+    large: int = LARGE,
+    *,
+    summed: float = 0.0,
+    rows: int = 0,
+    picked: bool = False,
+    repeated: bool = False,
+) -> Alike:
     """Leave of `graph` a few steps of each axis along which all is computed alike, where it is large.
 
     A result at a step of such an axis is one function, the same for all steps, of what inputs have at this step and
@@ -218,16 +279,38 @@ def alike(graph: Graph, large: int = LARGE, *, summed: float = 0.0) -> Alike:
     left gives the results of the whole for inputs that have equal steps there. Results are equal for all
     inputs if they are for these, where they are quotients of polynomials in sums of degree `summed` at most (of
     any, where that is infinite: whoever asks for it must know why a few are enough).
+
+    With `repeated` sums over rows are no reason either: what is left gives the results of the whole for inputs in which
+    its own come again and again (`Alike.all_inputs`).
+
+    With `picked` what is left computes steps of the results, and of all else what these
+    read: all steps of a value, of which some are picked for what reads only those. So queries are few where keys
+    are not. Steps need not be alike then, and others may be anything.
+
+    Of results that are cut, and of sums over `repeated` steps, at least so many `rows` are left.
     """
     found = Alike(graph, (), {n: n for n in topological(graph.outputs)})
-    while (fewer := _fewer(found.graph, large, summed)) is not None:
+    wanted = _Kept(summed, rows, picked, repeated)
+    while (fewer := _fewer(found.graph, large, wanted)) is not None:
         values = {n: fewer.values[v] for n, v in found.values.items() if v in fewer.values}
         found = Alike(fewer.graph, found.few + fewer.few, values)
     return found
 
 
-def _fewer(graph: Graph, large: int, summed: float) -> Alike | None:
+@final
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is to be left; see `alike`."""
+
+    summed: float
+    rows: int
+    picked: bool
+    repeated: bool
+
+
+def _fewer(graph: Graph, large: int, wanted: _Kept) -> Alike | None:
     """Cut the axis that leaves least, if that is worth it."""
+    summed = wanted.summed
     order = list(topological(graph.outputs))
     dear = [n for n in order if _cost(n, summed) > large]
     if not dear or any(is_draw(n) for n in order):
@@ -238,10 +321,15 @@ def _fewer(graph: Graph, large: int, summed: float) -> Alike | None:
         # steps of what is dear may be told by a cheap value alone, as blocks of rows by their sums
         within = {d for n in dear for d in n.shape}
         divisors = [n for n in lengths if any(d % n == 0 for d in within)]
-        cuttings += _summing(order, graph.outputs, large, divisors)
-    parts = [part for part in (c.part(graph, summed) for c in cuttings) if part is not None]
+        sums = [(n, False) for n in order if n.op in _SUMS]
+        cuttings += _summing(order, graph.outputs, large, divisors, sums)
+    elif wanted.repeated:
+        for length in lengths:
+            sums = [(n, False) for n in order if _sums_rows(n, length)]
+            cuttings += _summing(order, graph.outputs, large, [length], sums)
+    parts = [p for p in (c.part(graph, wanted) for c in cuttings) if p is not None]
     least = min(((work(tuple(p.graph.nodes())), i) for i, p in enumerate(parts)), default=None)
-    share = _WORTH_OF_SUMS if summed else _WORTH
+    share = _WORTH_OF_SUMS if summed or wanted.picked else _WORTH
     return None if least is None or least[0] > share * work(order) else parts[least[1]]
 
 
@@ -251,10 +339,13 @@ def _cost(node: Node, summed: float) -> int:
 
 
 def _summing(
-    order: list[Node], outputs: Sequence[Node], large: int, lengths: Iterable[int]
+    order: list[Node],
+    outputs: Sequence[Node],
+    large: int,
+    lengths: Iterable[int],
+    sums: "Sequence[_Seed]",
 ) -> "list[_Cutting]":
-    """Return cuts of what is summed over steps: of all sums, and results, of steps of the same inputs."""
-    sums = [(n, False) for n in order if n.op in _SUMS]
+    """Return cuts of what `sums` add up over steps: of all sums, and results, of steps of the same inputs."""
     found = []
     for length in lengths:
         groups: list[tuple[set[tuple[Node, Cut]], set[_Seed]]] = []
@@ -382,10 +473,8 @@ class _Cutting:
         """Return the seeds of which not all is made step by step."""
         tainted, found = set[Node](), set[_Seed]()
         for node in self.order:
-            cut, pairs = self.cuts[node], list(zip(node.inputs, self.wanted[node], strict=True))
-            counts = node.op is leaf.IOTA and cut is not None and node.attrs.axis == cut.axis
-            unlike = any(want != self.cuts[i] for i, want in pairs)
-            if counts or unlike or any(i in tainted for i, want in pairs if want is not None):
+            cut, pairs = self.cuts[node], zip(node.inputs, self.wanted[node], strict=True)
+            if self._apart(node) or any(i in tainted for i, want in pairs if want is not None):
                 found |= {(node, False)} if cut is None else {(node, True)}
                 tainted |= set() if cut is None else {node}
         return found & (self.seeds or set())
@@ -414,29 +503,40 @@ class _Cutting:
         tops, bottoms = zip(*(found[r] for r in self.roots), strict=True)
         return float(max(tops) + max(bottoms))
 
-    def part(self, graph: Graph, summed: float) -> Alike | None:
-        """Return the program of a few steps; None where not all steps are computed alike."""
+    def part(self, graph: Graph, wanted: _Kept) -> Alike | None:
+        """Return the program of a few steps; None where not all are computed alike, and none may be picked."""
+        summed = inf if wanted.repeated else wanted.summed
         largest = max((_cost(n, summed) for n in self.order if self.cuts[n]), default=0)
         degree = 0.0 if self.seeds is None else self._degree()
         if degree > summed:
             return None
         # one step that stands for others, and as many as tell the functions of all from others
         least = 1 if not self.seeds else 2 if summed == inf else int(2 * degree) + 4
+        apart = any(self._apart(n) for n in self.order)
+        if apart and not wanted.picked:
+            return None
+        rows = [prod(r.shape[:-1]) for r in self.roots if self.cuts[r]]
+        if self.seeds or not rows:
+            rows.append(self.length)
+        least = max(least, 1 + apart, -(-wanted.rows * self.length // max(1, min(rows))))
         steps = max(least, self.large * self.length // max(1, largest))
+        if wanted.repeated:
+            while steps < self.length and self.length % steps:
+                steps += 1  # each stands for as many
         if not largest or steps >= self.length:
             return None
         new: dict[Node, Node] = {}
         for node in self.order:
-            cut, wanted = self.cuts[node], self.wanted[node]
-            if any(want != self.cuts[i] for i, want in zip(node.inputs, wanted, strict=True)):
-                return None  # something of all steps is read where one is computed
+            cut, wants = self.cuts[node], self.wanted[node]
             if cut is None:
                 new[node] = node
                 if any(new[i] is not i for i in node.inputs):
                     operands = [new[i] for i in node.inputs]
-                    if wanted[0] is not None:
+                    if wants[0] is not None and wanted.repeated:
+                        operands[0] = b.mul(operands[0], self.length // steps)
+                    elif wants[0] is not None:
                         rest = self.length - steps + 1
-                        operands[0] = _standing(operands[0], wanted[0], steps, rest)
+                        operands[0] = _standing(operands[0], wants[0], steps, rest)
                     new[node] = make(node.op, tuple(operands), node.attrs)
                 continue
             shape = cut.shape(node.shape, steps)
@@ -444,18 +544,39 @@ class _Cutting:
             if node.op is leaf.INPUT:
                 new[node] = input_(attrs.name, shape, node.tensor.dtype)
                 continue
-            if node.op is leaf.IOTA:
-                if attrs.axis == cut.axis:
-                    return None
+            if node.op is leaf.IOTA and self._apart(node):
+                new[node] = self._picked(node, cut, steps)
+                continue
+            if node.op in (leaf.IOTA, structural.RESHAPE, structural.BROADCAST):
                 attrs = replace(attrs, shape=shape)
-            if node.op in (structural.RESHAPE, structural.BROADCAST):
-                attrs = replace(attrs, shape=shape)
-            new[node] = make(node.op, tuple(new[i] for i in node.inputs), attrs)
+            operands = [
+                new[i] if want == self.cuts[i] else self._picked(new[i], want, steps)
+                for i, want in zip(node.inputs, wants, strict=True)
+            ]
+            new[node] = make(node.op, tuple(operands), attrs)
         inputs = tuple(new.get(i, i) for i in graph.inputs)
         fewer = Graph(Level.KERNEL, graph.name, inputs, tuple(new[o] for o in graph.outputs))
-        cuts = [[self.cuts.get(n) for n in nodes] for nodes in (graph.inputs, graph.outputs)]
-        few = _Few(steps, self.length, *cuts)
+        ins, outs = ([self.cuts.get(n) for n in nodes] for nodes in (graph.inputs, graph.outputs))
+        few = _Few(steps, self.length, ins, outs, apart)
         return Alike(fewer, (few,), new)
+
+    def _apart(self, node: Node) -> bool:
+        """Say whether something of all steps is read where one is computed, or steps are counted."""
+        cut = self.cuts[node]
+        counts = node.op is leaf.IOTA and cut is not None and node.attrs.axis == cut.axis
+        pairs = zip(node.inputs, self.wanted[node], strict=True)
+        return counts or any(want != self.cuts[i] for i, want in pairs)
+
+    def _picked(self, whole: Node, cut: Cut | None, steps: int) -> Node:
+        """Return steps of a value that is computed as a whole."""
+        assert cut is not None, "what is read as a whole is computed as a whole"
+        a, c, d = _distances(steps, self.length)
+        number = b.iota((steps,), -1)
+        part = make(elementwise.FLOORDIV, (b.mul(number, d), b.constant(steps - 1, DType.I64)))
+        places = b.add(b.mul(number, a), b.mul(part, c))
+        before, after = whole.shape[: cut.axis], whole.shape[whole.tensor.rank + cut.axis + 1 :]
+        split = b.reshape(whole, (*before, cut.outer, self.length, cut.unit, *after))
+        return b.reshape(b.take(split, places, len(before) + 1), cut.shape(whole.shape, steps))
 
     def slices(self, graph: Graph) -> Slices:
         """Return the three parts of the program."""
@@ -531,6 +652,13 @@ def _summed(node: Node, length: int) -> _Wanted | None:
     return [cut] if node.op is contraction.REDUCE_SUM else [cut, Cut(-2, cut.unit)]
 
 
+def _sums_rows(node: Node, length: int) -> bool:
+    """Say whether a sum adds up rows in steps: what lies in one is summed as it is."""
+    if node.op is not contraction.REDUCE_SUM or not (cuts := _summed(node, length)):
+        return False
+    return all(cut is not None and cut.axis in _rows(node.inputs[0]) for cut in cuts)
+
+
 def _standing(x: Node, cut: Cut, steps: int, count: int) -> Node:
     """Return what is summed, the last step `count` times as much."""
     last = b.eq(b.iota((cut.outer, steps, cut.unit), -2), steps - 1)
@@ -590,9 +718,13 @@ def _operand_cuts(node: Node, cut: Cut, length: int) -> _Wanted | None:
     if not node.inputs:
         return []
     if node.op.kind in (OpKind.ELEMENTWISE, OpKind.REDUCTION):
-        return [_same(i, cut) for i in node.inputs]
+        return _elementwise(node, cut, length)
     rule = _RULES.get(node.op.name)
     return None if rule is None else rule(node, cut, length)
+
+
+def _elementwise(node: Node, cut: Cut, length: int) -> _Wanted | None:
+    return [_same(i, cut) for i in node.inputs]
 
 
 def _same(operand: Node, cut: Cut) -> Cut | None:
@@ -640,6 +772,25 @@ def _flip(node: Node, cut: Cut, length: int) -> _Wanted | None:
     return None if cut.axis in node.attrs.axes else [cut]
 
 
+def _norm(node: Node, cut: Cut, length: int) -> _Wanted | None:
+    if cut.axis in node.attrs.axes:
+        return None
+    return [_same(i, cut) if i.tensor.rank >= -cut.axis else None for i in node.inputs]
+
+
+def _attention(node: Node, cut: Cut, length: int) -> _Wanted | None:
+    q, *others = node.inputs
+    if cut.axis == -1 or (cut.axis == -2 and node.attrs.causal):
+        return None
+    if cut.axis == -2:
+        return [cut, None, None, *(_same(mask, cut) for mask in others[2:])]
+    if any(-cut.axis > i.tensor.rank for i in others):
+        return None
+    # heads of which several read one are not cut
+    alike_ = all(i.shape[cut.axis] in (1, q.shape[cut.axis]) for i in others)
+    return [cut, *(_same(i, cut) for i in others)] if alike_ else None
+
+
 def _take(node: Node, cut: Cut, length: int) -> _Wanted | None:
     rank = len(node.inputs[1].shape)
     behind = -1 - node.attrs.axis
@@ -678,5 +829,13 @@ _RULES: Final[dict[str, Callable[[Node, Cut, int], _Wanted | None]]] = {
         (structural.FLIP, _flip),
         (structural.TAKE, _take),
         (structural.GATHER, _gather),
+        (composite.SOFTMAX, _along_axis),
+        (composite.LOG_SOFTMAX, _along_axis),
+        (composite.LOGSUMEXP, _along_axis),
+        (composite.LAYER_NORM, _norm),
+        (composite.RMS_NORM, _norm),
+        (composite.ATTENTION, _attention),
+        (composite.SILU, _elementwise),
+        (composite.GELU, _elementwise),
     )
 }

@@ -617,3 +617,31 @@ def test_results_whose_few_steps_lie_along_different_axes_are_refused_whole(
     )
     assert not verify_field(one, other, seed=1).equivalent
     assert verify_field(one, one, seed=1).equivalent
+
+
+@pytest.mark.parametrize("times", [1.0, 2.0])
+def test_a_few_rows_choose_the_claims(times: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all rows read all others, and no position is known; the claims are about all."""
+    picked = []
+
+    def spied(graph: Graph, **options: Any) -> Any:
+        found = alike(graph, 64, **options)
+        picked.append(bool(found.few and options["picked"]))
+        return found
+
+    monkeypatch.setattr(equivalence, "alike", spied)
+    monkeypatch.setattr(equivalence, "DIRECT_ERROR", 1e-9)
+    x, w, out = tensor("x", (24, 4)), tensor("w", (4, 4)), tensor("out", (4, 3))
+
+    def attended(late: bool) -> Node:
+        keys = b.matmul(x, w)
+        weights = b.exp(b.matmul(x, b.transpose(keys)))
+        total = b.reduce_sum(weights, -1)
+        if late:
+            return b.matmul(b.div(b.matmul(weights, keys), b.mul(total, times)), out)
+        return b.matmul(b.matmul(b.div(weights, total), keys), out)
+
+    found = same(attended(late=False), attended(late=True), x, w, out)
+    assert found.equivalent is (times == 1.0)
+    assert any(picked)
+    assert (found.pieces != ()) is found.equivalent

@@ -1,6 +1,7 @@
 """Programs that run in slices compute what they compute as a whole."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import pytest
@@ -220,7 +221,18 @@ def test_steps_that_are_not_alike_are_all_kept(other: Node) -> None:
     assert not alike(b.kernel_graph("g", [ROWS], [square, b.exp(other)]), 100).few
 
 
+@pytest.mark.parametrize("graph", [program("attention"), heads(causal=True)])
+def test_rows_of_results_are_picked_where_they_read_all_others(graph: Graph) -> None:
+    """All keys are computed, and a few queries: they need not be alike."""
+    part = alike(graph, 1000, rows=6, picked=True)
+    assert part.kept[0][1] % 3 == 0
+    assert max(map(module._size, part.graph.nodes())) < max(map(module._size, graph.nodes())) / 3
+    assert all(prod(o.shape[:-1]) >= 6 for o in part.graph.outputs)
+    assert part_equals_whole(graph, part)
+
+
 @given(graph=kernel_graphs())
 def test_a_few_steps_of_random_programs(graph: Graph) -> None:
     graph = expand(graph)
     assert part_equals_whole(graph, alike(graph, 1))
+    assert part_equals_whole(graph, alike(graph, 1, rows=2, picked=True))
