@@ -180,6 +180,15 @@ class SlowProducts(Predicted):
         return [max([1.0, *self.kernels(own)]) for own in kernels]
 
 
+def test_the_only_program_is_not_timed_when_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compared with the original at the end."""
+    monkeypatch.setattr(driver, "_OVERRUN_S", inf)
+    in_time, late = (run(PROGRAMS["norm_mlp"], Predicted(), budget_s=s) for s in (1000.0, 1e-3))
+    assert in_time.original_s < inf
+    assert late.original_s == late.best_s == inf
+    assert late.verdict is not None
+
+
 def test_every_part_around_products_has_a_kernel_however_late_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -161,6 +161,20 @@ def test_what_takes_very_long_is_timed_twice() -> None:
     assert sorted(calls) == ["a", "a", "b", "b", "c"]
 
 
+def test_what_takes_long_is_timed_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once where another is far faster, and until it is known where it takes as long every time."""
+    monkeypatch.setattr(measure, "waited_s", lambda: 0.0)
+    calls: list[float] = []
+
+    def timed(call: Any, repeats: int) -> float:
+        calls.append(call)
+        return float(call)
+
+    found = measure.interleaved([0.1, 0.12, 0.31], limit_s=60.0, timed=timed)  # type: ignore[list-item]
+    assert found == [0.1, 0.12, 0.31]
+    assert [calls.count(s) for s in found] == [4, 4, 1]
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_large_results_are_checked_at_a_few_steps(
     wrong: bool, monkeypatch: pytest.MonkeyPatch
