@@ -44,7 +44,17 @@ _BIAS_ULPS: Final = 1 / 16
 """What the errors of an output may have in common, in units in the last place."""
 
 _NOT_FINITE: Final = "is inf or NaN where the original is not"
+_FINITE: Final = "is a number where the original is rightly inf or NaN"
 _SUMS: Final = (contraction.MATMUL, contraction.REDUCE_SUM)
+_PRODUCTS: Final = (contraction.MATMUL, library.CONV, library.OPAQUE)
+_KEEP_INFINITIES: Final = (
+    elementwise.ADD,
+    elementwise.SUB,
+    elementwise.MUL,
+    elementwise.DIV,
+    elementwise.NEG,
+    elementwise.CAST,
+)
 _ROUNDING: Final = (OpKind.ELEMENTWISE, OpKind.REDUCTION, OpKind.CONTRACTION)
 _EXACT: Final = (
     elementwise.NEG,
@@ -64,7 +74,16 @@ _EXACT: Final = (
 PERIOD: Final = 1_048_573
 """How many random numbers or signs there are; a prime, so that the rows of no tensor get the same ones."""
 
-DISTRIBUTIONS = ("normal", "uniform", "large", "tiny", "constant-rows", "mixed", "overflow-edge")
+DISTRIBUTIONS = (
+    "normal",
+    "uniform",
+    "large",
+    "tiny",
+    "constant-rows",
+    "mixed",
+    "overflow-edge",
+    "infinite",
+)
 
 HARDEST: Final = ("constant-rows", "overflow-edge")
 """Where algebra that is right in a field first fails: enough to choose between variants."""
@@ -73,6 +92,11 @@ _MADE_OF_NOISE: Final = 0.5
 """The share of an output's numbers that are rounding errors from which they are what it is for."""
 _OTHER_NOISE: Final = 0.01
 """The share of these that may be other ones: each is a correction, and wrong alone."""
+
+_INFINITE: Final = "infinite"
+"""Rows with infinities or NaN, whole ones of -inf among them, and more rows without."""
+_CYCLE: Final = 16
+"""After how many rows they come again."""
 
 _USUAL: Final = "normal"
 """Where no output is a rounding error but those that the program makes of one."""
@@ -164,10 +188,53 @@ def _drawn_as(
     """Draw inputs for what is left of a graph."""
     source = Source([seed, DISTRIBUTIONS.index(distribution)], device)
     ranges = integer_ranges(graph)
-    return [
+    drawn = [
         _draw(i.tensor, distribution, ranges[i.attrs.name], source, position)
         for position, i in enumerate(left.inputs)
     ]
+    if distribution == _INFINITE:
+        for number, position in enumerate(_telling(graph)):
+            drawn[position] = _with_infinities(drawn[position], number)
+    return drawn
+
+
+def _telling(graph: Graph) -> list[int]:
+    """Return the inputs whose infinities tell something: others make all results NaN, as a factor of a product does.
+
+    That is the first one, and all of several rows that are added to something or shift it.
+    """
+    factors = set[Node]()
+    for node in reversed(list(expand(graph).nodes())):
+        keeps = node.op in _KEEP_INFINITIES or node.op.kind is OpKind.STRUCTURAL
+        if node.op in _PRODUCTS or (keeps and node in factors):
+            factors.update(node.inputs)
+    names = {n.attrs.name for n in factors if n.op is leaf.INPUT}
+    floats = [k for k, i in enumerate(graph.inputs) if i.tensor.dtype.is_float and i.shape]
+    return [
+        k
+        for k in floats
+        if k == floats[0]
+        or (_rows(graph.inputs[k]) > 1 and graph.inputs[k].attrs.name not in names)
+    ]
+
+
+def _with_infinities(x: torch.Tensor, number: int) -> torch.Tensor:
+    """Return floats with infinities in some rows, other ones for each `number` of an input."""
+    if not x.numel():
+        return x
+    columns = x.shape[-1]
+    rows = x.reshape(-1, columns).clone()
+    kinds = (
+        (-torch.inf, slice(None)),
+        (-torch.inf, slice(columns // 2)),
+        (-torch.inf, slice(columns // 3, columns // 3 + 1)),
+        (torch.inf, slice(columns // 2, columns // 2 + 1)),
+        (torch.nan, slice(columns - 1, columns)),
+    )
+    for k, (value, where) in enumerate(kinds):
+        rows[(k + number * len(kinds)) % _CYCLE :: _CYCLE, where] = value
+    filled = rows.reshape(x.shape)
+    return filled if filled.stride() == x.stride() else spread(filled, x.stride())
 
 
 def _draw(
@@ -243,6 +310,8 @@ class FloatTest:
         scores = [node for picked in self._picks.values() for node in picked.nodes()]
         self._scored = original.with_outputs([*original.outputs, *scores])
         whole = expand(self._scored)
+        # behind positions there may be masks, and what a mask hides counts as finite
+        self._masks = any(n.op is leaf.IOTA for n in whole.nodes())
         self._all = Alike(whole, (), {})
         count = len(whole.outputs)
         both = whole if self._picks else whole.with_outputs([*whole.outputs, *original.outputs])
@@ -429,7 +498,8 @@ class FloatTest:
                 # a candidate takes no longer than the original
                 self._own_s = min(self._own_s or inf, self._share * worked_s(begun))
             except (RuntimeError, ValueError, IndexError) as error:
-                if not any(n.op is library.OPAQUE for n in self.original.nodes()):
+                refuses = any(n.op is library.OPAQUE for n in self.original.nodes())
+                if not refuses and distribution != _INFINITE:
                     raise
                 self._references[distribution] = f"{type(error).__name__}: {error}"
             else:
@@ -441,7 +511,13 @@ class FloatTest:
                     if pick is not None:
                         found[index] = pick
                 self._references[distribution] = _Reference(
-                    exact[:count], moved[:count], own, found, self._part, whole
+                    exact[:count],
+                    moved[:count],
+                    own,
+                    found,
+                    self._part,
+                    whole,
+                    distribution == _INFINITE and not self._masks,
                 )
         return self._references[distribution]
 
@@ -505,7 +581,8 @@ class FloatTest:
 class _Reference:
     """What the original gives: in float64, there with rounding errors, and at its own precision.
 
-    All for a `part` of it; `all` its results as a whole, where they were computed.
+    All for a `part` of it; `all` its results as a whole, where they were computed. `telling`: what is rightly
+    infinite or NaN may be no number.
     """
 
     exact: list[torch.Tensor]
@@ -514,6 +591,7 @@ class _Reference:
     picks: "dict[int, _Pick]"
     part: Alike
     all: list[torch.Tensor]
+    telling: bool = False
 
 
 @final
@@ -547,16 +625,13 @@ class _Pick:
         return torch.stack([picked.reshape(-1), scale.reshape(-1)], dim=-1)
 
     def differs(self, own: torch.Tensor, found: torch.Tensor) -> bool:
-        """Say whether rounding cannot explain `found`: no place at all or one twice, or another for NaN or infinity."""
+        """Say whether rounding cannot explain `found`: no place at all or one twice, or a number for NaN or infinity."""
         if bool(((found < 0) | (found >= self.scores.shape[self.axis])).any()):
             return True
         if self._repeats(found) and not self._repeats(own):
             return True
-        missing = self.scores.isnan().any(self.axis, keepdim=True)
         before, after = (self.scores.gather(self.axis, self._index(i)) for i in (own, found))
-        wrong = (before.isinf() & (before != after)) | (
-            missing & (self._index(own) != self._index(found))
-        )
+        wrong = (before.isinf() & (before != after)) | (before.isnan() != after.isnan())
         return bool(wrong.any())
 
     def _repeats(self, places: torch.Tensor) -> bool:
@@ -595,7 +670,10 @@ class _Picked:
                 continue
             inside = bool(((index >= 0) & (index < count)).all())
             # operators that stay whole see numbers of the types that the program gave them
-            if inside and torch.equal(scores.gather(axis, index).to(dtype), found[1].to(dtype)):
+            if not inside:
+                continue
+            picked, values = scores.gather(axis, index).to(dtype), found[1].to(dtype)
+            if torch.allclose(picked, values, rtol=0.0, atol=0.0, equal_nan=True):
                 return _Pick(scores, dtype, axis, shape)
         return None
 
@@ -786,7 +864,7 @@ def _worst(reference: _Reference, found: list[torch.Tensor]) -> tuple[tuple[floa
                 return (worst_own, float("inf")), f"output {index} differs"
             e, m, o, f = (pick.at(places) for places in (e, m, o, f))
             o = o.to(pick.dtype)
-        own_error, found_error, reason = _output_errors(e, m, o, f)
+        own_error, found_error, reason = _output_errors(e, m, o, f, reference.telling)
         worst_own, worst_found = max(worst_own, own_error), max(worst_found, found_error)
         if reason:
             return (worst_own, worst_found), f"output {index} {reason}"
@@ -794,7 +872,11 @@ def _worst(reference: _Reference, found: list[torch.Tensor]) -> tuple[tuple[floa
 
 
 def _output_errors(
-    exact: torch.Tensor, moved: torch.Tensor, own: torch.Tensor, found: torch.Tensor
+    exact: torch.Tensor,
+    moved: torch.Tensor,
+    own: torch.Tensor,
+    found: torch.Tensor,
+    telling: bool,
 ) -> tuple[float, float, str]:
     """Return the errors relative to the output's scale, and what is wrong, row by row."""
     if exact.numel() == 0:
@@ -806,7 +888,12 @@ def _output_errors(
     largest = torch.finfo(own.dtype).max
     sizes = []
     for piece in zip(*pieces, strict=True):
-        found_sizes, reason = _row_errors(largest, *(t.to(torch.float64) for t in piece))
+        wide = [t.to(torch.float64) for t in piece]
+        if telling and bool(
+            (~(wide[0].isfinite() | wide[2].isfinite()) & wide[3].isfinite()).any()
+        ):
+            return 0.0, float("inf"), _FINITE
+        found_sizes, reason = _row_errors(largest, *wide)
         if reason:
             return 0.0, float("inf"), reason
         sizes.append(found_sizes)
@@ -951,8 +1038,8 @@ def _strays(reference: _Reference, own: list[torch.Tensor], found: list[torch.Te
         expected = (err / torch.where(size > 0, size, 1.0)).sort(descending=True).values
         pieces = [torch.split(t.reshape(-1, columns), max(1, _PIECE // columns)) for t in (o, f)]
         found_sizes = []
-        for piece in zip(*pieces, strict=True):
-            sizes = _apart(*piece)
+        for wanted, given in zip(*pieces, strict=True):
+            sizes = _apart(wanted, given, reference.telling)
             if sizes is None:
                 return True
             found_sizes.append(sizes)
@@ -969,7 +1056,7 @@ def _strays(reference: _Reference, own: list[torch.Tensor], found: list[torch.Te
     return False
 
 
-def _apart(own: torch.Tensor, found: torch.Tensor) -> torch.Tensor | None:
+def _apart(own: torch.Tensor, found: torch.Tensor, telling: bool) -> torch.Tensor | None:
     """Return each row's scale and how far `found` is from it, 2 x rows; None where only one is finite."""
     if own.dtype.itemsize < 4:
         own, found = own.float(), found.float()
@@ -980,6 +1067,8 @@ def _apart(own: torch.Tensor, found: torch.Tensor) -> torch.Tensor | None:
     if bool((finite & ~found.isfinite()).any() | (own.isnan() & found.isinf()).any()):
         return None
     if bool((own.isinf() & (found.isnan() | (found == -own))).any()):
+        return None
+    if telling and bool((~finite & found.isfinite()).any()):
         return None
     zero = own.new_zeros(())
     values = (own, found - own)
