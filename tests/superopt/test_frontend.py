@@ -15,6 +15,7 @@ from hypothesis import given, settings
 
 from superopt import SuperoptError
 from superopt.frontend import LiftError, lift, lift_exported, lift_fx
+from superopt.frontend.fold import as_band
 from superopt.frontend.rules import common_dtype
 from superopt.ir import build as b
 from superopt.ir import composite
@@ -355,6 +356,77 @@ def test_index_patterns_stay_and_tables_fold(runner: Any) -> None:
     assert list(lifted.parameters) == ["folded_0"]
     torch.testing.assert_close(lifted.parameters["folded_0"], (table * 3).exp())
     runner.check(lifted, program(x), x)
+
+
+def test_a_table_is_computed_without_its_mask() -> None:
+    def decayed(scores):
+        place = torch.arange(6)
+        distance = place[:, None] - place
+        return scores * (torch.exp(distance.clamp(min=0) * -0.5) * (distance >= 0)).to(scores.dtype)
+
+    lifted = lift(decayed, (randn(2, 6, 6),))
+    (table,) = lifted.parameters.values()
+    distance = torch.arange(6)[:, None] - torch.arange(6)
+    torch.testing.assert_close(table, torch.exp(distance.clamp(min=0) * -0.5))
+    assert [n.shape for n in nodes_of(lifted, elementwise.GE)] == [(6, 6)]
+
+
+def test_a_mask_in_a_buffer_becomes_a_comparison(runner: Any) -> None:
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.tril(torch.ones(9, 9)).view(1, 1, 9, 9))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.masked_fill(self.seen[:, :, :5, :7] == 0, float("-inf"))
+
+    module, x = Masked(), randn(2, 3, 5, 7)
+    lifted = lift(module, (x,))
+    runner.check(lifted, module(x), x)
+    assert lifted.parameters == {}
+    assert len(lifted.folded_sources) == 1
+    assert nodes_of(lifted, elementwise.GE)
+
+
+_TABLES: Any = st.tuples(
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(-6, 6),
+    st.integers(-6, 6),
+    st.sampled_from(["float32", "bfloat16", "bool", "int64"]),
+    st.sampled_from(
+        [(0.0, 1.0), (1.0, 0.0), (0.0, -0.0), (float("-inf"), 0.0), (3.0, float("nan"))]
+    ),
+    st.sampled_from([(), (1,), (2, 1)]),
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=1),
+)
+
+
+@given(_TABLES)
+@settings(max_examples=200, deadline=None)
+def test_bands_are_what_they_stand_for_bit_by_bit(drawn: Any) -> None:
+    rows, columns, low, high, dtype, (inside, outside), lead, turned = drawn
+    distance = torch.arange(columns) - torch.arange(rows)[:, None]
+    within = (distance >= low) & (distance <= high)
+    for i, j in turned:
+        within[i % rows, j % columns] ^= True
+    integer = dtype in ("bool", "int64")
+    values = [torch.tensor(v if v == v else 7.0) for v in (inside, outside)]
+    if integer:
+        values = [v.clamp(min=-5).to(getattr(torch, dtype)) for v in values]
+    else:
+        values = [torch.tensor(v, dtype=getattr(torch, dtype)) for v in (inside, outside)]
+    table = torch.where(within, *values).expand(*lead, rows, columns).contiguous()
+    band = as_band(table)
+    differ = values[0] != values[1] and inside == inside and outside == outside
+    plain = not turned and bool(within.any()) and not bool(within.all())
+    if differ and plain and rows > 1 and columns > 1:
+        assert band is not None
+    if band is not None:
+        (found,) = run_reference(b.kernel_graph("g", [], [band]), [])
+        assert found.dtype == table.dtype
+        assert found.shape == table.shape
+        assert torch.equal(found.contiguous().view(torch.uint8), table.view(torch.uint8))
 
 
 def test_bool_mask_without_keys_gives_zero_by_definition() -> None:
