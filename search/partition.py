@@ -101,7 +101,8 @@ class _Partition:
                 break
             between = self._between(*pair)
             gain = self._gain(*pair, *between) if between else gains[pair]
-            if gain > most:
+            # more than a trifle between the two would be merged before it is known with what it goes best
+            if gain > most and sum(map(self._cost, between)) < gains[pair]:
                 best, most = frozenset().union(*pair, *between), gain
         return best
 
