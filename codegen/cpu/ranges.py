@@ -1,10 +1,12 @@
 """Between which bounds the values of a block graph lie, as far as a look at their operations tells.
 
 In: nodes, operands before what reads them. Out: least and greatest finite value of each; infinities and
-NaN may come on top. Bounds are those of exact arithmetic: a result may be off by its rounding.
+NaN may come on top. Bounds are rounded as results are, which keeps their order; functions and sums may be off by
+an error of their own.
 """
 
 import math
+import struct
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -34,7 +36,8 @@ def range_of(node: Node, ranges: Mapping[Node, Range]) -> Range:
     """Return the bounds of one value, given those of its operands."""
     if node.tensor.dtype not in _WIDE:
         return UNKNOWN
-    low, high = _range(node, [ranges.get(i, UNKNOWN) for i in node.inputs])
+    bounds = _range(node, [ranges.get(i, UNKNOWN) for i in node.inputs])
+    low, high = (_rounded(bound, node.tensor.dtype) for bound in bounds)
     # what is smaller than a normal number may have become 0
     low = 0.0 if 0.0 < low < _LEAST else max(low, -_GREATEST)
     high = 0.0 if -_LEAST < high < 0.0 else min(high, _GREATEST)
@@ -83,6 +86,16 @@ def _range(node: Node, inputs: list[Range]) -> Range:
         return inputs[0]
     rule = _RULES.get(node.op)
     return UNKNOWN if rule is None else rule(node, inputs)
+
+
+def _rounded(value: float, dtype: DType) -> float:
+    """Return the nearest value of a type; the even one of two."""
+    value = min(max(value, -_GREATEST), _GREATEST)
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    if dtype is DType.BF16:
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    (rounded,) = struct.unpack("<f", struct.pack("<I", bits))
+    return float(rounded)
 
 
 def _is(node: Node, value: float) -> bool:

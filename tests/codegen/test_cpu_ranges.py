@@ -38,12 +38,22 @@ def test_divisors_of_norms_and_softmax() -> None:
     )
     scaled = b.mul(b.sub(x, b.reduce_max(x, -1)), 0.5)
     found = ranges([total, root, length, rounded, b.reduce_sum(b.exp(scaled), -1), b.div(x, x)])
-    assert found[rounded] == found[root]
+    assert found[rounded] == pytest.approx(found[root], rel=2**-8)
     assert found[b.reduce_sum(b.exp(scaled), -1)] == (1.0, 8.0)
     assert found[b.div(x, x)] == found[x]
     assert found[total] == (1.0, 8.0)
     assert found[root] == pytest.approx((1e-3, 6.522e18), rel=1e-3)
     assert found[length] == pytest.approx((1e-12, 1.845e19), rel=1e-3)
+
+
+def test_bounds_are_rounded_as_values_are() -> None:
+    _, x = tile_(4, 8)
+    near = b.maximum(b.minimum(x, 1003.0), 1002.0)
+    half = b.cast(b.cast(near, DType.BF16), DType.F32)
+    found = ranges([b.sub(near, 1002.0), b.sub(half, 1002.0), b.mul(near, 1e-3)])
+    assert found[b.sub(near, 1002.0)] == (0.0, 1.0)
+    assert found[b.sub(half, 1002.0)] == (-2.0, 2.0)
+    assert found[b.mul(near, 1e-3)][1] == np.float32(1003) * np.float32(1e-3)
 
 
 @pytest.mark.parametrize("known", [True, False])
