@@ -147,6 +147,8 @@ def _arithmetic(op: Op, x: Operand, y: Operand, dtype: DType) -> Node:
 
 def _scaled(op: Op, call: Call, x: Operand, y: Operand, alpha: Scalar) -> Node:
     if alpha == 1:
+        # numbers that PyTorch adds are of the tensor's type, those that it multiplies with are not
+        x, y = (o if isinstance(o, Node) else nearest(o, call.dtype) for o in (x, y))
         return _arithmetic(op, x, y, call.dtype)
     inner = call.dtype.wide
     product = elementwise_op(e.MUL, as_dtype(y, inner), as_dtype(alpha, inner))

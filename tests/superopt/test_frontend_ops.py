@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 from superopt.frontend import lift
+from superopt.ir.ops import leaf
 from superopt.ir.ops import library as library_ops
 from superopt.ir.text import parse_graph, print_graph
 
@@ -675,3 +676,15 @@ def test_family_equals_eager(family: Family, dtype: torch.dtype, runner: Any) ->
     assert parse_graph(text) == lifted.graph
     opaque_nodes = [n.attrs.target for n in lifted.graph.nodes() if n.op is library_ops.OPAQUE]
     assert bool(opaque_nodes) == family.opaque, opaque_nodes
+
+
+@pytest.mark.parametrize(
+    ("program", "number"),
+    [(lambda x: x - 1003, 1004), (lambda x: 1003 - x, 1004), (lambda x: x * 1.005, 1.005)],
+)
+def test_numbers_are_rounded_where_pytorch_rounds_them(program: Any, number: float) -> None:
+    """Kernels take constants as they are."""
+    x = torch.tensor([992.0, 1000.0, 3.0]).bfloat16()
+    constants = [n for n in lift(program, (x,)).graph.nodes() if n.op is leaf.CONSTANT]
+    assert [n.attrs.value for n in constants] == [number]
+    assert torch.equal((x.float() - 1004).bfloat16(), x - 1003)
