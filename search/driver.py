@@ -47,7 +47,8 @@ from superopt.search.sparse import without_known_factors
 from superopt.search.tiling import best_tiles, choices
 from superopt.search.transposes import untransposed
 from superopt.verify.equivalence import Verdict, least_s, provable, verify_field
-from superopt.verify.floating import DISTRIBUTIONS, HARDEST, FloatTest, sampled
+from superopt.verify.floating import FloatTest, sampled
+from superopt.verify.inputs import DISTRIBUTIONS, HARDEST
 from superopt.verify.reference import TorchDomain
 from superopt.verify.slices import evaluate, slices
 from superopt.verify.threads import now, suitable, worked_s

@@ -46,7 +46,8 @@ from superopt.runtime import Program, build_program, load_tensor, store_tensor
 from superopt.subject import make_request, preserved
 from superopt.verify.certificate import CertificateError, read_certificate
 from superopt.verify.field import FIELD
-from superopt.verify.floating import draw_inputs, on, verify_float
+from superopt.verify.floating import on, verify_float
+from superopt.verify.inputs import draw_inputs
 from superopt.verify.reference import DTYPES, TORCH
 
 logger = logging.getLogger("superopt")

@@ -31,7 +31,7 @@ from superopt.ir.tiles import dim_sources
 from superopt.ir.types import TensorType
 from superopt.plan import KernelSource
 from superopt.runtime import Program, build_program
-from superopt.verify.floating import PERIOD, repeated
+from superopt.verify.inputs import PERIOD, repeated
 from superopt.verify.opaque import spread
 from superopt.verify.reference import DTYPES, run_reference
 from superopt.verify.slices import alike

@@ -1,9 +1,8 @@
 """Is a candidate as accurate as the original? Both against the original in float64.
 
-In: the original graph and a function that runs the candidate. Out: a `FloatVerdict`. Inputs come
-from several distributions that make kernels fail: constant rows (cancellation), mixed scales, large
-and tiny magnitudes, and values at the edge of overflow. A candidate may err a small multiple of what the
-original itself errs at working precision, and may give inf or NaN only where the original does.
+In: the original graph and a function that runs the candidate. Out: a `FloatVerdict`, over the distributions of
+`verify/inputs.py`. A candidate may err a small multiple of what the original itself errs at working precision, and
+may give inf or NaN only where the original does.
 """
 
 import time
@@ -13,21 +12,28 @@ from dataclasses import dataclass, replace
 from math import inf, prod
 from typing import Any, Final, final
 
-import numpy as np
 import torch
 
-from superopt.ir.build import item
 from superopt.ir.graph import Graph
 from superopt.ir.interpret import Domain
 from superopt.ir.node import Node, topological
-from superopt.ir.ops import contraction, elementwise, leaf, library, structural
+from superopt.ir.ops import contraction, elementwise, leaf, library
 from superopt.ir.ops.registry import Op, OpKind
 from superopt.ir.semantics import expand
 from superopt.ir.types import DType, TensorType
 from superopt.verify.draws import generators
+from superopt.verify.inputs import (
+    DISTRIBUTIONS,
+    INFINITE,
+    PERIOD,
+    draw_inputs,
+    drawn_as,
+    rows_of,
+    strided,
+)
 from superopt.verify.memory import empty
-from superopt.verify.opaque import duplicate, spread
-from superopt.verify.ranges import Integers, draw_integers, integer_ranges
+from superopt.verify.opaque import duplicate
+from superopt.verify.picks import Pick, picks
 from superopt.verify.reference import DTYPES, TorchDomain, run_reference
 from superopt.verify.slices import TERMS_OF_FLOATS, Alike, alike, evaluate, seconds, slices, work
 from superopt.verify.threads import now, suitable, worked_s
@@ -46,15 +52,6 @@ _BIAS_ULPS: Final = 1 / 16
 _NOT_FINITE: Final = "is inf or NaN where the original is not"
 _FINITE: Final = "is a number where the original is rightly inf or NaN"
 _SUMS: Final = (contraction.MATMUL, contraction.REDUCE_SUM)
-_PRODUCTS: Final = (contraction.MATMUL, library.CONV, library.OPAQUE)
-_KEEP_INFINITIES: Final = (
-    elementwise.ADD,
-    elementwise.SUB,
-    elementwise.MUL,
-    elementwise.DIV,
-    elementwise.NEG,
-    elementwise.CAST,
-)
 _ROUNDING: Final = (OpKind.ELEMENTWISE, OpKind.REDUCTION, OpKind.CONTRACTION)
 _EXACT: Final = (
     elementwise.NEG,
@@ -71,32 +68,10 @@ _EXACT: Final = (
     contraction.REDUCE_MIN,
 )
 """Ops whose results are operands or whole numbers: they do not round."""
-PERIOD: Final = 1_048_573
-"""How many random numbers or signs there are; a prime, so that the rows of no tensor get the same ones."""
-
-DISTRIBUTIONS = (
-    "normal",
-    "uniform",
-    "large",
-    "tiny",
-    "constant-rows",
-    "mixed",
-    "overflow-edge",
-    "infinite",
-)
-
-HARDEST: Final = ("constant-rows", "overflow-edge")
-"""Where algebra that is right in a field first fails: enough to choose between variants."""
-
 _MADE_OF_NOISE: Final = 0.5
 """The share of an output's numbers that are rounding errors from which they are what it is for."""
 _OTHER_NOISE: Final = 0.01
 """The share of these that may be other ones: each is a correction, and wrong alone."""
-
-_INFINITE: Final = "infinite"
-"""Rows with infinities or NaN, whole ones of -inf among them, and more rows without."""
-_CYCLE: Final = 16
-"""After how many rows they come again."""
 
 _USUAL: Final = "normal"
 """Where no output is a rounding error but those that the program makes of one."""
@@ -111,43 +86,6 @@ _MUCH_MORE: Final = 4
 
 _ENOUGH_ROWS: Final = 16
 """How many rows tell how far others may err."""
-
-
-@final
-class Source:
-    """Seeded random numbers, drawn where they are used: a GPU draws faster than it is sent them.
-
-    On the CPU too PyTorch draws in half of NumPy's time, and into memory that was used before.
-    """
-
-    def __init__(self, seed: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.host = np.random.default_rng(seed)
-        self.device = torch.device(device)
-        self._there = torch.Generator(self.device).manual_seed(int(self.host.integers(1 << 62)))
-
-    def normal(self, count: int) -> torch.Tensor:
-        """Draw float32 numbers from the standard normal distribution."""
-        return empty((count,), torch.float32, self.device).normal_(generator=self._there)
-
-    def whole(self, low: int, high: int, count: int) -> torch.Tensor:
-        """Draw small integers, low <= i < high."""
-        drawn = empty((count,), torch.int8, self.device)
-        return drawn.random_(low, high, generator=self._there)
-
-
-def repeated(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a tensor of a shape in which values come again and again."""
-    count = prod(shape)
-    if count == len(values):
-        return values.reshape(shape)
-    whole = empty((count,), values.dtype, values.device)
-    whole[: len(values)] = values
-    done = len(values)
-    while done < count:
-        more = min(done, count - done)
-        whole[done : done + more] = whole[:more]
-        done += more
-    return whole.reshape(shape)
 
 
 @final
@@ -175,114 +113,11 @@ class FloatVerdict:
         return self.accurate
 
 
-def draw_inputs(
-    graph: Graph, distribution: str, seed: int, device: torch.device | str = "cpu"
-) -> list[torch.Tensor]:
-    """Draw one tensor per input: floats of the distribution, integers valid as indices."""
-    return _drawn_as(graph, graph, distribution, seed, device)
-
-
-def _drawn_as(
-    graph: Graph, left: Graph, distribution: str, seed: int, device: torch.device | str
-) -> list[torch.Tensor]:
-    """Draw inputs for what is left of a graph."""
-    source = Source([seed, DISTRIBUTIONS.index(distribution)], device)
-    ranges = integer_ranges(graph)
-    drawn = [
-        _draw(i.tensor, distribution, ranges[i.attrs.name], source, position)
-        for position, i in enumerate(left.inputs)
-    ]
-    if distribution == _INFINITE:
-        for number, position in enumerate(_telling(graph)):
-            drawn[position] = _with_infinities(drawn[position], number)
-    return drawn
-
-
-def _telling(graph: Graph) -> list[int]:
-    """Return the inputs whose infinities tell something: others make all results NaN, as a factor of a product does.
-
-    That is the first one, and all of several rows that are added to something or shift it.
-    """
-    factors = set[Node]()
-    for node in reversed(list(expand(graph).nodes())):
-        keeps = node.op in _KEEP_INFINITIES or node.op.kind is OpKind.STRUCTURAL
-        if node.op in _PRODUCTS or (keeps and node in factors):
-            factors.update(node.inputs)
-    names = {n.attrs.name for n in factors if n.op is leaf.INPUT}
-    floats = [k for k, i in enumerate(graph.inputs) if i.tensor.dtype.is_float and i.shape]
-    return [
-        k
-        for k in floats
-        if k == floats[0]
-        or (_rows(graph.inputs[k]) > 1 and graph.inputs[k].attrs.name not in names)
-    ]
-
-
-def _with_infinities(x: torch.Tensor, number: int) -> torch.Tensor:
-    """Return floats with infinities in some rows, other ones for each `number` of an input."""
-    if not x.numel():
-        return x
-    columns = x.shape[-1]
-    rows = x.reshape(-1, columns).clone()
-    kinds = (
-        (-torch.inf, slice(None)),
-        (-torch.inf, slice(columns // 2)),
-        (-torch.inf, slice(columns // 3, columns // 3 + 1)),
-        (torch.inf, slice(columns // 2, columns // 2 + 1)),
-        (torch.nan, slice(columns - 1, columns)),
-    )
-    for k, (value, where) in enumerate(kinds):
-        rows[(k + number * len(kinds)) % _CYCLE :: _CYCLE, where] = value
-    filled = rows.reshape(x.shape)
-    return filled if filled.stride() == x.stride() else spread(filled, x.stride())
-
-
-def _draw(
-    type_: TensorType, distribution: str, integers: Integers, source: Source, position: int
-) -> torch.Tensor:
-    shape = type_.shape
-    if type_.dtype is DType.BOOL:
-        drawn = source.whole(0, 2, min(type_.elements, PERIOD)) != 0
-        return _strided(repeated(drawn, shape), type_)
-    if not type_.dtype.is_float:
-        drawn = torch.from_numpy(draw_integers(source.host, shape, integers)).to(source.device)
-        return _strided(drawn.to(DTYPES[type_.dtype]), type_)
-    values = _floats(distribution, type_, source, position)
-    return _strided(values, type_)
-
-
 def _in_double(x: torch.Tensor) -> torch.Tensor:
     """Return a tensor in float64, laid out the same."""
     if x.dtype is torch.float64 or not x.is_contiguous():
         return x.to(torch.float64)
     return empty(x.shape, torch.float64, x.device).copy_(x)
-
-
-def _strided(x: torch.Tensor, type_: TensorType) -> torch.Tensor:
-    return x if type_.strides is None else spread(x, type_.strides)
-
-
-def _floats(distribution: str, type_: TensorType, source: Source, position: int) -> torch.Tensor:
-    shape, dtype = type_.shape, type_.dtype
-    count = min(type_.elements, PERIOD)
-    x = source.normal(count)
-    match distribution:
-        case "uniform":
-            x.abs_().remainder_(1.0)
-        case "large":
-            x.mul_(30.0)
-        case "tiny":
-            x.mul_(1e-4)
-        case "constant-rows" if shape:
-            x = repeated(x, shape)
-            means = x[..., :1] * 10.0
-            return x.mul_(1e-3).add_(means).to(DTYPES[dtype])
-        case "mixed":
-            x.mul_(torch.exp2(source.whole(-6, 7, count)))
-        case "overflow-edge" if position == 0:
-            # squares of float32 stay finite, sums of squares may not; float16 is less wide
-            x.mul_(60.0 if dtype is DType.F16 else 1e18)
-    return repeated(x.to(DTYPES[dtype]), shape)
 
 
 @final
@@ -303,7 +138,7 @@ class FloatTest:
         self.original = original
         self.seed = seed
         self.device = device
-        self._picks = _picks(original)
+        self._picks = picks(original)
         self._halves = any(
             isinstance(n.type, TensorType) and n.type.dtype.is_half for n in original.nodes()
         )
@@ -407,7 +242,7 @@ class FloatTest:
             reference = self._whole(reference, distribution)
             self._references[distribution] = reference
             pair, reason = self._compared(distribution, reference, found, noise)
-        if reason and any(rows < _ENOUGH_ROWS for rows in map(_rows, self.original.outputs)):
+        if reason and any(rows < _ENOUGH_ROWS for rows in map(rows_of, self.original.outputs)):
             reference = self._moved_again(reference, self._drawn(distribution))
             self._references[distribution] = reference
             pair, reason = self._compared(distribution, reference, found, noise)
@@ -439,7 +274,7 @@ class FloatTest:
             count = len(own)
             reference = _Reference(exact[:count], moved[:count], own, {}, self._all, own)
             _, reason = _worst(reference, found)
-            if reason and any(rows < _ENOUGH_ROWS for rows in map(_rows, self.original.outputs)):
+            if reason and any(rows < _ENOUGH_ROWS for rows in map(rows_of, self.original.outputs)):
                 reference = self._moved_again(reference, _Drawn(inputs, lambda: inputs))
                 _, reason = _worst(reference, found)
         return reason and f"{_USUAL} inputs, all of them: {reason}"
@@ -471,11 +306,11 @@ class FloatTest:
         if not self._repeats:
             inputs = draw_inputs(self.original, distribution, self.seed, self.device)
             return _Drawn(self._part.inputs(inputs), lambda: inputs)
-        left = _drawn_as(self.original, self._part.graph, distribution, self.seed, self.device)
+        left = drawn_as(self.original, self._part.graph, distribution, self.seed, self.device)
 
         def again() -> list[torch.Tensor]:
             pairs = zip(self._part.all_inputs(left), self.original.inputs, strict=True)
-            return [_strided(x, node.tensor) for x, node in pairs]
+            return [strided(x, node.tensor) for x, node in pairs]
 
         return _Drawn(left, again)
 
@@ -499,13 +334,13 @@ class FloatTest:
                 self._own_s = min(self._own_s or inf, self._share * worked_s(begun))
             except (RuntimeError, ValueError, IndexError) as error:
                 refuses = any(n.op is library.OPAQUE for n in self.original.nodes())
-                if not refuses and distribution != _INFINITE:
+                if not refuses and distribution != INFINITE:
                     raise
                 self._references[distribution] = f"{type(error).__name__}: {error}"
             else:
                 count = len(own)
                 beside = iter(exact[count:])
-                found: dict[int, _Pick] = {}
+                found: dict[int, Pick] = {}
                 for index, picked in self._picks.items():
                     pick = picked.pick(exact[index], [next(beside) for _ in picked.nodes()])
                     if pick is not None:
@@ -517,7 +352,7 @@ class FloatTest:
                     found,
                     self._part,
                     whole,
-                    distribution == _INFINITE and not self._masks,
+                    distribution == INFINITE and not self._masks,
                 )
         return self._references[distribution]
 
@@ -548,7 +383,7 @@ class FloatTest:
             rounding = _Rounding(self.device, self.seed + 1 + draw)
             found = self._in_float64(graph, rounding.all_moved(graph, given), rounding)
             for i, (e, m, f) in enumerate(zip(reference.exact, moved, found, strict=False)):
-                if e.is_floating_point() and _rows(self.original.outputs[i]) < _ENOUGH_ROWS:
+                if e.is_floating_point() and rows_of(self.original.outputs[i]) < _ENOUGH_ROWS:
                     moved[i] = torch.where((f - e).abs() > (m - e).abs(), f, m)
         return replace(reference, moved=moved)
 
@@ -588,7 +423,7 @@ class _Reference:
     exact: list[torch.Tensor]
     moved: list[torch.Tensor]
     own: list[torch.Tensor]
-    picks: "dict[int, _Pick]"
+    picks: "dict[int, Pick]"
     part: Alike
     all: list[torch.Tensor]
     telling: bool = False
@@ -601,107 +436,6 @@ class _Drawn:
 
     left: list[torch.Tensor]
     inputs: Callable[[], list[torch.Tensor]]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Pick:
-    """An output that says where scores of a type were picked, along which axis, and they in float64.
-
-    `shape`: that of the places, which may be reshaped in the output, the axis among its dims.
-    """
-
-    scores: torch.Tensor
-    dtype: torch.dtype
-    axis: int
-    shape: tuple[int, ...]
-
-    def at(self, places: torch.Tensor) -> torch.Tensor:
-        """Return the score at each of `places`, beside the scale of all that were to choose from."""
-        zero = self.scores.new_zeros(())
-        scale = torch.where(self.scores.isfinite(), self.scores.abs(), zero)
-        picked = torch.gather(self.scores, self.axis, self._index(places))
-        scale = scale.amax(self.axis, keepdim=True).expand(picked.shape)
-        return torch.stack([picked.reshape(-1), scale.reshape(-1)], dim=-1)
-
-    def differs(self, own: torch.Tensor, found: torch.Tensor) -> bool:
-        """Say whether rounding cannot explain `found`: no place at all or one twice, or a number for NaN or infinity."""
-        if bool(((found < 0) | (found >= self.scores.shape[self.axis])).any()):
-            return True
-        if self._repeats(found) and not self._repeats(own):
-            return True
-        before, after = (self.scores.gather(self.axis, self._index(i)) for i in (own, found))
-        wrong = (before.isinf() & (before != after)) | (before.isnan() != after.isnan())
-        return bool(wrong.any())
-
-    def _repeats(self, places: torch.Tensor) -> bool:
-        return bool((self._index(places).sort(self.axis).values.diff(dim=self.axis) == 0).any())
-
-    def _index(self, places: torch.Tensor) -> torch.Tensor:
-        return places.reshape(self.shape).to(torch.int64)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Picked:
-    """Nodes of the original: places that an output holds, and the scores that they are places of.
-
-    `values` are the scores at these places, where an operator returns them too.
-    """
-
-    places: Node
-    scores: Node
-    values: Node | None = None
-
-    def nodes(self) -> list[Node]:
-        """Return what a pick is made of, beside the output."""
-        return [self.scores] if self.values is None else [self.scores, self.values]
-
-    def pick(self, places: torch.Tensor, found: Sequence[torch.Tensor]) -> _Pick | None:
-        """Return the pick, given places and `nodes()` in float64; None where values are no scores."""
-        scores, shape = found[0], self.places.shape
-        dtype = DTYPES[self.scores.tensor.dtype]
-        if self.values is None:
-            return _Pick(scores, dtype, self.places.attrs.axis, shape)
-        index = places.reshape(shape).to(torch.int64)
-        for axis, count in enumerate(scores.shape):
-            others = [n for i, n in enumerate(shape) if i != axis]
-            if others != [n for i, n in enumerate(scores.shape) if i != axis]:
-                continue
-            inside = bool(((index >= 0) & (index < count)).all())
-            # operators that stay whole see numbers of the types that the program gave them
-            if not inside:
-                continue
-            picked, values = scores.gather(axis, index).to(dtype), found[1].to(dtype)
-            if torch.allclose(picked, values, rtol=0.0, atol=0.0, equal_nan=True):
-                return _Pick(scores, dtype, axis, shape)
-        return None
-
-
-def _picks(graph: Graph) -> dict[int, _Picked]:
-    """Return the outputs that are places of floating-point numbers: of extremes, of the largest few, of all in order.
-
-    Rounding decides between scores that are nearly equal, so that no two correct programs need agree.
-    """
-    found: dict[int, _Picked] = {}
-    for index, node in enumerate(graph.outputs):
-        while node.op is structural.RESHAPE:
-            node = node.inputs[0]
-        if node.op in (contraction.ARGMAX, contraction.ARGMIN):
-            picked = _Picked(node, node.inputs[0])
-        elif node.op is leaf.ITEM and node.inputs[0].op is library.OPAQUE and node.attrs.index:
-            operator = node.inputs[0]
-            values = item(operator, 0)
-            if len(operator.inputs) != 1 or node.tensor.dtype is not DType.I64:
-                continue
-            picked = _Picked(node, operator.inputs[0], values)
-            if values.shape != node.shape or node.tensor.rank != picked.scores.tensor.rank:
-                continue
-        else:
-            continue
-        if picked.scores.tensor.dtype.is_float:
-            found[index] = picked
-    return found
 
 
 def verify_float(
@@ -1007,10 +741,6 @@ def sampled(whole: Graph, *, repeated: bool = False) -> Alike:
     part = alike(whole, rows=_ENOUGH_ROWS, repeated=True)
     left, least = (work(list(topological(p.graph.outputs))) for p in (part, picked))
     return part if part.few and left <= _MUCH_MORE * least else picked
-
-
-def _rows(output: Node) -> int:
-    return prod(output.shape[:-1])
 
 
 def _strays(reference: _Reference, own: list[torch.Tensor], found: list[torch.Tensor]) -> bool:

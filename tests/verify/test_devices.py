@@ -8,9 +8,10 @@ import torch
 from superopt.ir import build as b
 from superopt.ir.semantics import expand
 from superopt.ir.types import DType
-from superopt.verify import arithmetic, floating
+from superopt.verify import arithmetic
 from superopt.verify.equivalence import verify_field
 from superopt.verify.floating import verify_float
+from superopt.verify.inputs import DISTRIBUTIONS, draw_inputs
 from superopt.verify.reference import run_reference
 from tests.search.programs import PROGRAMS
 
@@ -28,13 +29,13 @@ def test_tensors_as_a_whole_give_the_same_verdict(
     assert str(whole[1].counterexample) == str(plain[1].counterexample)
 
 
-@pytest.mark.parametrize("distribution", floating.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_inputs_are_drawn_as_the_distribution_says(distribution: str) -> None:
-    large = floating.DISTRIBUTIONS.index(distribution) % 2  # into memory that is kept, or not
+    large = DISTRIBUTIONS.index(distribution) % 2  # into memory that is kept, or not
     x = b.input_("x", (64, 8192 if large else 64), strides=None if large else (1, 64))
     at = b.input_("at", (64,), DType.I32)
     graph = b.kernel_graph("g", [x, at], [b.take(x, at, 0)])
-    drawn, again = (floating.draw_inputs(graph, distribution, 5) for _ in range(2))
+    drawn, again = (draw_inputs(graph, distribution, 5) for _ in range(2))
     torch.testing.assert_close(drawn[0], again[0], rtol=0.0, atol=0.0, equal_nan=True)
     assert drawn[0].data_ptr() != again[0].data_ptr()
     assert drawn[0].stride() == ((8192, 1) if large else (1, 64))

@@ -18,7 +18,8 @@ from superopt.ir.ops.library import OpaqueAttrs
 from superopt.ir.types import DType, TensorType
 from superopt.verify import floating, threads
 from superopt.verify.equivalence import verify_field
-from superopt.verify.floating import DISTRIBUTIONS, PERIOD, draw_inputs, verify_float
+from superopt.verify.floating import verify_float
+from superopt.verify.inputs import DISTRIBUTIONS, HARDEST, PERIOD, draw_inputs
 from superopt.verify.reference import run_reference
 from superopt.verify.slices import alike
 from tests.verify.workloads import WORKLOADS
@@ -475,8 +476,8 @@ def test_what_a_check_will_take_leaves_out_what_is_known(monkeypatch: pytest.Mon
     assert test.predicted_s() < 1e-3  # what is left to compute takes that at least
     candidate = slow(0.25)
     for _ in range(2):  # the second time nothing of the original is computed any more
-        assert test.check(lambda tensors: candidate(original, tensors), floating.HARDEST)
-        rest = len(DISTRIBUTIONS) - len(floating.HARDEST)
+        assert test.check(lambda tensors: candidate(original, tensors), HARDEST)
+        rest = len(DISTRIBUTIONS) - len(HARDEST)
         # twice in float64 and once at its own precision, where that is not known yet
         assert test.predicted_s() == 2.0 * rest + 0.25 * len(DISTRIBUTIONS)
     before_s, predicted_s = now_s, test.predicted_s()
