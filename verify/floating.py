@@ -78,6 +78,9 @@ _USUAL: Final = "normal"
 
 _PIECE: Final = 1 << 17
 
+_WHOLE: Final = (_USUAL, "constant-rows")
+"""Tests on inputs that do not repeat: in the latter one half of the rows is not like the other on the whole."""
+
 _MORE_DRAWS: Final = 3
 """Further draws of rounding errors for a few numbers, whose first ones may have cancelled."""
 
@@ -125,8 +128,8 @@ class FloatTest:
     """The test of one original for several candidates: what does not depend on these is kept.
 
     Where the original's results are alike along some axes, it runs for a few positions only (`slices.alike`), and the
-    candidate on inputs in which these come again and again. One test more, on inputs that do not
-    repeat, then holds all the candidate's results against the original's. Where results of a few positions read
+    candidate on inputs in which these come again and again. Tests on inputs that do not
+    repeat then hold all the candidate's results against the original's. Where results of a few positions read
     all others, the original runs as a whole, but for these positions only in float64.
     Errors are held against it there; everywhere the candidate is held against the original at its own
     precision, from which it may be as far as errors of these positions foretell. Otherwise the whole decides.
@@ -163,7 +166,7 @@ class FloatTest:
         sizes = [sum(i.tensor.elements for i in g.inputs) for g in (original, self._part.graph)]
         self._share = sizes[0] / max(1, sizes[1]) if self._repeats else 1.0
         self._own_s = 0.0
-        self._wholes: list[torch.Tensor] = []
+        self._wholes: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self._reference_s: dict[str, float] = {}
         self._candidate_s: dict[str, float] = {}
 
@@ -173,7 +176,7 @@ class FloatTest:
         # the first one of a process waits for memory; before it only what is left to compute tells
         made_s = min(self._reference_s.values(), default=self._least_s)
         checked_s = min(self._candidate_s.values(), default=self._own_s or made_s / 2)
-        return made_s * missing + checked_s * (len(DISTRIBUTIONS) + self._repeats)
+        return made_s * missing + checked_s * (len(DISTRIBUTIONS) + self._repeats * len(_WHOLE))
 
     def begin(self) -> None:
         """Make one reference, if there is none yet, so that `predicted_s` knows."""
@@ -214,8 +217,9 @@ class FloatTest:
             if reason:
                 reason = f"{distribution} inputs: {reason}"
                 break
-        if self._repeats and not reason and set(distributions) == set(DISTRIBUTIONS):
-            reason = self._checked_whole(run_candidate)
+        if self._repeats and set(distributions) == set(DISTRIBUTIONS):
+            for distribution in _WHOLE:
+                reason = reason or self._checked_whole(run_candidate, distribution)
         if not errors and not reason:
             reason = f"the original fails on all test inputs: {refused}"
         seconds = time.perf_counter() - started
@@ -248,36 +252,48 @@ class FloatTest:
             pair, reason = self._compared(distribution, reference, found, noise)
         return pair, reason
 
-    def _whole_own(self) -> list[torch.Tensor]:
-        """Return what the original gives for inputs that do not repeat."""
-        if not self._wholes:
-            with suitable():
-                inputs = draw_inputs(self.original, _USUAL, self.seed + 1, self.device)
+    def _whole_own(self, distribution: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return what the original gives for inputs that do not repeat; of 16 bits, in float32 too."""
+        if distribution not in self._wholes:
+            inputs = self._whole_inputs(distribution)
+            wide: list[torch.Tensor] = []
             with self._drawing():
-                self._wholes = run_reference(self.original, inputs)
-        return self._wholes
+                own = run_reference(self.original, inputs)
+            if self._halves and distribution == _USUAL:
+                with self._drawing():
+                    wide = run_reference(self.original, inputs, dtype_override=torch.float32)
+            self._wholes[distribution] = (own, wide)
+        return self._wholes[distribution]
 
-    def _checked_whole(self, run_candidate: RunCandidate) -> str:
+    def _whole_inputs(self, distribution: str) -> list[torch.Tensor]:
+        with suitable():
+            return draw_inputs(self.original, distribution, self.seed + 1, self.device)
+
+    def _checked_whole(self, run_candidate: RunCandidate, distribution: str) -> str:
         """Hold results for inputs that do not repeat against the original's: no position stands for others."""
-        usual = self._references[_USUAL]
-        if isinstance(usual, str):
+        few = self._references[distribution]
+        if isinstance(few, str):
             return ""
-        own = self._whole_own()
+        own, wide = self._whole_own(distribution)
+        found, reason = self._found(run_candidate, self._whole_inputs(distribution))
+        if reason:
+            return reason
         with suitable():
-            inputs = draw_inputs(self.original, _USUAL, self.seed + 1, self.device)
-        found, reason = self._found(run_candidate, inputs)
-        with suitable():
-            if reason or not _strays(usual, own, found):
-                return reason
-            inputs = draw_inputs(self.original, _USUAL, self.seed + 1, self.device)
-            exact, moved = self._twice(self._all, inputs)
-            count = len(own)
-            reference = _Reference(exact[:count], moved[:count], own, {}, self._all, own)
-            _, reason = _worst(reference, found)
-            if reason and any(rows < _ENOUGH_ROWS for rows in map(rows_of, self.original.outputs)):
-                reference = self._moved_again(reference, _Drawn(inputs, lambda: inputs))
+            if wide:
+                near = _Reference(wide, own, own, {}, self._all, own)
+                reason = _other_noise(near, found) or _off_together(near, found)
+            if not reason and _strays(few, own, found):
+                inputs = self._whole_inputs(distribution)
+                exact, moved = self._twice(self._all, inputs)
+                count = len(own)
+                reference = _Reference(exact[:count], moved[:count], own, {}, self._all, own)
                 _, reason = _worst(reference, found)
-        return reason and f"{_USUAL} inputs, all of them: {reason}"
+                if reason and any(
+                    rows < _ENOUGH_ROWS for rows in map(rows_of, self.original.outputs)
+                ):
+                    reference = self._moved_again(reference, _Drawn(inputs, lambda: inputs))
+                    _, reason = _worst(reference, found)
+        return reason and f"{distribution} inputs, all of them: {reason}"
 
     def _compared(
         self, distribution: str, reference: "_Reference", found: list[torch.Tensor], noise: bool

@@ -652,3 +652,27 @@ def test_large_inputs_repeat_after_a_prime_number_of_elements(distribution: str)
     assert not torch.equal(first, second)
     if distribution not in ("constant-rows", "infinite"):  # which have something of rows
         assert torch.equal(first.reshape(-1)[PERIOD:], first.reshape(-1)[: first.numel() - PERIOD])
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    return (x.double() ** 2).mean().reshape(1, 1).float()
+
+
+def _powers(x: torch.Tensor) -> torch.Tensor:
+    return x.float().exp().mean(0, keepdim=True).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "candidate"), [(DType.F32, _squares), (DType.BF16, _powers)], ids=["scalar", "half"]
+)
+def test_a_mean_over_one_half_of_the_rows_is_seen_though_inputs_repeat(dtype, candidate) -> None:
+    """Large inputs are drawn in part, and one half of 2^21 numbers is nearly the other."""
+    x = b.input_("x", (2048, 1024), dtype)
+    wide = b.cast(x, DType.F32)
+    value = b.mul(wide, wide) if dtype is DType.F32 else b.exp(wide)
+    axes, count = ((-2, -1), 2048.0 * 1024) if dtype is DType.F32 else (-2, 2048.0)
+    mean = b.cast(b.div(b.reduce_sum(value, axes), count), dtype)
+    test = floating.FloatTest(b.kernel_graph("g", [x], [mean]), seed=1)
+    assert test.check(lambda tensors: [candidate(tensors[0])])
+    for rows in (slice(1024), slice(1024, None), slice(1536)):
+        assert not test.check(lambda tensors, rows=rows: [candidate(tensors[0][rows])])
