@@ -169,20 +169,20 @@ class Environment:
         if isinstance(rule, str):
             raise CodegenError(f"{node.op.name} has no expression: {rule}")
         operands = [self.value(i, broadcast_coords(i, coords)) for i in node.inputs]
-        bounded = over_range(operands, node, self.plan.bounds) if self.vector else None
-        text = bounded or rule(operands, node, self.vector)
-        if (
-            self.vector
-            and node.op is elementwise.ADD
-            and dtype is DType.I64
-            and not self.plan.fits(node)
-        ):
-            text = f"so::add_saturated({', '.join(operands)})"
-        if self.vector and node in self.plan.seen.rough:
-            text = self._rough(node, operands[0], coords)
+        special = self._in_vectors(node, operands, coords) if self.vector else None
+        text = special or rule(operands, node, self.vector)
         if node.op is elementwise.MUL and dtype in _CONTRACTED and self._is_added(node):
             text = f"rounded({text})"
         return self.define(text, dtype)
+
+    def _in_vectors(self, node: Node, operands: list[str], coords: Coordinates) -> str | None:
+        """Return the text of a value for which vectors have a form of their own; None for most."""
+        if node in self.plan.seen.rough:
+            return self._rough(node, operands[0], coords)
+        if node.op is elementwise.ADD and node.tensor.dtype is DType.I64:
+            fits = self.plan.fits(node)
+            return None if fits else f"so::add_saturated({', '.join(operands)})"
+        return over_range(operands, node, self.plan.bounds)
 
     def _rough(self, node: Node, operand: str, coords: Coordinates) -> str:
         """Return a function of 16 bits; a constant factor of its operand becomes one with that of its exponential."""

@@ -95,10 +95,12 @@ def _roots(outputs: tuple[Node, ...], constant: set[Node]) -> list[Node]:
     found: dict[Node, None] = {}
     edges = [i for n in topological(outputs) if n not in constant for i in n.inputs]
     stack = [n for n in (*edges, *outputs) if n in constant]
+    seen = set[Node]()
     while stack:
         node = _viewed(stack.pop())
-        if node.op is leaf.INPUT or _is_pattern(node):
+        if node in seen or node.op is leaf.INPUT or _is_pattern(node):
             continue
+        seen.add(node)
         if _is_masked(node):
             stack += node.inputs
         else:

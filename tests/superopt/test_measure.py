@@ -2,6 +2,7 @@
 
 import platform
 from ctypes import c_float
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -167,10 +168,11 @@ def test_what_takes_long_is_timed_seldom(monkeypatch: pytest.MonkeyPatch) -> Non
     calls: list[float] = []
 
     def timed(call: Any, repeats: int) -> float:
-        calls.append(call)
-        return float(call)
+        calls.append(call())
+        return calls[-1]
 
-    found = measure.interleaved([0.1, 0.12, 0.31], limit_s=60.0, timed=timed)  # type: ignore[list-item]
+    given = [partial(float, s) for s in (0.1, 0.12, 0.31)]
+    found = measure.interleaved(given, limit_s=60.0, timed=timed)
     assert found == [0.1, 0.12, 0.31]
     assert [calls.count(s) for s in found] == [4, 4, 1]
 

@@ -542,7 +542,7 @@ def label_loss(
         return b.constant(value, DType.I64)
 
     kept = b.ne(classes, whole(ignored))
-    index = b.add(classes, whole(shift)) if shift else classes
+    index = b.add(classes, whole(shift))
     columns = logits.shape[-1]
     if not table:
         hot = b.eq(index, b.iota((1, columns if last is None else last), -1))
