@@ -49,7 +49,9 @@ from superopt.watch import (
     tensors_check,
 )
 
-_PRIVATE: Final = frozenset(torch.nn.Module().__dict__)
+# The last is left in a module by `torch.compile`: nothing is computed from it, and the next process,
+# which compiles nothing, is to find the same plan.
+_PRIVATE: Final = frozenset({*torch.nn.Module().__dict__, BOUND, "_is_torch_compile"})
 WRAPS: Final = "_superopt_wraps"
 """What classes have whose instances compute the same as their `original`."""
 _COMPILED: Final = "_torchdynamo_orig_callable"
@@ -505,7 +507,7 @@ class _Walk:
             self.guards.contents.append((table, inside[table], inside[table].copy()))
             self.table(inside[table])
         for name in sorted(inside):
-            if name not in _PRIVATE and name != BOUND:
+            if name not in _PRIVATE:
                 self.place(inside, name, depth)
         self.guards.space(inside).add("training")
         self.note("training", module.training)

@@ -152,6 +152,13 @@ def test_fingerprints_tell_programs_apart():
     assert take_guards(Block()).fingerprint == prints[2]
 
 
+def test_a_module_that_torch_compile_was_given_keeps_its_fingerprint():
+    block = Block()
+    before = take_guards(block).fingerprint
+    torch.compile(block)
+    assert take_guards(block).fingerprint == before is not None
+
+
 def test_other_code_has_another_fingerprint():
     copy = types.FunctionType(
         helper.__code__.replace(co_consts=(None, 7)), {"SCALE": 2.0}, "helper"
