@@ -25,11 +25,12 @@ from superopt.codegen.cpu import find_compiler
 _ROOT = Path(__file__).resolve().parent.parent
 _SMALLEST_READ_BYTES = 1 << 20
 _MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+_EXPONENTIALS = 1 << 18  # input and result fit the second cache
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A library call that does nothing but move `amount` bytes, or `amount` operations."""
+    """A library call that does nothing but `amount` of one thing: bytes read, operations, exponentials."""
 
     call: Callable[[], Any]
     amount: int
@@ -37,12 +38,13 @@ class Probe:
 
 @dataclass
 class Probes:
-    """What a program is held against: a read of as many bytes, and a large matrix product.
+    """What a program is held against: a read of as many bytes, a large matrix product, exponentials.
 
     They are timed in turn with the program, since the speed of a machine that others use too changes
     within minutes. What fits a cache is read from there, as repeated calls find their inputs there.
     A CPU's product is the faster of the dtype's and float32's: without 16-bit instructions a library
-    is slower in 16 bits.
+    is slower in 16 bits. Exponentials are float32's, in the second cache, as no library's are faster in
+    16 bits.
     """
 
     device: str
@@ -50,11 +52,17 @@ class Probes:
     clock: Clock
     _product: Probe | None = None
 
-    def of(self, moved_bytes: int, flops: int) -> dict[str, Probe]:
+    def of(self, moved_bytes: int, flops: int, functions: int) -> dict[str, Probe]:
         """Return the probes for a program; one without contractions needs no product."""
         size = max(moved_bytes, _SMALLEST_READ_BYTES) // 4
         found = {"read": Probe(torch.ones(size, device=self.device).sum, 4 * size)}
-        return found | ({"product": self._large_product()} if flops else {})
+        if flops:
+            found["product"] = self._large_product()
+        if functions:
+            x = torch.zeros(_EXPONENTIALS, device=self.device)
+            exponentials = functools.partial(torch.exp, x, out=torch.empty_like(x))
+            found["functions"] = Probe(exponentials, _EXPONENTIALS)
+        return found
 
     def _large_product(self) -> Probe:
         if self._product is None:

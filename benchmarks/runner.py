@@ -81,12 +81,17 @@ class WorkloadResult:
     dtype: str
     moved_bytes: int
     flops: int
+    functions: int = 0
+    """Exponentials, logarithms and the like that an eager run evaluates."""
     bound_s: float = math.nan
-    """The longer of its traffic and its arithmetic, at the rates below."""
+    """The longer of its traffic and the arithmetic of its products, at the rates below."""
     bound_kind: str = ""
+    with_functions_s: float = math.nan
+    """The longer of its traffic and of products and functions one after the other."""
     read_bytes_per_s: float = math.nan
     product_flops_per_s: float | None = None
-    """Rates of a read of as many bytes and of a large product, timed in turn with the program."""
+    functions_per_s: float | None = None
+    """Rates of a read of as many bytes, a large product and exponentials, timed in turn with the program."""
     timings: dict[str, Timing] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     rounds: int = 0
@@ -110,6 +115,7 @@ def run_workload(workload: Workload, job: Job) -> WorkloadResult:
         str(job.dtype).removeprefix("torch."),
         moved_bytes=_size((*inputs, *_parameters(workload.program), *outputs)),
         flops=workload.operations(inputs),
+        functions=workload.functions(inputs) if job.device == "cpu" else 0,
     )
     built: list[Contender] = []
     for name in job.contenders:
@@ -143,7 +149,7 @@ def _time(
     result: WorkloadResult,
 ) -> None:
     calls = {contender.name: _bind(contender, inputs) for contender in exact}
-    probes = job.probes.of(result.moved_bytes, result.flops)
+    probes = job.probes.of(result.moved_bytes, result.flops, result.functions)
     samples, result.other_cores = _quietest(
         calls | {name: probe.call for name, probe in probes.items()}, job
     )
@@ -165,9 +171,12 @@ def _rate(probe: Probe, samples: list[float]) -> float:
 def _set_bound(result: WorkloadResult, rates: dict[str, float]) -> None:
     result.read_bytes_per_s = rates["read"]
     result.product_flops_per_s = rates.get("product")
+    result.functions_per_s = rates.get("functions")
     traffic_s = result.moved_bytes / rates["read"]
     arithmetic_s = result.flops / rates["product"] if result.flops else 0.0
+    functions_s = result.functions / rates["functions"] if result.functions else 0.0
     result.bound_s = max(traffic_s, arithmetic_s)
+    result.with_functions_s = max(traffic_s, arithmetic_s + functions_s)
     result.bound_kind = "memory" if traffic_s >= arithmetic_s else "compute"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import programs
+from benchmarks.functions import count_functions
 
 Program = Callable[..., Any]
 
@@ -103,9 +104,20 @@ class Workload:
         """Return the multiplications and additions of contractions in one run."""
         if self.flops is not None:
             return self.flops
-        with FlopCounterMode(display=False) as counter:
-            self.program(*inputs)
-        return int(counter.get_total_flops())
+        return _contractions(self.program, inputs)
+
+    def functions(self, inputs: tuple[Tensor, ...]) -> int:
+        """Return the exponentials and the like of one run, less those of scores that a mask hides."""
+        count = count_functions(self.program, inputs)
+        counted = _contractions(self.program, inputs)
+        hides = self.flops is not None and self.flops < counted
+        return count * self.operations(inputs) // counted if hides else count
+
+
+def _contractions(program: Program, inputs: tuple[Tensor, ...]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        program(*inputs)
+    return int(counter.get_total_flops())
 
 
 def attention(name: str, heads: int, queries: int, keys: int, width: int) -> Workload:

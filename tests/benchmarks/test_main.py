@@ -111,6 +111,7 @@ def test_faster_and_right_passes_the_check(
     assert set(workload["timings"]) == {"eager", "superopt"}
     traffic_s = 120 / workload["read_bytes_per_s"]
     assert workload["bound_s"] == max(traffic_s, 15 / workload["product_flops_per_s"])
+    assert workload["with_functions_s"] == workload["bound_s"]
     assert 0 < workload["bound_s"] < workload["timings"]["eager"]["spread"]["median"]
 
 
@@ -200,8 +201,9 @@ def test_what_no_time_is_left_for_is_named(
 
 def test_probes_are_as_large_as_the_program() -> None:
     probes = machine.Probes("cpu", torch.bfloat16, CpuClock())
-    assert set(probes.of(6 << 20, 0)) == {"read"}
-    found = probes.of(6 << 20, 1)
+    assert set(probes.of(6 << 20, 0, 0)) == {"read"}
+    assert set(probes.of(6 << 20, 0, 1)) == {"read", "functions"}
+    found = probes.of(6 << 20, 1, 0)
     assert {name: probe.amount for name, probe in found.items()} == {
         "read": 6 << 20,
         "product": 2 * 64**3,

@@ -17,6 +17,7 @@ def result(
     warm_s: float = 0.3,
     bound_s: float = 0.0028,
     kind: str = "memory",
+    functions: int = 0,
 ) -> WorkloadResult:
     def timing(seconds: float) -> Timing:
         return Timing(Spread(seconds, seconds, seconds), 1.0, Errors(0.0, 0.0))
@@ -26,7 +27,9 @@ def result(
         "float32",
         moved_bytes=1,
         flops=1,
+        functions=functions,
         bound_s=bound_s,
+        with_functions_s=1.5 * bound_s,
         bound_kind=kind,
         timings={"eager": timing(0.010), "compile": timing(0.008), "superopt": timing(0.004)},
         best_other="compile",
@@ -53,7 +56,12 @@ def test_each_target_is_missed_on_its_own_line() -> None:
         "a: search 181 s": result("a", 2.0, search_s=181.0),
         "a: warm start 1.01 s": result("a", 2.0, warm_s=1.01),
         "a: 69% of the bandwidth": result("a", 2.0, bound_s=0.00276),
-        "a: 50% of the rate of a large product": result("a", 2.0, bound_s=0.002, kind="compute"),
+        "a: 50% of the rate of a large product, must": result(
+            "a", 2.0, bound_s=0.002, kind="compute"
+        ),
+        "a: 40% of the bandwidth (60% with functions), must": result(
+            "a", 2.0, bound_s=0.0016, functions=1
+        ),
     }
     for line, missing in cases.items():
         (missed,) = missed_targets("cpu", [missing, result("b", 4.0)])
@@ -77,7 +85,7 @@ def test_table_shows_the_best_the_share_and_the_counts() -> None:
     text = table([result("good", 2.0), failed])
     good = next(line for line in text.split("\n") if line.startswith("good"))
     shown = " ".join(good.split())
-    assert shown == "good 10.000 8.000* 4.000 2.800 mem 70% 2.00x 5.0 12/3/? 0.30"
+    assert shown == "good 10.000 8.000* 4.000 2.800 mem 70% 105% 2.00x 5.0 12/3/? 0.30"
     assert "bad: max-autotune: RuntimeError: no" in text
 
 

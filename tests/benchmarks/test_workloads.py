@@ -1,10 +1,15 @@
 """The workloads count their operations, repeat their inputs, and agree with the library's kernels."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import workloads
+from benchmarks.functions import count_functions
 from benchmarks.workloads import CPU, CUDA, Workload
 
 TINY = (
@@ -39,6 +44,28 @@ def test_flops_are_those_of_the_contractions(workload: Workload) -> None:
     if workload.name == "decoder":  # the counter does not know the CPU's fused attention
         counted += 4 * 32 * 21
     assert workload.flops == counted
+
+
+@pytest.mark.parametrize(
+    ("program", "count"),
+    [
+        (lambda x: x @ x.T / (x * x).sum().sqrt(), 0),
+        (lambda x: torch.softmax(x @ x.T, -1), 9),
+        (lambda x: torch.logsumexp(x, -1) + F.softplus(x).sum(), 3 * 5 * 3),
+        (lambda x: torch.logaddexp(x[:, None], x), 2 * 3 * 3 * 5),
+        (lambda x: F.gelu(x.exp_()), 2 * 3 * 5),
+        (lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3), 9),
+        (lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3, is_causal=True), 6),
+    ],
+)
+def test_functions_are_counted_per_element(program: Callable[..., Any], count: int) -> None:
+    assert count_functions(program, (torch.ones(3, 5),)) == count
+
+
+def test_functions_of_hidden_scores_do_not_count() -> None:
+    for workload, count in ((TINY[0], 2 * 5 * 7), (TINY[1], 2 * 21)):
+        inputs = workload.inputs("cpu", torch.float32, seed=0)
+        assert workload.functions(inputs) == count
 
 
 @pytest.mark.parametrize("workload", [w for w in TINY if w.library], ids=lambda w: w.name)
