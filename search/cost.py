@@ -142,6 +142,8 @@ class _Op:
     closes: bool
     seconds_per_element: float
     product: _Product | None
+    masked: bool
+    """Whether a product has rows of the grid that masks compare with the loop's steps."""
     tile: int
     spills: bool
     kept: frozenset[Atom] | None
@@ -191,11 +193,11 @@ class KernelModel:
             self._present[node] = self._varies_over(node)
         self._extents = {a: self._space.extent(a) for a in schedule.roles}
         self._left = self._left_to_others()
+        self._visible = visible(schedule)
+        self._visible_elements = self._visible.share({})
         self._ops = [self._op(n) for n in schedule.region.body]
         self._reads = [self._read(n) for n in schedule.region.inputs]
         self._whole = [prod([self._extents[a] for a in atoms]) for atoms in self._sets]
-        self._visible = visible(schedule)
-        self._visible_elements = self._visible.share({})
         written = sum(n.tensor.size_bytes for n in schedule.region.outputs)
         self._written = _WRITTEN[machine.kind] * written
 
@@ -265,7 +267,11 @@ class KernelModel:
         row = self._set(self._along(shaped, -1))
         kept = present if node in self._left else None
         room = KEPT_BYTES if schedule.loop in present <= _split(schedule) else inf
-        return _Op(self._set(counted), row, passes, closes, rate, product, tile, spills, kept, room)
+        within = present | (self._space.reduced_by(node) if product else frozenset())
+        masked = {a for a in (schedule.loop, self._visible.grid) if a is not None} <= within
+        return _Op(
+            self._set(counted), row, passes, closes, rate, product, masked, tile, spills, kept, room
+        )
 
     def _left_to_others(self) -> set[Node]:
         """Return what kernels compute once for all blocks in turn that need it, if it is the same for them.
@@ -370,7 +376,8 @@ class KernelModel:
             if op.kept is not None and 4.0 * elements * trips <= op.room:
                 times /= self._sharing(op.kept, counts)
             if op.product is not None:
-                compute += times * self._product_s(op.product, elements, sizes, kept)
+                left = kept if op.masked else 1.0
+                compute += times * self._product_s(op.product, elements, sizes, left)
                 compute += times * self._transposed_s(op.product, sizes, counts)
             else:
                 wasted = self._rounded(op.row, sizes, machine.vector_lanes)

@@ -252,7 +252,9 @@ class Product:
         if self._in_pairs(a, b):
             self._pairs(a, b, c, m, n, k)
             return
-        if b.column == 1 or n.full == 1 != b.row:
+        if b.column == 1 and self._lies_scattered(b, m, n):
+            self._packed(self._prepared(a, m, n, k), b, c, m, n, k)
+        elif b.column == 1 or n.full == 1 != b.row:
             self._broadcast(a, b, c, m, n, k)
         elif b.row == 1 and self._runs_along(a, m, k):
             self._dot(a, b, c, m, n, k)
@@ -366,6 +368,15 @@ class Product:
         if m.full <= _FEW_ROWS:
             return k.full >= _SHORT_DOT
         return m.full <= _STREAM_ROWS and k.full >= _LONG_DOT
+
+    def _lies_scattered(self, b: _Matrix, m: Extent, n: Extent) -> bool:
+        """Say whether each row of the right operand starts another page, and all are read for many rows.
+
+        A panel of its columns is as many pages as it has rows, and in as few cache sets.
+        """
+        many = m.full > _STREAM_ROWS and n.full >= _MANY_COLUMNS
+        size = _ELEMENT_BYTES.get(b.element, 4)
+        return many and not b.in_scratch and abs(b.row) * size >= _PAGE_BYTES
 
     def _plain(self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent) -> None:
         flag = "true" if self.accumulate else "false"

@@ -649,6 +649,19 @@ def test_rows_and_columns_of_several_dims(folder, count):
     assert "tile" not in source.text.split("block(")[1]  # nothing is copied
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "panels"), [(40, 1100, 1), (8, 1100, 0), (40, 300, 0)]
+)
+def test_rows_a_page_apart_are_copied_where_many_rows_read_them(folder, rows, columns, panels):
+    x, w = b.input_("x", (rows, 24)), b.input_("w", (24, columns))
+    build = BlockBuilder("scattered", grid={"n": 2})
+    half = columns // 2
+    product = b.matmul(build.load(x, rows, 24), build.load(w, 24, ("n", half)))
+    build.store(product, (rows, columns), rows, ("n", half))
+    source = check(build.graph(), folder)
+    assert source.text.count("gemm_packed") == panels
+
+
 def test_a_reshape_of_what_a_loop_has_just_written(folder):
     x, w = b.input_("x", (2, 6, 20)), b.input_("w", (20, 8))
     build = BlockBuilder("twice", grid={"g": 1}, loops={"n": 3})

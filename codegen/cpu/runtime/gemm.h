@@ -378,8 +378,10 @@ SO_NOINLINE void pack_transposed(const T* from, long ld_from, long n, long k, fl
 
 // to[x, i] = from[x, i] for i < n, x < k, rows `ld_from` apart, converted to float. PAIRS: of every two
 // vectors the even elements come first, then the odd ones; what is left over at the end stays in order.
+// Rows some way ahead are fetched: each may start another page, where the processor does not run ahead itself.
 template <bool PAIRS = false, class T>
 SO_NOINLINE void pack_rows(const T* from, long ld_from, long n, long k, float* to, long ld_to) {
+  constexpr long AHEAD = 16;
   for (long x = 0; x < k; ++x, from += ld_from, to += ld_to) {
     long i = 0;
     if constexpr (PAIRS) {
@@ -388,7 +390,10 @@ SO_NOINLINE void pack_rows(const T* from, long ld_from, long n, long k, float* t
         store(to + i + VL, load_half<true>(from + i));
       }
     }
-    for (; i + VL <= n; i += VL) store(to + i, load<vf>(from + i));
+    for (; i + VL <= n; i += VL) {
+      __builtin_prefetch(from + AHEAD * ld_from + i, 0, 2);
+      store(to + i, load<vf>(from + i));
+    }
     if (i < n) store_n(to + i, load_n<vf>(from + i, n - i, 0.0f), n - i);
   }
 }
