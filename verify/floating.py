@@ -206,6 +206,29 @@ class FloatTest:
         seconds = time.perf_counter() - started
         return FloatVerdict(not reason, reason, self.seed, tuple(errors), seconds)
 
+    def near_few(self, part: Alike, run_few: RunCandidate, distributions: Sequence[str]) -> bool:
+        """Say whether a candidate for a `part` of the original, the one that this test looks at, errs as little.
+
+        That it is not said may have other reasons: `check` tells.
+        """
+        if part.few != self._part.few or self._picks:
+            return False
+        for distribution in distributions:
+            drawn = self._drawn(distribution)
+            begun = now()
+            reference = self._reference(distribution, drawn)
+            self._reference_s.setdefault(distribution, worked_s(begun))
+            if isinstance(reference, str):
+                return False
+            found = list(run_few(drawn.left))
+            with suitable():
+                if _worst(reference, found)[1]:
+                    return False
+                noise = self._halves and distribution == _USUAL
+                if noise and (_other_noise(reference, found) or _off_together(reference, found)):
+                    return False
+        return True
+
     def _found(
         self, run_candidate: RunCandidate, inputs: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], str]:

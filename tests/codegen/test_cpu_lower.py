@@ -649,9 +649,7 @@ def test_rows_and_columns_of_several_dims(folder, count):
     assert "tile" not in source.text.split("block(")[1]  # nothing is copied
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "panels"), [(40, 1100, 1), (8, 1100, 0), (40, 300, 0)]
-)
+@pytest.mark.parametrize(("rows", "columns", "panels"), [(40, 1100, 1), (8, 1100, 0), (40, 300, 0)])
 def test_rows_a_page_apart_are_copied_where_many_rows_read_them(folder, rows, columns, panels):
     x, w = b.input_("x", (rows, 24)), b.input_("w", (24, columns))
     build = BlockBuilder("scattered", grid={"n": 2})

@@ -645,3 +645,30 @@ def test_a_few_rows_choose_the_claims(times: float, monkeypatch: pytest.MonkeyPa
     assert found.equivalent is (times == 1.0)
     assert any(picked)
     assert (found.pieces != ()) is found.equivalent
+
+
+@pytest.mark.parametrize("glance", [False, True])
+def test_a_glance_picks_rows_where_a_proof_does_not(
+    glance: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a mask of positions a few rows do not tell what is finite."""
+    left = []
+
+    def spied(graph: Graph, **options: Any) -> Any:
+        found = alike(graph, 64, **options)
+        left.append(found.picked)
+        return found
+
+    monkeypatch.setattr(equivalence, "alike", spied)
+    monkeypatch.setattr(equivalence, "DIRECT_ERROR", 1e-9)
+    x, w = tensor("x", (24, 4)), tensor("w", (4, 3))
+    earlier = b.ge(b.iota((24, 24), -2), b.iota((24, 24), -1))
+    weights = b.exp(b.where(earlier, b.matmul(x, b.transpose(x)), b.constant(float("-inf"))))
+    results = [
+        b.matmul(b.matmul(weights, b.mul(x, factor)), b.mul(w, other))
+        for factor, other in ((2.0, 1.0), (1.0, 2.0), (1.0, 3.0))
+    ]
+    one, same_, wrong = (b.kernel_graph("g", [x, w], [result]) for result in results)
+    assert verify_field(one, same_, seed=1, glance=glance).equivalent
+    assert any(left) is glance
+    assert not verify_field(one, wrong, seed=1, glance=glance).equivalent

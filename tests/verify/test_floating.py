@@ -561,6 +561,33 @@ def test_results_that_read_all_rows_are_tested_everywhere(monkeypatch: pytest.Mo
         assert bool(test.check(candidate)) is (wrong == 0.0)
 
 
+@pytest.mark.parametrize("reads_all", [False, True])
+def test_variants_and_kernels_are_held_against_the_same_reference(
+    reads_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(floating, "alike", partial(alike, large=1 << 10))
+    x = b.input_("x", (256, 8))
+    scores = b.matmul(x, b.transpose(x)) if reads_all else b.exp(x)
+
+    def half(factor: float) -> Node:
+        weights = b.exp(b.sub(scores, b.reduce_max(scores, -1)))
+        return b.div(weights, b.mul(b.reduce_sum(weights, -1), factor))
+
+    original = graph(half(2.0))
+    test = floating.FloatTest(original, seed=1)
+    for factor, near in ((2.0, True), (2.001, False)):
+        both = original.with_outputs([*original.outputs, b.mul(half(1.0), 1.0 / factor)])
+        left = floating.sampled(both, repeated=True)
+        assert left.picked is reads_all
+        variant = left.graph.with_outputs(left.graph.outputs[1:])
+        run_few = partial(run_reference, variant)
+        assert test.near_few(left.first(1), run_few, floating.DISTRIBUTIONS[:2]) is near
+    monkeypatch.setattr(test, "_twice", None)  # nothing of it is computed again
+    assert test.check(lambda tensors: run_reference(original, tensors), ["normal", "uniform"])
+    whole = floating.Alike(original, (), {})
+    assert not test.near_few(whole, partial(run_reference, original), ["normal"])
+
+
 def test_few_rows_tell_of_instability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floating, "alike", partial(alike, large=1 << 10))
     x = b.input_("x", (512, 64))
