@@ -288,6 +288,10 @@ class Plan:
         base = self.operand_base(node)
         saturated = base.op is tile.LOAD or base in self.memory or base.op in _CHOICES
         saturated |= base.op is elementwise.ADD and self._adds_little(base)
+        if user.op is elementwise.WHERE:
+            return saturated
+        if user is not node and user.op is not elementwise.ADD and self._may_wrap(node):
+            return False
         if user.op in _CHOICES:
             return saturated
         if user.op is elementwise.ADD:
@@ -296,6 +300,15 @@ class Plan:
         others = [self.ranges[i] for i in user.inputs if i is not node]
         inside = all(_INT32[0] // 2 < a and b < _INT32[1] // 2 for a, b in others)
         return user.op in elementwise.COMPARISONS and saturated and inside
+
+    def _may_wrap(self, node: Node) -> bool:
+        """Say whether a sum that leaves 64 bits may be in a value: only where it is a place does nobody see it."""
+        base = self.operand_base(node)
+        if base in self.memory or self.fits(base):
+            return False
+        if base.op in _CHOICES:
+            return any(self._may_wrap(i) for i in base.inputs)
+        return base.op is elementwise.ADD
 
     def _adds_little(self, node: Node) -> bool:
         """Say whether a sum of 64 bits has one small operand: of a saturated one it is saturated, or nearly."""

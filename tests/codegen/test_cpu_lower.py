@@ -584,6 +584,27 @@ def test_a_place_per_lane_beyond_its_tensor_gives_nan(folder, used):
     assert torch.equal(got[:, inside], torch.gather(x, 1, places[:, inside] % 20))
 
 
+@pytest.mark.parametrize("used", ["compared", "chosen and compared", "clamped"])
+def test_sums_wrap_at_the_ends_of_64_bits(folder, used):
+    build = BlockBuilder("wraps", grid={"m": 1})
+    given = build.load(b.input_("i", (1, 40), DType.I64), 1, 40)
+    value = b.add(given, 5)
+    if used == "chosen and compared":
+        value = b.where(b.lt(given, 7), given, value)
+    elif used == "clamped":
+        value = b.maximum(value, 0)
+    below = b.where(b.lt(value, 100), b.full((1, 40), 1.0), b.full((1, 40), 0.0))
+    build.store(below, (1, 40), 1, 40)
+    graph = build.graph()
+    (kernel,) = compile_many([lower(graph, CpuConfig(), graph.name)], folder)
+    i = torch.arange(40)[None] * 4
+    i[0, :6] = torch.tensor([2**63 - 1, 2**63 - 5, 2**63 - 6, 2**31, -(2**40), -(2**63)])
+    got = torch.zeros(1, 40)
+    kernel(i.data_ptr(), got.data_ptr())
+    sums = torch.where(i < 7, i, i + 5) if used == "chosen and compared" else i + 5
+    assert torch.equal(got, (sums < 100).float())
+
+
 @pytest.mark.parametrize("dtype", [DType.F32, DType.I64])
 def test_scans_and_places_of_extremes(folder, dtype):
     build = BlockBuilder("along", grid={"a": 2})
