@@ -14,6 +14,7 @@ Each is a function from a node to its replacement, None where it does not fit; `
 names them as rules.
 """
 
+import math
 from math import prod
 from typing import Final
 
@@ -208,7 +209,9 @@ def maximum_out_of_shift(node: Node) -> Node | None:
     for own in leaves:
         if own.op is contraction.REDUCE_MAX and own.inputs[0] is x:
             top = b.finite_or_zero(own)
-            return b.mul(b.exp(b.sub(x, top)), b.exp(b.sub(top, shift)))
+            # a row of -inf alone has factors exp(-inf) and 1, or less: exp(0 - shift) may be too large
+            left = b.where(b.gt(own, -math.inf), own, b.minimum(shift, 0.0))
+            return b.mul(b.exp(b.sub(x, top)), b.exp(b.sub(left, shift)))
     return None
 
 

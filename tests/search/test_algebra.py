@@ -166,6 +166,21 @@ def test_rule_fires_and_both_sides_agree(number: int) -> None:
     torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
 
 
+def test_a_maximum_leaves_its_shift_where_a_row_has_none() -> None:
+    infinity = float("inf")
+    graph = case([x, sink], b.exp(b.sub(x, top)))
+    moved = apply_rules(graph, (MAXIMUM_OUT_OF_SHIFT,))
+    assert moved != graph
+    values = [
+        torch.full((5, 6), -infinity).index_fill(0, torch.tensor(0), 1.0),
+        torch.tensor([infinity, infinity, 3.0, -1000.0, -infinity])[:, None],
+    ]
+    (given,), (left,) = run_reference(graph, values), run_reference(moved, values)
+    assert given[4].isnan().all()
+    assert not given[:4].any()
+    torch.testing.assert_close(left, given, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("number", range(len(STAYS)))
 def test_rule_stays_away(number: int) -> None:
     rule, graph = STAYS[number]
