@@ -77,6 +77,8 @@ _PROOF: Final = 3.0
 """How many times as long as that the proof of a program may take: three draws."""
 _PROOF_IN_PIECES: Final = 1.5
 """The same where it is proven in pieces: the whole is drawn once in either, and pieces are small."""
+_LOOKED_AT_S: Final = 1.0
+"""How long a proof may take, as far as variants tell, for nobody to ask how long that of a program would."""
 LAST_S: Final = 2.0
 """For what comes after the proof: the program is compared with the original."""
 _LAST_SHARE: Final = 0.6
@@ -212,7 +214,9 @@ class Driver:
     statistics: Statistics = field(default_factory=Statistics)
     started: float = field(default_factory=lambda: time.monotonic())
     proof_s: float = 0.0
+    least_s: float = 0.0
     beyond_glance_s: float = 0.0
+    looked: bool = False
     kernel_s: float = _KERNEL_S
     original_s: float = inf
     timed: dict[str, float] = field(default_factory=dict)
@@ -232,9 +236,9 @@ class Driver:
         self.statistics.hurried += over
         return over
 
-    def _too_late(self) -> bool:
+    def _too_late(self, proof_s: float = 0.0) -> bool:
         """Say whether a proof that begins now is long and would end long after the budget."""
-        ending_s = self.proof_s + self.floats.predicted_s()
+        ending_s = max(proof_s, self.proof_s) + self.floats.predicted_s()
         late_s = time.monotonic() - self.started + ending_s - self.budget_s
         if min(ending_s, late_s) <= max(_OVERRUN_S, _OVERRUN * self.budget_s):
             return False
@@ -265,7 +269,8 @@ class Driver:
         # not even the first look would end in time
         if self.measurer.device.type == "cpu":
             whole_s, glance_s = (least_s(self.original, glance=g) for g in (False, True))
-            self.proof_s, self.beyond_glance_s = max(self.proof_s, whole_s), whole_s - glance_s
+            self.least_s, self.beyond_glance_s = whole_s, whole_s - glance_s
+            self.proof_s = max(self.proof_s, whole_s)
         if self._too_late():
             return None
         variants = self._variants()
@@ -330,8 +335,8 @@ class Driver:
             if seconds == inf:
                 self._reject("it does not run")
                 continue
-            if self._too_late():
-                break
+            if self._too_late(self._foreseen_s(program)):
+                continue
             try:
                 verdict = verify_field(
                     self.original, program, seed=self.seed, device=self.measurer.device
@@ -346,6 +351,12 @@ class Driver:
                 return program, verdict, seconds or inf
             self._reject(refusal)
         return None
+
+    def _foreseen_s(self, program: Graph) -> float:
+        """Return how long the proof of a program may take: its tiles may keep axes whole that variants are cut along."""
+        if self.proof_s <= _LOOKED_AT_S or self.measurer.device.type != "cpu":
+            return 0.0
+        return _PROOF_IN_PIECES * least_s(self.original, program)
 
     def _reject(self, why: str) -> None:
         self.statistics.rejected += 1
@@ -416,7 +427,13 @@ class Driver:
             self._reject(str(error))
             return False
         times = _PROOF_IN_PIECES if verdict.pieces else _PROOF
-        self.proof_s = max(self.proof_s, times * (worked_s(begun) + self.beyond_glance_s))
+        foreseen_s = times * (worked_s(begun) + self.beyond_glance_s)
+        # the first one of a process waits for memory; one that ends early tells nothing
+        if verdict.equivalent and self.looked:
+            foreseen_s = min(foreseen_s, self.proof_s)
+            self.proof_s = self.least_s
+        self.looked |= verdict.equivalent
+        self.proof_s = max(self.proof_s, foreseen_s)
         if not verdict.equivalent:
             self._reject(str(verdict))
         return verdict.equivalent

@@ -54,9 +54,13 @@ _STEADY: Final = 1.03
 _DISTURBED: Final = 0.1
 """The share of a call's time for which our threads waited for a processor that makes it a disturbed one."""
 _HOPELESS: Final = 1.6
+_CLEARLY: Final = 1.25
+"""The same of calls that take long: chance moves them less, and one time more of them costs more."""
 _LOST: Final = 3.0
 """How much slower than another a call that takes long must be for one time to be enough."""
 _TOLERANCE: Final = 2e-2
+_ROWS_SEEN: Final = 16
+"""Rows at which a kernel's results are looked at, at least."""
 _PIECE: Final = 1 << 17
 _PATIENCE_S: Final = 15.0
 _KERNEL_S: Final = 0.2
@@ -108,8 +112,8 @@ def interleaved(
     alive = [i for i in range(len(calls)) if i not in lost or samples[i].first <= _LOST * best]
     for number in range(_MORE * rounds):
         over = time.perf_counter() > end
-        if number >= 2 or over:
-            best = min(own.seconds() for own in samples)
+        best = min(own.seconds() for own in samples)
+        if over or number >= (1 if best >= _LONG_S else 2):
             alive = [i for i in alive if not samples[i].hopeless(best, over)]
         few = _FEW if min(own.seconds() for own in samples) < _VERY_LONG_S else 1
         if over and (number >= few or len(alive) < 2):
@@ -149,7 +153,8 @@ class _Samples:
 
     def hopeless(self, best: float, over: bool) -> bool:
         """Say whether another round would not help; in a disturbed moment that is not known."""
-        return bool(self.calm or over) and self.seconds() > _HOPELESS * best
+        most = _CLEARLY if best >= _LONG_S else _HOPELESS
+        return bool(self.calm or over) and self.seconds() > most * best
 
 
 @final
@@ -346,7 +351,7 @@ class Clock:
         try:
             with suitable():
                 # what a kernel writes elsewhere the test of the whole program sees
-                part = alike(expand(graph), picked=True)
+                part = alike(expand(graph), rows=_ROWS_SEEN, picked=True)
                 few = part.graph if part.few else graph
                 expected = run_reference(few, part.inputs(operands))
                 pairs = zip(part.outputs(results), expected, strict=True)

@@ -56,6 +56,8 @@ _MOST_ERROR = 0.5
 """Tests that say less than this are not worth repeating."""
 _SAMPLE = 1 << 15
 """How many elements of a value tell which others may be equal to it."""
+_LOOKED_FOR_S = 1.0
+"""How long a test of all may take that looks for views."""
 DIRECT_ERROR = 2.0**-10
 """Programs are tested whole while one test says so much; else in pieces, which then costs less."""
 
@@ -208,9 +210,9 @@ def _few_steps(joint: Graph, half: int, summed: float, picked: bool = False) -> 
     return Alike(joint, (), {node: node for node in topological(joint.outputs)})
 
 
-def least_s(graph: Graph, *, glance: bool = False) -> float:
-    """Return about how many seconds a test of a program takes at least."""
-    whole = _joint(graph, graph)
+def least_s(graph: Graph, candidate: Graph | None = None, *, glance: bool = False) -> float:
+    """Return about how many seconds a test of a program takes at least: against a candidate, if there is one."""
+    whole = _joint(graph, candidate or graph)
     left = alike(whole, summed=SUMMED).graph
     if _error(left, len(graph.outputs)) > DIRECT_ERROR:
         left = alike(left, summed=inf, rows=1, picked=glance or _pickable(whole)).graph
@@ -218,8 +220,13 @@ def least_s(graph: Graph, *, glance: bool = False) -> float:
 
 
 def provable(graph: Graph) -> bool:
-    """Say whether the degree of a graph allows a proof of a kernel that computes all of it."""
-    return _error(_joint(graph, graph), len(graph.outputs)) <= _MOST_ERROR
+    """Say whether the degree of a graph allows a proof of a kernel that computes all of it, in a test or a few.
+
+    Of what is large all rows would be computed to look for views in blocks, for a claim that asks for more.
+    """
+    whole = _joint(graph, graph)
+    large = seconds(work(list(topological(whole.outputs)))) > _LOOKED_FOR_S
+    return _error(whole, len(graph.outputs)) <= (DIRECT_ERROR if large else _MOST_ERROR)
 
 
 def _nests_exponentials(joint: Graph) -> bool:

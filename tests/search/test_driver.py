@@ -611,6 +611,21 @@ def test_a_proof_that_would_end_long_after_the_budget_is_not_begun() -> None:
     assert found._first_proven(programs) is not None
 
 
+def test_the_proof_of_a_program_may_take_longer_than_that_of_variants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph = PROGRAMS["norm_linear"]
+    found = Driver(graph, Target(), Predicted(), 5.0, 0, FloatTest(graph, seed=0))
+    long, short = expand(graph), graph
+    found.proof_s = 2.0
+    monkeypatch.setattr(driver, "least_s", lambda _, program: 40.0 if program is long else 0.1)
+    assert found._first_proven([long]) is None
+    assert found.statistics.stopped == "budget"
+    best = found._first_proven([long, short])
+    assert best is not None
+    assert best[0] is short
+
+
 def test_a_busy_moment_foretells_no_long_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = PROGRAMS["norm_linear"]
 

@@ -414,6 +414,19 @@ def test_what_degree_allows_no_proof_is_told_before() -> None:
     assert not provable(b.kernel_graph("g", [X], [power]))
 
 
+@pytest.mark.parametrize(
+    ("rows", "squared", "proven"), [(8, 20, 1), (1 << 26, 20, 0), (1 << 26, 8, 1)]
+)
+def test_what_is_large_is_proven_where_few_tests_are_enough(
+    rows: int, squared: int, proven: bool
+) -> None:
+    """More would look for views, among all its elements."""
+    power = x = b.input_("x", (rows, 8))
+    for _ in range(squared):
+        power = b.mul(power, power)
+    assert provable(b.kernel_graph("g", [x], [power])) is bool(proven)
+
+
 def test_nested_exponentials_are_bounded_by_the_smallest_prime() -> None:
     def error(x: Node) -> float:
         graph = b.kernel_graph("g", [X], [x, x])
