@@ -31,6 +31,7 @@ KEPT_WHOLE = (
     aten.dot.default,
     aten.baddbmm.default,
     aten.roll.default,
+    aten.im2col.default,
     aten.eye.default,
     aten.eye.m,
     aten.masked_fill.Scalar,

@@ -24,6 +24,8 @@ from superopt.ir.ops import leaf
 from superopt.ir.types import DType
 
 aten = torch.ops.aten
+_FEW = 8
+"""Elements of a window that kernels read as so many parts: one index for all is read element by element."""
 
 
 @rule(
@@ -112,11 +114,45 @@ def _diagonal(call: Call, x: Node, offset: int = 0, first: int = 0, second: int 
 @rule(aten.unfold.default)
 def _unfold(call: Call, x: Node, dim: int, size: int, step: int) -> Node:
     axis = x.tensor.rank + one_axis(x, dim)
-    count = call.shape[axis]
-    first = b.mul(b.iota((count, 1), -2, DType.I64), step)
-    windows = b.take(x, b.add(first, b.iota((1, size), -1, DType.I64)), axis)
+    windows = _windows(x, axis, size, call.shape[axis], step)
     rank = windows.tensor.rank
-    return b.permute(windows, [*(d for d in range(rank) if d != axis + 1), axis + 1])
+    return b.permute(windows, [*(d for d in range(rank) if d != axis), axis])
+
+
+@rule(aten.im2col.default)
+def _im2col(
+    call: Call,
+    x: Node,
+    size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Node:
+    first = x.tensor.rank - 2
+    for n in (0, 1):
+        x = b.pad(x, first + n, padding[n], padding[n])
+    for n in (1, 0):
+        axis = first + n
+        count = (x.shape[axis] - dilation[n] * (size[n] - 1) - 1) // stride[n] + 1
+        x = _windows(x, axis, size[n], count, stride[n], dilation[n])
+    order = (*range(first), first, first + 2, first + 1, first + 3)
+    return b.reshape(b.permute(x, order), call.shape)
+
+
+def _windows(x: Node, axis: int, size: int, count: int, step: int, dilation: int = 1) -> Node:
+    """Return `count` windows of an axis, which becomes two: [size, count]."""
+    outer, inner = x.shape[:axis], x.shape[axis + 1 :]
+    if step == size and dilation == 1:  # nothing is read twice
+        cut = b.reshape(b.slice_(x, axis, 0, count * size), (*outer, count, size, *inner))
+        rank = cut.tensor.rank
+        return b.permute(cut, [*range(axis), axis + 1, axis, *range(axis + 2, rank)])
+    last = (count - 1) * step + 1
+    if 0 < size <= _FEW:
+        starts = (n * dilation for n in range(size))
+        parts = [b.slice_(x, axis, n, n + last, step) for n in starts]
+        return b.concat([b.reshape(p, (*outer, 1, count, *inner)) for p in parts], axis)
+    first = b.mul(b.iota((size, 1), -2, DType.I64), dilation)
+    return b.take(x, b.add(first, b.mul(b.iota((1, count), -1, DType.I64), step)), axis)
 
 
 def _pieces(x: Node, dim: int, sizes: Sequence[int]) -> tuple[Node, ...]:

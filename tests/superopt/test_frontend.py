@@ -764,6 +764,22 @@ def test_views_that_leave_the_order_are_one_reshape_at_most(
     runner.check(lifted, function(x * 2) + 0, x)
 
 
+@pytest.mark.parametrize(
+    ("program", "joined"),
+    [
+        (lambda x: F.unfold(x, 3, padding=1), 2),
+        (lambda x: F.unfold(x, 2, stride=2), 0),
+        (lambda x: x.unfold(-1, 3, 1), 1),
+        (lambda x: x.unfold(-1, 4, 4), 0),
+    ],
+)
+def test_small_windows_are_parts_that_lie_somewhere(program: Any, joined: int) -> None:
+    ops = [n.op for n in lift(program, (torch.randn(2, 3, 12, 12),)).graph.nodes()]
+    assert structural.TAKE not in ops
+    assert structural.GATHER not in ops
+    assert ops.count(structural.CONCAT) == joined
+
+
 def test_nodes_know_the_users_line() -> None:
     lifted = lift(BertLayer().eval(), (randn(1, 3, 32),), {"mask": torch.ones(1, 3).bool()})
     (node,) = nodes_of(lifted, composite.SOFTMAX)

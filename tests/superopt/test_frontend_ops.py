@@ -482,6 +482,13 @@ def shapes(x: torch.Tensor, y: torch.Tensor, image: torch.Tensor) -> Results:
         "diagonal_below": torch.diagonal(x, -2),
         "unfold": x.unfold(1, 3, 2),
         "unfold_first": image.unfold(-2, 2, 1),
+        "unfold_apart": image.unfold(1, 2, 2),
+        "unfold_long": x.repeat(1, 4).unfold(-1, 11, 2),
+        "im2col": F.unfold(image, 3, padding=1),
+        "im2col_options": F.unfold(
+            image[0], (2, 3), dilation=(1, 2), padding=(0, 1), stride=(2, 1)
+        ),
+        "im2col_apart": F.unfold(image, 2, stride=2),
         "half": x.to(torch.float16),
         "int": (x * 5).to(torch.int32),
         "bool": x.to(torch.bool),
