@@ -31,6 +31,7 @@ from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import contiguous_strides, reshape_strides
 from superopt.search.reductions import (
     maximum_out_of_shift,
+    product_of_concat,
     reduce_in_parts,
     reduce_in_stages,
     reduce_of_concat,
@@ -398,6 +399,7 @@ BROADCAST_INTO_ELEMENTWISE: Final = Rule("broadcast-into-elementwise", _broadcas
 REDUCE_IN_STAGES: Final = Rule("reduce-in-stages", reduce_in_stages, exact=False)
 REDUCE_IN_PARTS: Final = Rule("reduce-in-parts", reduce_in_parts, exact=False)
 REDUCE_OF_CONCAT: Final = Rule("reduce-of-concat", reduce_of_concat, exact=False)
+PRODUCT_OF_CONCAT: Final = Rule("product-of-concat", product_of_concat, exact=False)
 SLICE_OF_CONCAT: Final = Rule("slice-of-concat", slice_of_concat)
 MAXIMUM_OUT_OF_SHIFT: Final = Rule("maximum-out-of-shift", maximum_out_of_shift, exact=False)
 FUSION_RULES: Final = (
@@ -405,6 +407,7 @@ FUSION_RULES: Final = (
     BROADCAST_INTO_ELEMENTWISE,
     SLICE_OF_CONCAT,
     REDUCE_OF_CONCAT,
+    PRODUCT_OF_CONCAT,
     MAXIMUM_OUT_OF_SHIFT,
     SCALE_OUT_OF_CONTRACTION,
     SCALE_OUT_OF_SUM,

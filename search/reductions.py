@@ -6,6 +6,10 @@
 - `reduce-in-parts`: the same along one long axis, cut into pieces of equal length (and a rest, reduced alone).
 - `reduce-of-concat`: a reduction over f(concat(a, b)) => the reductions over f(a) and f(b), combined: what
   is joined in memory only to be reduced is never joined.
+- `product-of-concat`: a product of f(concat(a, b)) => the products of f(a) and f(b), added up or joined, where
+  a part lies in memory, as a cache of keys does: it is read there, and not copied to be joined.
+- `product-of-concat`: a product of f(concat(a, b)) => the products of f(a) and f(b), added up or joined, where
+  most of it lies in memory, as a cache of keys does: few rows read it there, and nothing is copied.
 - `slice-of-concat`: a slice of f(concat(a, b)) within a => a slice of f(a).
 - `maximum-out-of-shift`: exp(x - max(m, c)) with m the maximum of x => exp(x - m) * exp(m - max(m, c)), so
   that the shift in the loop is a maximum over it and nothing else (not one of a term from outside).
@@ -15,6 +19,7 @@ names them as rules.
 """
 
 import math
+from itertools import accumulate
 from math import prod
 from typing import Final
 
@@ -27,6 +32,8 @@ from superopt.search.region import is_view, view_base
 
 _ENOUGH: Final = 64
 """Results that occupy the cores of a machine, and blocks enough that none of them waits for long."""
+_FEW_ROWS: Final = 64
+"""Rows of a product for which a copy of the other operand is not worth while."""
 _LONG: Final = 1 << 15
 """Elements along an axis that take longer to reduce than it takes to call one kernel more."""
 _COMBINE: Final = {
@@ -162,6 +169,8 @@ def _parts(node: Node, axis: int) -> list[Node] | None:
     """Return what `node` is along the parts of a concat under it; None where there is none."""
     if node.op is structural.CONCAT:
         return list(node.inputs) if node.attrs.axis == axis else None
+    if node.op in structural.VIEWS:
+        return _viewed_parts(node, axis)
     if node.op.kind is not OpKind.ELEMENTWISE:
         return None
     found = [_parts(i, axis) if len(i.shape) >= -axis else None for i in node.inputs]
@@ -183,6 +192,78 @@ def _parts(node: Node, axis: int) -> list[Node] | None:
         result.append(rebuild(node, tuple(operands)))
         start += size
     return result
+
+
+def _viewed_parts(view: Node, axis: int) -> list[Node] | None:
+    """Return a view of each part of what it looks at, where it keeps the axis."""
+    (x,) = view.inputs
+    if view.op is structural.PERMUTE:
+        parts = _parts(x, view.attrs.perm[axis] - len(view.shape))
+        return parts and [b.permute(part, view.attrs.perm) for part in parts]
+    if view.op is structural.BROADCAST:
+        shaped, places = b.broadcast, [axis]
+    elif view.op is structural.RESHAPE:
+        inside = prod(view.shape[axis:])
+        shaped, places = (
+            b.reshape,
+            [a for a in range(-len(x.shape), 0) if prod(x.shape[a:]) == inside],
+        )
+    else:
+        return None
+    same = next((a for a in places if x.shape[a] == view.shape[axis] > 1), None)
+    parts = None if same is None else _parts(x, same)
+    if parts is None or same is None:
+        return None
+    at = len(view.shape) + axis
+    before, after = view.shape[:at], view.shape[at + 1 :]
+    return [shaped(part, (*before, part.shape[same], *after)) for part in parts]
+
+
+def product_of_concat(node: Node) -> Node | None:
+    """Multiply the parts of an operand that is joined of what lies in memory, and is read by few rows."""
+    if node.op is not contraction.MATMUL:
+        return None
+    left, right = node.inputs
+    rows, columns = node.shape[-2:]
+    terms: tuple[list[Node], list[Node]] | None = None
+    if rows <= _FEW_ROWS and (parts := _stored_parts(right, -2)) is not None:
+        terms = _cut(left, -1, [p.shape[-2] for p in parts]), parts
+    elif columns <= _FEW_ROWS and (parts := _stored_parts(left, -1)) is not None:
+        terms = parts, _cut(right, -2, [p.shape[-1] for p in parts])
+    elif rows <= _FEW_ROWS and (parts := _stored_parts(right, -1)) is not None:
+        return b.concat([b.matmul(left, part) for part in parts], -1)
+    if terms is None or not all(terms):
+        return None
+    result, *others = (b.matmul(x, y) for x, y in zip(*terms, strict=True))
+    for other in others:
+        result = b.elementwise_op(elementwise.ADD, result, other)
+    return result
+
+
+def _stored_parts(node: Node, axis: int) -> list[Node] | None:
+    """Return the parts of a joined tensor if most of it lies in memory."""
+    parts = _parts(node, axis)
+    if parts is None:
+        return None
+    stored = sum(part.shape[axis] for part in parts if _is_stored(part))
+    return parts if 2 * stored > node.shape[axis] else None
+
+
+def _is_stored(node: Node) -> bool:
+    while node.op is elementwise.CAST or node.op in structural.VIEWS:
+        node = node.inputs[0]
+    return node.op is leaf.INPUT
+
+
+def _cut(node: Node, axis: int, sizes: list[int]) -> list[Node]:
+    """Return parts of the given sizes along an axis: those that are there, or slices of what lies in memory."""
+    parts = _parts(node, axis)
+    if parts is not None and [part.shape[axis] for part in parts] == sizes:
+        return parts
+    if not _is_stored(node):
+        return []
+    ends = list(accumulate(sizes))
+    return [b.slice_(node, axis, end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def slice_of_concat(node: Node) -> Node | None:

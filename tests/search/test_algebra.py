@@ -15,6 +15,7 @@ from superopt.search.algebra import (
     GATHER_BELOW_ELEMENTWISE,
     GATHER_TO_SELECT,
     MAXIMUM_OUT_OF_SHIFT,
+    PRODUCT_OF_CONCAT,
     REDUCE_IN_PARTS,
     REDUCE_IN_STAGES,
     REDUCE_OF_CONCAT,
@@ -41,6 +42,11 @@ deep = b.input_("deep", (3, 9, 11))
 long = b.input_("long", (5, 7))
 wide = b.input_("wide", (70, 3, 4))
 tall = b.input_("tall", (3, 64, 9))
+cache, new = b.input_("cache", (2, 8, 5)), b.input_("new", (2, 1, 5))
+keys = b.concat([cache, b.exp(new)], -2)
+many = b.input_("many", (2, 65, 5))
+query, weights = b.input_("query", (4, 3, 5)), b.input_("weights", (2, 3, 9))
+grouped = b.reshape(b.broadcast(b.reshape(keys, (2, 1, 9, 5)), (2, 2, 9, 5)), (4, 9, 5))
 vast, prime = b.input_("vast", (1, 40000)), b.input_("prime", (2, 32771, 1))
 
 
@@ -78,6 +84,25 @@ FIRES = [
         REDUCE_OF_CONCAT,
         case([sink, x, long], b.reduce_sum(b.mul(joined, b.add(long, joined)), -1)),
     ),
+    # scores of a cache and a new key, values of both, heads that share them, and weights that are cut
+    (PRODUCT_OF_CONCAT, case([query, cache, new], b.matmul(query, b.transpose(grouped)))),
+    (PRODUCT_OF_CONCAT, case([weights, cache, new], b.matmul(weights, keys))),
+    (
+        PRODUCT_OF_CONCAT,
+        case([weights, cache, new], b.matmul(b.transpose(keys), b.transpose(weights))),
+    ),
+    (
+        PRODUCT_OF_CONCAT,
+        case(
+            [weights, cache, new],
+            b.matmul(
+                b.exp(b.concat([b.slice_(weights, -1, k, k + s) for k, s in ((0, 8), (8, 1))], -1)),
+                keys,
+            ),
+        ),
+    ),
+    (SLICE_OF_CONCAT, case([sink, x], b.slice_(b.transpose(joined), -2, 2, 6, 2))),
+    (SLICE_OF_CONCAT, case([cache, new], b.slice_(grouped, -2, 2, 6, 2))),
     (SLICE_OF_CONCAT, case([sink, x], b.slice_(joined, -1, 2, 6, 2))),
     (SLICE_OF_CONCAT, case([sink, x], b.slice_(b.div(joined, row), -1, 0, 1))),
     (BROADCAST_INTO_ELEMENTWISE, case([x, sink], b.div(x, b.broadcast(sink, (5, 6))))),
@@ -103,6 +128,14 @@ STAYS = [
     (REDUCE_IN_STAGES, case([wide], b.reduce_sum(wide, (-2, -1)))),
     # joined along another axis, or read as a whole
     (REDUCE_OF_CONCAT, case([sink, x], b.reduce_sum(joined, -2))),
+    # most of it is computed, weights are, too, many rows pay the copy, or rows are joined
+    (
+        PRODUCT_OF_CONCAT,
+        case([weights, cache, new], b.matmul(weights, b.concat([b.exp(cache), new], -2))),
+    ),
+    (PRODUCT_OF_CONCAT, case([weights, cache, new], b.matmul(b.exp(weights), keys))),
+    (PRODUCT_OF_CONCAT, case([many, cache, new], b.matmul(many, b.transpose(keys)))),
+    (PRODUCT_OF_CONCAT, case([cache, new, y], b.matmul(keys, b.slice_(y, -2, 0, 5)))),
     # nothing else gives the result its shape
     (BROADCAST_INTO_ELEMENTWISE, case([sink], b.exp(b.broadcast(sink, (5, 6))))),
     # the slice meets both parts
