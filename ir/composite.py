@@ -179,13 +179,14 @@ def _rms_norm(inputs: tuple[Node, ...], attrs: NormAttrs) -> Node:
 
 def _sdpa(inputs: tuple[Node, ...], attrs: AttentionAttrs) -> Node:
     q, k, v, *mask = inputs
-    dtype = q.tensor.dtype
+    given, dtype = q.tensor.dtype, q.tensor.dtype.wide
     heads, kv_heads = q.shape[-3], k.shape[-3]
     if heads != kv_heads:
         q = b.reshape(q, (*q.shape[:-3], kv_heads, heads // kv_heads, *q.shape[-2:]))
         k = b.reshape(k, (*k.shape[:-2], 1, *k.shape[-2:]))
         v = b.reshape(v, (*v.shape[:-2], 1, *v.shape[-2:]))
-    scores = b.mul(b.matmul(q, b.transpose(k)), attrs.scale)
+    # torch keeps scores of 16-bit tensors in float32, and rounds what multiplies the values
+    scores = b.mul(b.matmul(b.cast(q, dtype), b.cast(b.transpose(k), dtype)), attrs.scale)
     if mask:
         m = b.reshape_to_rank(mask[0], len(inputs[0].shape))
         if heads != kv_heads:
@@ -200,7 +201,7 @@ def _sdpa(inputs: tuple[Node, ...], attrs: AttentionAttrs) -> Node:
         rows = b.iota((*shape[:-1], 1), -2)
         columns = b.iota((*shape[:-2], 1, shape[-1]), -1)
         scores = b.where(b.ge(rows, columns), scores, b.constant(float("-inf"), dtype))
-    result = b.matmul(_softmax((scores,), AxisAttrs(-1)), v)
+    result = b.matmul(b.cast(_softmax((scores,), AxisAttrs(-1)), given), v)
     return (
         b.reshape(result, (*result.shape[:-4], heads, *result.shape[-2:]))
         if (heads != kv_heads)

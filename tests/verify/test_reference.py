@@ -96,6 +96,16 @@ def test_library_function_equals_definition(name: str, inputs: list[Node], outpu
     torch.testing.assert_close(got, wide.float())
 
 
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
+def test_scores_of_16_bit_attention_are_not_rounded(dtype: DType) -> None:
+    inputs = [b.input_(name, (2, 4, 7, 16), dtype) for name in "qkv"]
+    graph = graph_of(inputs, make(composite.ATTENTION, inputs, AttentionAttrs(0.25, False)))
+    tensors = [8 * randn(*n.shape, seed=i).to(DTYPES[dtype]) for i, n in enumerate(inputs)]
+    (exact,) = run_reference(graph, tensors, dtype_override=torch.float64)
+    library, defined = (run_reference(g, tensors)[0].double() for g in (graph, expand(graph)))
+    assert (defined - exact).norm() <= 2 * (library - exact).norm()
+
+
 def test_float64_keeps_constants_and_casts_exact() -> None:
     x = b.input_("x", (4,), DType.BF16)
     y = b.cast(b.mul(b.cast(x, DType.F16), b.constant(0.1, DType.F16)), DType.F32)
