@@ -21,7 +21,7 @@ import torch
 from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph, Level
 from superopt.ir.interpret import interpret
-from superopt.ir.node import Node, make, rebuild, rewrite, topological
+from superopt.ir.node import Node, make, rebuild, rewrite, topological, users_of
 from superopt.ir.ops import contraction, elementwise, leaf
 from superopt.ir.ops.registry import Op
 from superopt.ir.semantics import to_primitives
@@ -194,8 +194,22 @@ def _verified(
 
 
 def _pickable(joint: Graph) -> bool:
-    """Say whether a few steps tell which values are finite: no position is known, and nothing infinite given."""
-    return not any(n.op is leaf.IOTA or infinite_constant(n) for n in topological(joint.outputs))
+    """Say whether a few steps tell which values are finite: no position is known, and nothing infinite given.
+
+    What is compared with infinity alone (a running maximum, whether it has met a number) gets nothing of it.
+    """
+    users, results = users_of(joint.outputs), frozenset(joint.outputs)
+    infinite = set[Node]()
+    for node in topological(joint.outputs):
+        if node.op is leaf.IOTA:
+            return False
+        if infinite_constant(node):
+            infinite.add(node)
+    return infinite.isdisjoint(results) and all(
+        user in infinite or user.op in elementwise.COMPARISONS
+        for node in infinite
+        for user in users[node]
+    )
 
 
 def _few_steps(joint: Graph, half: int, summed: float, picked: bool = False) -> Alike:

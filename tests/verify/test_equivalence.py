@@ -660,6 +660,17 @@ def test_a_few_rows_choose_the_claims(times: float, monkeypatch: pytest.MonkeyPa
     assert (found.pieces != ()) is found.equivalent
 
 
+def test_what_is_compared_with_infinity_tells_no_position() -> None:
+    x = tensor("x", (24, 4))
+    lowest = b.broadcast(b.constant(float("-inf")), (24, 1))
+    shift = b.reduce_max(x, -1)
+    guarded = b.sub(x, b.where(b.gt(shift, lowest), shift, b.constant(0.0)))
+    hidden = b.where(b.gt(x, b.constant(0.0)), x, lowest)
+    counted = b.mul(x, b.cast(b.iota((24, 1), -2), DType.F32))
+    for result, few in ((guarded, True), (hidden, False), (counted, False), (lowest, False)):
+        assert equivalence._pickable(b.kernel_graph("g", [x], [result])) is few
+
+
 @pytest.mark.parametrize("glance", [False, True])
 def test_a_glance_picks_rows_where_a_proof_does_not(
     glance: bool, monkeypatch: pytest.MonkeyPatch
