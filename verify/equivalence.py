@@ -556,7 +556,7 @@ def _run(
     # a first look, which asks for less, sees fewer outcomes too
     part = min(1.0, log2(error_bound) / log2(DEFAULT_ERROR_BOUND))
     for outcomes, elements in wanted:
-        tests = max(tests, min(MAX_TESTS, ceil(part * outcomes / elements)))
+        tests = max(tests, ceil(part * min(MAX_TESTS, outcomes / elements)))
     needs = needed_residues(joint, by_order=by_order)
     primes: list[tuple[int, int]] = []
     seeds: list[int] = []

@@ -696,3 +696,13 @@ def test_a_glance_picks_rows_where_a_proof_does_not(
     assert verify_field(one, same_, seed=1, glance=glance).equivalent
     assert any(left) is glance
     assert not verify_field(one, wrong, seed=1, glance=glance).equivalent
+
+
+def test_a_first_look_makes_a_third_of_the_tests_of_a_proof() -> None:
+    x, lengths = b.input_("x", (2, 30)), b.input_("lengths", (2, 1), DType.I64)
+    seen = b.where(b.lt(b.iota((1, 30), -1, DType.I64), lengths), x, 0.0)
+    sums = b.reduce_sum(b.mul(seen, 2.0), -1), b.mul(b.reduce_sum(seen, -1), 2.0)
+    graphs = [b.kernel_graph("g", [x, lengths], [result]) for result in sums]
+    look = verify_field(*graphs, seed=1, error_bound=2.0**-20)
+    proof = verify_field(*graphs, seed=1)
+    assert (look.tests, proof.tests) == (22, 64)
