@@ -38,6 +38,11 @@ KEPT_WHOLE = (
     aten.masked_fill.Tensor,
     aten.lstm.input,
     aten.gru.input,
+    # sums and copies by row: as index_put they go element by element
+    aten.index_add.default,
+    aten.index_add_.default,
+    aten.index_copy.default,
+    aten.index_copy_.default,
     # PyTorch breaks them up into others that give other results: behind the -1 that ends a row's labels,
     # and for NaN
     aten.multilabel_margin_loss_forward.default,

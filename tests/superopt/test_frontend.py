@@ -780,6 +780,15 @@ def test_small_windows_are_parts_that_lie_somewhere(program: Any, joined: int) -
     assert ops.count(structural.CONCAT) == joined
 
 
+@pytest.mark.parametrize("name", ["index_add", "index_copy", "index_add_"])
+def test_rows_that_are_added_or_copied_are_one_operator(name: str) -> None:
+    lifted = lift(
+        lambda x, i, y: getattr(x * 2, name)(0, i, y), (randn(4, 3), torch.arange(2), randn(2, 3))
+    )
+    (row,) = nodes_of(lifted, library.OPAQUE)
+    assert row.attrs.target == f"aten.{name.rstrip('_')}.default"
+
+
 def test_nodes_know_the_users_line() -> None:
     lifted = lift(BertLayer().eval(), (randn(1, 3, 32),), {"mask": torch.ones(1, 3).bool()})
     (node,) = nodes_of(lifted, composite.SOFTMAX)

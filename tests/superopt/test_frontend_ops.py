@@ -563,6 +563,8 @@ def opaque(x: torch.Tensor, i: torch.Tensor) -> Results:
         "erfc": torch.special.erfc(x),
         "digamma": torch.digamma(x.abs() + 1),
         "index_put": x.index_put((i[:, 0] % x.shape[0],), x[0]),
+        "index_add": torch.zeros_like(x).index_add_(0, i[:, 0] % x.shape[0], x, alpha=2),
+        "index_copy": x.index_copy(0, i[:1, 0] % x.shape[0], x[:1] * 2),
         "upsample": F.interpolate(x[None, None], scale_factor=2, mode="nearest"),
         "fft": torch.fft.rfft(x).abs(),
     }
