@@ -225,11 +225,15 @@ def _few_steps(joint: Graph, half: int, summed: float, picked: bool = False) -> 
 
 
 def least_s(graph: Graph, candidate: Graph | None = None, *, glance: bool = False) -> float:
-    """Return about how many seconds a test of a program takes at least: against a candidate, if there is one."""
+    """Return about how many seconds a test of a program takes at least: against a candidate, if there is one.
+
+    Its kernels are claims, in which no rows are picked.
+    """
     whole = _joint(graph, candidate or graph)
     left = alike(whole, summed=SUMMED).graph
     if _error(left, len(graph.outputs)) > DIRECT_ERROR:
-        left = alike(left, summed=inf, rows=1, picked=glance or _pickable(whole)).graph
+        picked = glance or (candidate is None and _pickable(whole))
+        left = alike(left, summed=inf, rows=1, picked=picked).graph
     return seconds(work(list(topological(left.outputs))))
 
 
