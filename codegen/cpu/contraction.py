@@ -34,13 +34,19 @@ _FEW_ROWS = 4
 _PANEL_DEPTH = 512
 _SHORTEST_RUN = 16
 _MOST_LANES = 16
+# rows up to which a product waits for what it transposes next, if its panels outgrow the first cache: 1.26 of the
+# speed at 37, 1.04 at 128, 0.95 at 517; 0.97 where k is 64 (AMX processor, two threads, float32, 2026-11-22)
+_FETCHED_ROWS, _FETCHED_DEPTH = 192, 128
+# in place of the usual register tile there: more rows read the panel less often, while its successor is fetched
+# (1 to 14 % at 37 to 77 rows), but a panel of one vector that is left costs as much as it gains
+_USUAL_TILE, _TALL_TILE, _ONE_LEFT = (6, 4), (8, 3), range(49, 65)
 _STRETCH, _LINE, _CACHE_WAY = 256, 16, 1024  # floats: a quarter of the sets, a line, all sets
 _LINE_BYTES, _PAGE_BYTES = 64, 4096
 _ELEMENT_BYTES = {"so::bf16": 2, "so::f16": 2}
 _DOT_PARTS = 8  # groups of rows that gemm_dot has under way
 _HALF_CACHE_BYTES = 1 << 20  # the second one
 _STRIP = 240  # see gemm_swapped
-_SWAPPED_TILES = {2: 12, 3: 8, 4: 6, 5: 5}  # vectors and rows of its register tiles
+_SWAPPED_TILES = {2: 12, 3: 8}  # vectors and rows of its register tiles
 _FILLED = 0.8  # how full their lanes must be
 _DEPTH, _PANEL = 32, 32  # of a tile, and columns in pairs: see runtime/gemm_bf16.h
 
@@ -406,7 +412,7 @@ class Product:
         return a.element != "float" or (shared and not a.in_scratch)
 
     def _swapped_lanes(self, m: Extent, n: Extent, k: Extent) -> tuple[int, int] | None:
-        """Return the vectors of a register tile, and all lanes, that hold the rows as columns, where that pays.
+        """Return the vectors of a register tile, and their lanes, that hold the rows as columns, where that pays.
 
         It does where they fill vectors, and are few beside what else would be transposed.
         """
@@ -415,12 +421,11 @@ class Product:
             return None
         if 3 * m.full * (k.full + n.full) > k.full * n.full:
             return None
-        lanes = {v: -(-m.full // (_MOST_LANES * v)) * _MOST_LANES * v for v in _SWAPPED_TILES}
-        # the widest of those that waste least
-        vectors = min(reversed(lanes), key=lanes.__getitem__)
-        if m.full < _FILLED * lanes[vectors] or 4 * lanes[vectors] * k.full > _HALF_CACHE_BYTES:
+        vectors = -(-m.full // _MOST_LANES)
+        lanes = vectors * _MOST_LANES
+        if vectors not in _SWAPPED_TILES or m.full < _FILLED * lanes:
             return None
-        return vectors, lanes[vectors]
+        return None if 4 * lanes * k.full > _HALF_CACHE_BYTES else (vectors, lanes)
 
     def _swap(
         self, a: _Matrix, b: _Matrix, c: _Matrix, extents: list[Extent], vectors: int, lanes: int
@@ -446,23 +451,26 @@ class Product:
         if a.element != "float":
             along = a.column == 1
             a = self._copied_rows(a, m, k) if along else _swapped(self._pack(_swapped(a), k, m))
-        rows, vectors = self._register_tile(m, n)
+        waits = m.full <= _FETCHED_ROWS and k.full >= _FETCHED_DEPTH
+        fetched = waits and not b.in_scratch and b.row == 1
+        rows, vectors = self._register_tile(m, n, tall=fetched and n.full not in _ONE_LEFT)
         # stretches of about one length: a short last one costs a pass over the result like any other
         depth = _stretch(k)
         panel = self.context.allocate(
             (depth, config.vectors * _MOST_LANES), DType.F32, "panel", dense=True
         )
         self.context.write(
-            f"gemm_packed<{rows}, {vectors}, {_flag(self.accumulate)}, {m.static}, {n.static}, {depth}>"
+            f"gemm_packed<{rows}, {vectors}, {_flag(self.accumulate)}, {m.static}, {n.static}, {depth}, {_flag(fetched)}>"
             f"({m.text}, {n.text}, {k.text}, {a.text}, {a.row}L, {a.column}L, {b.text}, "
             f"{b.column}L, {b.row}L, {panel.pointer}, {c.text}, {c.row}L{self._bands()});"
         )
 
-    def _register_tile(self, m: Extent, n: Extent) -> tuple[int, str]:
+    def _register_tile(self, m: Extent, n: Extent, *, tall: bool = False) -> tuple[int, str]:
         """Return rows and vectors: as even a division of the rows as the configuration allows."""
-        config = self.context.config
-        parts = -(-m.full // config.rows)
-        return -(-m.full // parts), f"(int)min_of({config.vectors}, ({n.full} + VL - 1) / VL)"
+        tile = (self.context.config.rows, self.context.config.vectors)
+        rows, vectors = _TALL_TILE if tall and tile == _USUAL_TILE else tile
+        parts = -(-m.full // rows)
+        return -(-m.full // parts), f"(int)min_of({vectors}, ({n.full} + VL - 1) / VL)"
 
     def _broadcast(
         self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent

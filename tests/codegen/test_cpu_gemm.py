@@ -165,7 +165,7 @@ def test_packed_any_extent(folder, width, element):
         "static float panel[48 * 2 * VL];\n"
         "if (e[3]) gemm_packed<4, 2, true, -1, -1, 48>(m, n, k, a, k, 1, b, k, 1, panel, c, e[4]);\n"
         "else if (n == 70)\n"
-        "  gemm_packed<4, 2, false, 37, 70, 48>(m, n, k, a, k, 1, b, k, 1, panel, c, e[4]);\n"
+        "  gemm_packed<4, 2, false, 37, 70, 48, true>(m, n, k, a, k, 1, b, k, 1, panel, c, e[4]);\n"
         "else gemm_packed<4, 2, false, -1, -1, 48>(m, n, k, a, k, 1, b, k, 1, panel, c, e[4]);",
         folder,
         width,

@@ -266,17 +266,28 @@ def test_linear(folder, shape, tiles, transposed, contraction_):
     check(graph, folder, config=CpuConfig(contraction=contraction_), tolerance=5e-4)
 
 
-@pytest.mark.parametrize("rows", [77, 90])
+@pytest.mark.parametrize("rows", [41, 90])
 @pytest.mark.parametrize("inner", [600, 300])
-def test_tens_of_rows_are_the_columns_of_a_product(folder, rows, inner):
+def test_some_rows_are_the_columns_of_a_product(folder, rows, inner):
     graph = linear(rows, 600, 2000, (48 if rows == 90 else rows, inner, 1300), transposed=True)
     assert "gemm_swapped<" in check(graph, folder, tolerance=5e-4).text
 
 
-@pytest.mark.parametrize("shape", [(33, 600, 600), (48, 64, 2000), (48, 2000, 64)])
+@pytest.mark.parametrize("shape", [(33, 600, 600), (64, 600, 600), (48, 64, 2000), (48, 2000, 64)])
 def test_rows_that_fill_no_vectors_or_are_not_few_stay_rows(shape):
     source = lower(linear(*shape, shape, transposed=True), CpuConfig(), "k")
     assert "gemm_swapped<" not in source.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "tile", "fetched"),
+    [(37, 300, (8, 3), "true"), (37, 96, (6, 4), "false"), (517, 300, (6, 4), "false")],
+)
+def test_what_few_rows_transpose_next_is_fetched(rows, depth, tile, fetched):
+    graph = linear(rows, depth, 200, (rows, depth, 80), transposed=True)
+    text = lower(graph, CpuConfig(), "k").text
+    assert f"gemm_packed<{tile[0]}, (int)min_of({tile[1]}, " in text
+    assert f", {depth}, {fetched}>({rows}, n0, {depth}" in text
 
 
 def test_norm_linear(folder):

@@ -8,7 +8,7 @@
 //   gemm_nn   B contiguous along n; A is broadcast, its strides are free
 //   gemm_dot  A and B contiguous along k: vectors along k, one horizontal sum per output
 //   gemm_packed  B contiguous along k, many rows of A: gemm_nn on parts of B, transposed
-//   gemm_swapped  the same for some tens of rows of A: these are transposed, and the result back
+//   gemm_swapped  the same for up to 48 rows of A: these are transposed, and the result back
 //   pack      copies that make one of the above applicable, or its walk contiguous
 //
 // The register-tile scheme is that of Goto and van de Geijn, "Anatomy of high-performance matrix
@@ -54,14 +54,37 @@ struct Flush {
 #endif
 };
 
+// What a register tile fetches besides what it reads: nothing; the rows of B `ahead` elements behind its own; or,
+// a line at each step of k, ROWS <= VL rows of what will be transposed next, contiguous along k (other tiles
+// fetch the rest).
+struct NoFetch {
+  enum : bool { BELOW = false, NEXT = false };
+  NoFetch of_tile(long) const { return {}; }
+};
+struct FetchBelow {
+  enum : bool { BELOW = true, NEXT = false };
+  long ahead;
+  NoFetch of_tile(long) const { return {}; }
+};
+template <int ROWS, class T> struct FetchNext {
+  enum : bool { BELOW = false, NEXT = true };
+  const T* next;
+  long stride, all;
+  const T* line(long x) const { return next + min_of(x % VL, ROWS - 1) * stride + x / VL * VL; }
+  // of tile i; those that find all rows fetched repeat the last ones, which costs nothing
+  FetchNext of_tile(long i) const {
+    return {next + min_of(i * ROWS, max_of(0, all - ROWS)) * stride, stride, all};
+  }
+};
+
 // One register tile, MR rows by NV vectors. EDGE: only `rows` rows and `cols` columns exist; the
 // rows beyond repeat the last one, so that loads stay inside A, and are not stored. Not inlined, so
 // that registers are allocated for this loop alone (inlined into a large kernel, GCC 12 spilled: up
 // to 1.6x slower attention on Cascade Lake); a constant stride still arrives as a constant, because
 // the compiler clones the function for it.
-template <int MR, int NV, bool EDGE, bool ACCUMULATE, bool PREFETCH, class TA, class TB>
+template <int MR, int NV, bool EDGE, bool ACCUMULATE, class TA, class TB, class FETCH>
 SO_NOINLINE void micro_nn(long k, const TA* a, long am, long ak, const TB* b, long bk, float* c,
-                          long cm, long rows, long cols, long ahead) {
+                          long cm, long rows, long cols, const FETCH fetch) {
   vf sum[MR][NV];
   const TA* row[MR];
   int lanes[NV];
@@ -80,8 +103,9 @@ SO_NOINLINE void micro_nn(long k, const TA* a, long am, long ak, const TB* b, lo
     for (int j = 0; j < NV; ++j) {
       const TB* from = b + x * bk + j * VL;
       right[j] = EDGE ? load_n<vf>(from, lanes[j], 0.0f) : load<vf>(from);
-      if (PREFETCH) __builtin_prefetch(from + ahead, 0, 2);
+      if constexpr (FETCH::BELOW) __builtin_prefetch(from + fetch.ahead, 0, 2);
     }
+    if constexpr (FETCH::NEXT) __builtin_prefetch(fetch.line(x), 0, 3);
 #pragma GCC unroll 32
     for (int i = 0; i < MR; ++i) {
       const vf left = splat<vf>(load_scalar<float>(row[i] + x * ak));
@@ -104,30 +128,35 @@ SO_NOINLINE void micro_nn(long k, const TA* a, long am, long ak, const TB* b, lo
 }
 
 // A register tile for rows whose elements of A lie in a band: over the k at which one of them is not 0.
-template <int MR, int NV, bool EDGE, bool ACCUMULATE, class IN, class TA, class TB>
+template <int MR, int NV, bool EDGE, bool ACCUMULATE, class IN, class TA, class TB,
+          class FETCH = NoFetch>
 SO_INLINE void banded_nn(long row, const IN& band, long k, const TA* a, long am, long ak, const TB* b,
-                         long bk, float* c, long cm, long rows, long cols) {
+                         long bk, float* c, long cm, long rows, long cols, FETCH fetch = {}) {
   const long from = max_of(0, band.left(row)), to = max_of(from, min_of(k, band.right(row + rows)));
   if (ACCUMULATE && from == to) return;
-  micro_nn<MR, NV, EDGE, ACCUMULATE, false>(to - from, a + row * am + from * ak, am, ak, b + from * bk,
-                                            bk, c + row * cm, cm, rows, cols, 0);
+  micro_nn<MR, NV, EDGE, ACCUMULATE>(to - from, a + row * am + from * ak, am, ak, b + from * bk, bk,
+                                     c + row * cm, cm, rows, cols, fetch);
 }
 
 // One panel of NV vectors of B against the rows of A from `top` to `bottom`. REST: m % MR where it is known,
-// else -1. Only the first rows prefetch: the others find the panel in the first cache. `band`: where A counts.
-template <int MR, int NV, int REST, bool EDGE, bool ACCUMULATE, bool PREFETCH, class IN, class TA,
+// else -1. Only the first rows fetch what is below: the others find the panel in the first cache. `band`: where
+// A counts.
+template <int MR, int NV, int REST, bool EDGE, bool ACCUMULATE, class FETCH, class IN, class TA,
           class TB>
 SO_INLINE void panel_nn(long m, long cols, long k, const TA* a, long am, long ak, const TB* b,
-                        long bk, float* c, long cm, long ahead, long top, long bottom,
+                        long bk, float* c, long cm, const FETCH& fetch, long top, long bottom,
                         const IN& band) {
   if (top >= min_of(m, bottom)) return;
   long i = top / MR * MR;
-  if (PREFETCH && m >= MR) {
-    micro_nn<MR, NV, EDGE, ACCUMULATE, true>(k, a, am, ak, b, bk, c, cm, MR, cols, ahead);
-    i = MR;
+  if constexpr (FETCH::BELOW) {
+    if (m >= MR) {
+      micro_nn<MR, NV, EDGE, ACCUMULATE>(k, a, am, ak, b, bk, c, cm, MR, cols, fetch);
+      i = MR;
+    }
   }
   for (; i + MR <= m && i < bottom; i += MR)
-    banded_nn<MR, NV, EDGE, ACCUMULATE>(i, band, k, a, am, ak, b, bk, c, cm, MR, cols);
+    banded_nn<MR, NV, EDGE, ACCUMULATE>(i, band, k, a, am, ak, b, bk, c, cm, MR, cols,
+                                        fetch.of_tile(i / MR));
   if (i >= bottom) return;
   if constexpr (REST > 0) {
     banded_nn<REST, NV, EDGE, ACCUMULATE>(i, band, k, a, am, ak, b, bk, c, cm, REST, cols);
@@ -150,19 +179,24 @@ SO_INLINE void gemm_nn(long m, long n, long k, const TA* a, long am, long ak, co
   constexpr int columns = N < 0 ? -1 : N % (NV * VL);
   const long panels = n / (NV * VL), left = n - panels * (NV * VL);
   long j = 0;
-  for (long p = 0; p < panels; ++p, j += NV * VL, b += NV * VL, c += NV * VL)
-    panel_nn<MR, NV, rest, false, ACCUMULATE, PREFETCH>(m, NV * VL, k, a, am, ak, b, bk, c, cm, ahead,
-                                                        max_of(0, out.top(j)),
-                                                        out.bottom(j + NV * VL), in);
+  for (long p = 0; p < panels; ++p, j += NV * VL, b += NV * VL, c += NV * VL) {
+    const long top = max_of(0, out.top(j)), bottom = out.bottom(j + NV * VL);
+    if constexpr (PREFETCH)
+      panel_nn<MR, NV, rest, false, ACCUMULATE>(m, NV * VL, k, a, am, ak, b, bk, c, cm,
+                                                FetchBelow{ahead}, top, bottom, in);
+    else
+      panel_nn<MR, NV, rest, false, ACCUMULATE>(m, NV * VL, k, a, am, ak, b, bk, c, cm, NoFetch{},
+                                                top, bottom, in);
+  }
   const long top = max_of(0, out.top(j)), bottom = out.bottom(n);
   if constexpr (columns > 0) {
     constexpr int vectors = (columns + VL - 1) / VL;
-    panel_nn<MR, vectors, rest, columns % VL != 0, ACCUMULATE, false>(m, columns, k, a, am, ak, b,
-                                                                     bk, c, cm, 0, top, bottom, in);
+    panel_nn<MR, vectors, rest, columns % VL != 0, ACCUMULATE>(m, columns, k, a, am, ak, b, bk, c, cm,
+                                                              NoFetch{}, top, bottom, in);
   } else if constexpr (columns < 0) {
     if (left > 0)
-      panel_nn<MR, NV, rest, true, ACCUMULATE, false>(m, left, k, a, am, ak, b, bk, c, cm, 0, top,
-                                                      bottom, in);
+      panel_nn<MR, NV, rest, true, ACCUMULATE>(m, left, k, a, am, ak, b, bk, c, cm, NoFetch{}, top,
+                                               bottom, in);
   }
 }
 
@@ -413,24 +447,37 @@ SO_INLINE void pack(const T* from, long stride_n, long stride_k, long n, long k,
   }
 }
 
+template <bool PREFETCH, int ROWS, class T>
+SO_INLINE auto what_is_next(const T* next, long stride, long rows) {
+  if constexpr (PREFETCH)
+    return FetchNext<ROWS, T>{next, stride, rows};
+  else
+    return NoFetch{};
+}
+
 // One panel of gemm_packed: `columns` <= NV * VL rows of B against all rows of A. REST: columns where
-// they are known and fewer, 0 where the panel is whole, else -1.
-template <int MR, int NV, bool ACCUMULATE, int M, int REST, int KC, class IN, class TA, class TB>
+// they are known and fewer, 0 where the panel is whole, else -1. PREFETCH: what is transposed next is fetched
+// meanwhile, as if B went on behind its last row (blocks in turn often share it).
+template <int MR, int NV, bool ACCUMULATE, int M, int REST, int KC, bool PREFETCH, class IN, class TA,
+          class TB>
 SO_INLINE void panel_packed(long m, long columns, long k, const TA* a, long am, long ak, const TB* b,
                             long bn, long bk, float* panel, float* c, long cm, long top, long bottom,
                             const IN& in) {
   constexpr int W = NV * VL, rest = M < 0 ? -1 : M % MR, V = REST > 0 ? (REST + VL - 1) / VL : NV;
   constexpr bool edge = REST < 0 || REST % VL != 0;
+  constexpr int share = M < MR ? VL : min_of(VL, (W + M / MR - 1) / (M / MR));  // rows of B per tile
   if (top >= min_of(m, bottom)) return;
   for (long x = 0; x == 0 || x < k; x += KC) {  // a sum of nothing is written too
     const long length = min_of(KC, k - x);
     pack(b + x * bk, bn, bk, columns, length, panel, W);
+    const TB* next = b + (x + KC < k ? x + KC : columns * bn);
+    const auto fetch = what_is_next<PREFETCH, share>(next, bn, columns);
     if (x == 0)
-      panel_nn<MR, V, rest, edge, ACCUMULATE, false>(m, columns, length, a, am, ak, panel, W, c, cm, 0,
-                                                     top, bottom, in);
+      panel_nn<MR, V, rest, edge, ACCUMULATE>(m, columns, length, a, am, ak, panel, W, c, cm, fetch,
+                                              top, bottom, in);
     else
-      panel_nn<MR, V, rest, edge, true, false>(m, columns, length, a + x * ak, am, ak, panel, W, c, cm,
-                                               0, top, bottom, in.from_column(x));
+      panel_nn<MR, V, rest, edge, true>(m, columns, length, a + x * ak, am, ak, panel, W, c, cm, fetch,
+                                        top, bottom, in.from_column(x));
   }
 }
 
@@ -439,8 +486,8 @@ SO_INLINE void panel_packed(long m, long columns, long k, const TA* a, long am, 
 // from some tens of rows of A, and the more the better: 0.22 ns per element of B on Cascade Lake, 1.7
 // with 96 rows of A. A whole panel of long rows instead (KC = k) lost 40 % at k = 4096 there.
 // M, N: the extents where they are known, else -1. in, out as in gemm_nn.
-template <int MR, int NV, bool ACCUMULATE, int M, int N, int KC, class TA, class TB, class IN = Whole,
-          class OUT = Whole>
+template <int MR, int NV, bool ACCUMULATE, int M, int N, int KC, bool PREFETCH = false, class TA,
+          class TB, class IN = Whole, class OUT = Whole>
 SO_INLINE void gemm_packed(long m, long n, long k, const TA* a, long am, long ak, const TB* b,
                            long bn, long bk, float* panel, float* c, long cm, IN in = {},
                            OUT out = {}) {
@@ -448,11 +495,13 @@ SO_INLINE void gemm_packed(long m, long n, long k, const TA* a, long am, long ak
   constexpr int REST = N < 0 ? -1 : N % W;
   long j = 0;
   for (; j + W <= n; j += W)
-    panel_packed<MR, NV, ACCUMULATE, M, 0, KC>(m, W, k, a, am, ak, b + j * bn, bn, bk, panel, c + j,
-                                               cm, max_of(0, out.top(j)), out.bottom(j + W), in);
+    panel_packed<MR, NV, ACCUMULATE, M, 0, KC, PREFETCH>(m, W, k, a, am, ak, b + j * bn, bn, bk, panel,
+                                                         c + j, cm, max_of(0, out.top(j)),
+                                                         out.bottom(j + W), in);
   if (REST != 0 && j < n)
-    panel_packed<MR, NV, ACCUMULATE, M, REST, KC>(m, n - j, k, a, am, ak, b + j * bn, bn, bk, panel,
-                                                  c + j, cm, max_of(0, out.top(j)), out.bottom(n), in);
+    panel_packed<MR, NV, ACCUMULATE, M, REST, KC, PREFETCH>(m, n - j, k, a, am, ak, b + j * bn, bn, bk,
+                                                            panel, c + j, cm, max_of(0, out.top(j)),
+                                                            out.bottom(n), in);
 }
 
 // C[m, n] (+)= A[m, k] B[n, k]^T for some tens of rows of A, B contiguous along k: A is transposed, in `turned`
@@ -471,12 +520,18 @@ SO_INLINE void gemm_swapped(long m, long n, long k, const TA* a, long am, long a
     const long rows = min_of(STRIP, n - j);
     if (ACCUMULATE) pack(c + j, cm, 1L, m, rows, strip, ld);
     for (long x = 0; x == 0 || x < k; x += KC) {  // a sum of nothing is written too
-      const float *from = b + j * bn + x, *with = turned + x * ld;
+      const float* from = b + j * bn + x;
       const long depth = min_of(KC, k - x);
-      if (ACCUMULATE || x > 0)
-        gemm_nn<MR, NV, true>(rows, ld, depth, from, bn, 1L, with, ld, strip, ld);
-      else
-        gemm_nn<MR, NV, false>(rows, ld, depth, from, bn, 1L, with, ld, strip, ld);
+      const FetchNext<MR, float> fetch{from + MR * bn, bn, rows - MR};  // by each tile what the next one reads
+      for (long p = 0; p < ld; p += NV * VL) {
+        const float* with = turned + x * ld + p;
+        if (ACCUMULATE || x > 0)
+          panel_nn<MR, NV, -1, false, true>(rows, NV * VL, depth, from, bn, 1L, with, ld, strip + p, ld,
+                                            fetch, 0, rows, Whole{});
+        else
+          panel_nn<MR, NV, -1, false, false>(rows, NV * VL, depth, from, bn, 1L, with, ld, strip + p, ld,
+                                             fetch, 0, rows, Whole{});
+      }
     }
     pack(strip, ld, 1L, rows, m, c + j, cm);
   }
