@@ -115,11 +115,11 @@ class _Entry:
 @final
 @dataclass(frozen=True, slots=True)
 class _Direct:
-    """An entry for calls with tensors alone, found by one check."""
+    """An entry for calls with tensors alone, found by one check; without `run` the original runs."""
 
     check: Callable[..., bool]
     count: int
-    run: _Run
+    run: _Run | None
 
 
 @final
@@ -145,6 +145,8 @@ class _Dispatcher:
         if not kwargs:
             for direct in self.direct:
                 if direct.count == len(args) and direct.check(*args) and not altered():
+                    if direct.run is None:
+                        return self.original(*args)
                     if self.current():
                         return direct.run(args, kwargs)
                     break
@@ -193,13 +195,13 @@ class _Dispatcher:
                 else:
                     entry = self._plan(key, args, kwargs)
                 self.entries[key] = entry
-                if entry.run is not None and not kwargs:
+                if not kwargs:
                     self._add_direct(args, entry.run)
             return entry
         finally:
             self.lock.release()
 
-    def _add_direct(self, args: tuple[Any, ...], run: _Run) -> None:
+    def _add_direct(self, args: tuple[Any, ...], run: _Run | None) -> None:
         """Let calls like this one be found by one check; it does not see the gradient mode."""
         check = tensor_check(args)
         if check is not None and not any(a.requires_grad for a in args):

@@ -60,6 +60,21 @@ def planned(optimized) -> list[bool]:
     return [p.program is not None for p in optimized.plans]
 
 
+def unplannable(x, y):
+    return torch.nonzero(x), y + 1
+
+
+@pytest.mark.parametrize("program", [scaled_norm, unplannable])
+def test_a_second_call_is_found_by_one_check(program, folder, monkeypatch):
+    fast = superopt.optimize(program, budget_s=3, cache=folder)
+    x, y = torch.randn(16, 256), torch.randn(256)
+    with torch.no_grad():
+        fast(x, y)
+        assert any(planned(fast)) == (program is scaled_norm)
+        monkeypatch.setattr(api, "signature", None)
+        torch.testing.assert_close(fast(x, y), program(x, y))
+
+
 def test_a_function_comes_back_faster_proven_and_reported(folder, tmp_path):
     fast = superopt.optimize(scaled_norm, budget_s=3, cache=tmp_path)
     x, w = torch.randn(16, 256), torch.randn(256)
