@@ -10,6 +10,11 @@ from typing import Any, Final
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# an exponential and a logarithm
+_TWICE: Final = (
+    *("softplus", "log_sigmoid_forward", "logaddexp", "mish"),
+    "binary_cross_entropy_with_logits",
+)
 _FUNCTIONS: Final = dict.fromkeys(
     (
         *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "erf", "erfc"),
@@ -18,7 +23,7 @@ _FUNCTIONS: Final = dict.fromkeys(
         *("_softmax", "_log_softmax", "_safe_softmax", "logsumexp"),
     ),
     1,
-) | dict.fromkeys(("softplus", "log_sigmoid_forward", "logaddexp", "mish"), 2)
+) | dict.fromkeys(_TWICE, 2)
 """How many an operator takes for each element of its operand, or of its result if that is larger."""
 _ATTENTION: Final = "_scaled_dot_product_flash_attention_for_cpu"
 _IS_CAUSAL: Final = 4
@@ -46,8 +51,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == _ATTENTION:
             query, keys = args[0], args[1].shape[-2]
             causal = kwargs.get("is_causal") or args[_IS_CAUSAL : _IS_CAUSAL + 1] == (True,)
-            rows, queries = query.shape[:-1].numel(), query.shape[-2]
-            self.count += rows * keys - (rows * (queries - 1) // 2 if causal else 0)
+            heads, queries = query.shape[:-2].numel(), query.shape[-2]
+            each = sum(min(i, keys) for i in range(1, queries + 1)) if causal else queries * keys
+            self.count += heads * each
         elif each := _FUNCTIONS.get(name) or _FUNCTIONS.get(name.removesuffix("_")):
             sizes = [t.numel() for t in (args[0], result) if isinstance(t, Tensor)]
             self.count += each * max(sizes)

@@ -7,8 +7,6 @@
 - `reduce-of-concat`: a reduction over f(concat(a, b)) => the reductions over f(a) and f(b), combined: what
   is joined in memory only to be reduced is never joined.
 - `product-of-concat`: a product of f(concat(a, b)) => the products of f(a) and f(b), added up or joined, where
-  a part lies in memory, as a cache of keys does: it is read there, and not copied to be joined.
-- `product-of-concat`: a product of f(concat(a, b)) => the products of f(a) and f(b), added up or joined, where
   most of it lies in memory, as a cache of keys does: few rows read it there, and nothing is copied.
 - `slice-of-concat`: a slice of f(concat(a, b)) within a => a slice of f(a).
 - `maximum-out-of-shift`: exp(x - max(m, c)) with m the maximum of x => exp(x - m) * exp(m - max(m, c)), so
@@ -19,6 +17,8 @@ names them as rules.
 """
 
 import math
+from collections.abc import Iterable
+from functools import lru_cache
 from itertools import accumulate
 from math import prod
 from typing import Final
@@ -165,15 +165,38 @@ def reduce_of_concat(node: Node) -> Node | None:
     return None
 
 
-def _parts(node: Node, axis: int) -> list[Node] | None:
+def _parts(node: Node, axis: int) -> tuple[Node, ...] | None:
     """Return what `node` is along the parts of a concat under it; None where there is none."""
+    return _found_parts(node, axis) if _has_concat(node) else None
+
+
+def _has_concat(node: Node) -> bool:
+    """Say whether there is a concat under elementwise ops and views."""
+    stack, seen = [node], set[Node]()
+    while stack:
+        current = stack.pop()
+        if current.op is structural.CONCAT:
+            return True
+        if current in seen or not _passes(current):
+            continue
+        seen.add(current)
+        stack += current.inputs
+    return False
+
+
+def _passes(node: Node) -> bool:
+    return node.op in structural.VIEWS or node.op.kind is OpKind.ELEMENTWISE
+
+
+@lru_cache(maxsize=1024)
+def _found_parts(node: Node, axis: int) -> tuple[Node, ...] | None:
     if node.op is structural.CONCAT:
-        return list(node.inputs) if node.attrs.axis == axis else None
+        return node.inputs if node.attrs.axis == axis else None
     if node.op in structural.VIEWS:
         return _viewed_parts(node, axis)
-    if node.op.kind is not OpKind.ELEMENTWISE:
+    if not _passes(node):
         return None
-    found = [_parts(i, axis) if len(i.shape) >= -axis else None for i in node.inputs]
+    found = [_found_parts(i, axis) if len(i.shape) >= -axis else None for i in node.inputs]
     joined = [f for f in found if f is not None]
     sizes = [[p.shape[axis] for p in parts] for parts in joined]
     if not sizes or any(s != sizes[0] for s in sizes):
@@ -182,41 +205,39 @@ def _parts(node: Node, axis: int) -> list[Node] | None:
     start = 0
     for number, size in enumerate(sizes[0]):
         operands = [
-            i
+            f[number]
+            if f is not None
+            else i
             if not i.shape or i.shape[axis] == 1
             else b.slice_(i, axis, start, start + size)
-            if f is None
-            else f[number]
             for i, f in zip(node.inputs, found, strict=True)
         ]
         result.append(rebuild(node, tuple(operands)))
         start += size
-    return result
+    return tuple(result)
 
 
-def _viewed_parts(view: Node, axis: int) -> list[Node] | None:
+def _viewed_parts(view: Node, axis: int) -> tuple[Node, ...] | None:
     """Return a view of each part of what it looks at, where it keeps the axis."""
     (x,) = view.inputs
     if view.op is structural.PERMUTE:
-        parts = _parts(x, view.attrs.perm[axis] - len(view.shape))
-        return parts and [b.permute(part, view.attrs.perm) for part in parts]
+        parts = _found_parts(x, view.attrs.perm[axis] - len(view.shape))
+        return parts and tuple(b.permute(part, view.attrs.perm) for part in parts)
     if view.op is structural.BROADCAST:
         shaped, places = b.broadcast, [axis]
     elif view.op is structural.RESHAPE:
         inside = prod(view.shape[axis:])
-        shaped, places = (
-            b.reshape,
-            [a for a in range(-len(x.shape), 0) if prod(x.shape[a:]) == inside],
-        )
+        shaped = b.reshape
+        places = [a for a in range(-len(x.shape), 0) if prod(x.shape[a:]) == inside]
     else:
         return None
     same = next((a for a in places if x.shape[a] == view.shape[axis] > 1), None)
-    parts = None if same is None else _parts(x, same)
+    parts = None if same is None else _found_parts(x, same)
     if parts is None or same is None:
         return None
     at = len(view.shape) + axis
     before, after = view.shape[:at], view.shape[at + 1 :]
-    return [shaped(part, (*before, part.shape[same], *after)) for part in parts]
+    return tuple(shaped(part, (*before, part.shape[same], *after)) for part in parts)
 
 
 def product_of_concat(node: Node) -> Node | None:
@@ -225,28 +246,33 @@ def product_of_concat(node: Node) -> Node | None:
         return None
     left, right = node.inputs
     rows, columns = node.shape[-2:]
-    terms: tuple[list[Node], list[Node]] | None = None
-    if rows <= _FEW_ROWS and (parts := _stored_parts(right, -2)) is not None:
-        terms = _cut(left, -1, [p.shape[-2] for p in parts]), parts
-    elif columns <= _FEW_ROWS and (parts := _stored_parts(left, -1)) is not None:
-        terms = parts, _cut(right, -2, [p.shape[-1] for p in parts])
-    elif rows <= _FEW_ROWS and (parts := _stored_parts(right, -1)) is not None:
+    if rows <= _FEW_ROWS and (parts := _stored_parts(right, -1)):
         return b.concat([b.matmul(left, part) for part in parts], -1)
-    if terms is None or not all(terms):
-        return None
-    result, *others = (b.matmul(x, y) for x, y in zip(*terms, strict=True))
-    for other in others:
-        result = b.elementwise_op(elementwise.ADD, result, other)
-    return result
+    for few, joined, axis, other in ((rows, right, -2, left), (columns, left, -1, right)):
+        parts = _stored_parts(joined, axis) if few <= _FEW_ROWS else ()
+        factors = _cut(other, -3 - axis, [part.shape[axis] for part in parts])
+        if parts and factors:
+            pairs = zip(factors, parts, strict=True)
+            return _sum_of_products(pairs if joined is right else ((y, x) for x, y in pairs))
+    return None
 
 
-def _stored_parts(node: Node, axis: int) -> list[Node] | None:
-    """Return the parts of a joined tensor if most of it lies in memory."""
-    parts = _parts(node, axis)
-    if parts is None:
-        return None
+def _sum_of_products(pairs: Iterable[tuple[Node, Node]]) -> Node:
+    """Add up products in the type in which one product would have been added up."""
+    result: Node | None = None
+    for x, y in pairs:
+        dtype = x.tensor.dtype
+        term = b.matmul(b.cast(x, dtype.wide), b.cast(y, dtype.wide))
+        result = term if result is None else b.elementwise_op(elementwise.ADD, result, term)
+    assert result is not None, "nothing is joined of no parts"
+    return b.cast(result, dtype)
+
+
+def _stored_parts(node: Node, axis: int) -> tuple[Node, ...]:
+    """Return the parts of a joined tensor if most of it lies in memory, and nothing otherwise."""
+    parts = _parts(node, axis) or ()
     stored = sum(part.shape[axis] for part in parts if _is_stored(part))
-    return parts if 2 * stored > node.shape[axis] else None
+    return parts if 2 * stored > node.shape[axis] else ()
 
 
 def _is_stored(node: Node) -> bool:
@@ -255,15 +281,15 @@ def _is_stored(node: Node) -> bool:
     return node.op is leaf.INPUT
 
 
-def _cut(node: Node, axis: int, sizes: list[int]) -> list[Node]:
+def _cut(node: Node, axis: int, sizes: list[int]) -> tuple[Node, ...]:
     """Return parts of the given sizes along an axis: those that are there, or slices of what lies in memory."""
     parts = _parts(node, axis)
     if parts is not None and [part.shape[axis] for part in parts] == sizes:
         return parts
     if not _is_stored(node):
-        return []
-    ends = list(accumulate(sizes))
-    return [b.slice_(node, axis, end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        return ()
+    ends = accumulate(sizes)
+    return tuple(b.slice_(node, axis, end - n, end) for end, n in zip(ends, sizes, strict=True))
 
 
 def slice_of_concat(node: Node) -> Node | None:

@@ -56,6 +56,12 @@ def test_flops_are_those_of_the_contractions(workload: Workload) -> None:
         (lambda x: F.gelu(x.exp_()), 2 * 3 * 5),
         (lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3), 9),
         (lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3, is_causal=True), 6),
+        (
+            lambda x: F.scaled_dot_product_attention(
+                x[None, None, :2], *[x[None, None]] * 2, is_causal=True
+            ),
+            3,
+        ),
     ],
 )
 def test_functions_are_counted_per_element(program: Callable[..., Any], count: int) -> None:

@@ -220,6 +220,26 @@ def test_rule_stays_away(number: int) -> None:
     assert apply_rules(graph, (rule,)) == graph
 
 
+def test_products_of_parts_are_added_up_in_wide_floats() -> None:
+    whole, part = b.input_("cache", (1, 8, 1), DType.F16), b.input_("new", (1, 1, 1), DType.F16)
+    weights = b.input_("weights", (1, 3, 9), DType.F16)
+    graph = case([weights, whole, part], b.matmul(weights, b.concat([whole, part], -2)))
+    moved = apply_rules(graph, (PRODUCT_OF_CONCAT,))
+    values = [torch.full(n.shape, value) for n, value in ((weights, 1.0), (whole, 8752.0))]
+    tensors = [t.half() for t in (*values, torch.full(part.shape, -30000.0))]
+    (result,) = run_reference(moved, tensors)
+    assert moved != graph
+    assert torch.equal(result, torch.full((1, 3, 1), 8 * 8752.0 - 30000.0).half())
+
+
+def test_a_long_chain_without_parts_is_looked_at_once() -> None:
+    value = x
+    for _ in range(2000):
+        value = b.mul(value, value)
+    graph = case([x, y], b.reduce_sum(b.matmul(value, y), -1))
+    assert apply_rules(graph, (REDUCE_OF_CONCAT, PRODUCT_OF_CONCAT, SLICE_OF_CONCAT)) == graph
+
+
 def test_names_are_unique() -> None:
     names = [rule.name for rule in FUSION_RULES]
     assert len(set(names)) == len(names)
