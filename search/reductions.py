@@ -27,6 +27,7 @@ from superopt.ir import build as b
 from superopt.ir.node import Node, rebuild
 from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
+from superopt.ir.types import DType
 from superopt.search.indices import SHORT_ROW
 from superopt.search.region import is_view, view_base
 
@@ -258,11 +259,15 @@ def product_of_concat(node: Node) -> Node | None:
 
 
 def _sum_of_products(pairs: Iterable[tuple[Node, Node]]) -> Node:
-    """Add up products in the type in which one product would have been added up."""
+    """Add up products; those of float16, of which one alone may be beyond its range, in float32.
+
+    (Those of bfloat16 are, too, within a kernel; as conversions they would keep factors of the operands inside.)
+    """
     result: Node | None = None
     for x, y in pairs:
         dtype = x.tensor.dtype
-        term = b.matmul(b.cast(x, dtype.wide), b.cast(y, dtype.wide))
+        wide = dtype.wide if dtype is DType.F16 else dtype
+        term = b.matmul(b.cast(x, wide), b.cast(y, wide))
         result = term if result is None else b.elementwise_op(elementwise.ADD, result, term)
     assert result is not None, "nothing is joined of no parts"
     return b.cast(result, dtype)

@@ -266,14 +266,14 @@ def test_linear(folder, shape, tiles, transposed, contraction_):
     check(graph, folder, config=CpuConfig(contraction=contraction_), tolerance=5e-4)
 
 
-@pytest.mark.parametrize("rows", [41, 90])
+@pytest.mark.parametrize("rows", [41, 64, 90])
 @pytest.mark.parametrize("inner", [600, 300])
 def test_some_rows_are_the_columns_of_a_product(folder, rows, inner):
     graph = linear(rows, 600, 2000, (48 if rows == 90 else rows, inner, 1300), transposed=True)
     assert "gemm_swapped<" in check(graph, folder, tolerance=5e-4).text
 
 
-@pytest.mark.parametrize("shape", [(33, 600, 600), (64, 600, 600), (48, 64, 2000), (48, 2000, 64)])
+@pytest.mark.parametrize("shape", [(33, 600, 600), (61, 600, 600), (48, 64, 2000), (48, 2000, 64)])
 def test_rows_that_fill_no_vectors_or_are_not_few_stay_rows(shape):
     source = lower(linear(*shape, shape, transposed=True), CpuConfig(), "k")
     assert "gemm_swapped<" not in source.text
