@@ -110,12 +110,13 @@ def run_workload(workload: Workload, job: Job) -> WorkloadResult:
     workload = workload.ready(job.device, job.dtype)
     inputs = workload.inputs(job.device, job.dtype, _INPUT_SEEDS[0])
     outputs = _tensors(workload.program(*inputs))
+    flops, functions = workload.arithmetic(inputs)
     result = WorkloadResult(
         workload.name,
         str(job.dtype).removeprefix("torch."),
         moved_bytes=_size((*inputs, *_parameters(workload.program), *outputs)),
-        flops=workload.operations(inputs),
-        functions=workload.functions(inputs) if job.device == "cpu" else 0,
+        flops=flops,
+        functions=functions if job.device == "cpu" else 0,
     )
     built: list[Contender] = []
     for name in job.contenders:

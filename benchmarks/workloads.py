@@ -12,10 +12,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import programs
-from benchmarks.functions import count_functions
+from benchmarks.arithmetic import count_arithmetic
 
 Program = Callable[..., Any]
 
@@ -100,24 +99,16 @@ class Workload:
             return self
         return replace(self, program=self.program.on(device, dtype))
 
-    def operations(self, inputs: tuple[Tensor, ...]) -> int:
-        """Return the multiplications and additions of contractions in one run."""
-        if self.flops is not None:
-            return self.flops
-        return _contractions(self.program, inputs)
+    def arithmetic(self, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
+        """Return the operations of one run's contractions, and its exponentials and the like.
 
-    def functions(self, inputs: tuple[Tensor, ...]) -> int:
-        """Return the exponentials and the like of one run, less those of scores that a mask hides."""
-        count = count_functions(self.program, inputs)
-        counted = _contractions(self.program, inputs)
-        hides = self.flops is not None and self.flops < counted
-        return count * self.operations(inputs) // counted if hides else count
-
-
-def _contractions(program: Program, inputs: tuple[Tensor, ...]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        program(*inputs)
-    return int(counter.get_total_flops())
+        Where `flops` leaves out what a mask hides, so many of them are left out, too.
+        """
+        counted, functions = count_arithmetic(self.program, inputs)
+        if self.flops is None:
+            return counted, functions
+        hides = self.flops < counted
+        return self.flops, functions * self.flops // counted if hides else functions
 
 
 def attention(name: str, heads: int, queries: int, keys: int, width: int) -> Workload:
