@@ -7,7 +7,7 @@ is the online softmax (Milakov & Gimelshein, 2018) for every program whose value
 property, whatever it is called. The analysis computes c, the *degree*, node by node.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isnan
 from typing import final
@@ -27,7 +27,6 @@ class Degree:
 
 
 _NONE = Degree(False, 0.0)
-_LAG = 2.0
 _KEEPS = (
     elementwise.NEG,
     elementwise.CAST,
@@ -235,19 +234,22 @@ def _lost(body: Iterable[Node], sums: set[Node], outputs: Sequence[Node]) -> fro
     return frozenset(lost.union(of[o] for o in outputs if o in of))
 
 
-def may_lag(shift: Node, nodes: Iterable[Node]) -> float:
+def may_lag(shift: Node, nodes: Iterable[Node], lag: float = 2.0) -> float:
     """Return how far behind the maximum `shift`, a prefix_max, may stay in each iteration of its loop.
 
     Another shift would do where all that is made of it is homogeneous and ends in accum_rescaled of the same
-    degree, or in the maximum itself after the loop. No value gets larger than by exp(_LAG) for it.
+    degree, or in the maximum itself after the loop. No value gets larger than by exp(lag) for it.
     `nodes`: those of its block graph, operands first.
     """
     found = _degrees(shift, nodes, {shift: Degree(True, 1.0)})
     if found is None:
         return 0.0
-    return _LAG / (
-        max((abs(d.power) for d in found.values() if not d.additive), default=0.0) or 1.0
-    )
+    return lag / largest_power(found)
+
+
+def largest_power(found: Mapping[Node, Degree]) -> float:
+    """Return the size of the largest power of exp(shift) that values have; 1 if they have none."""
+    return max((abs(d.power) for d in found.values() if not d.additive), default=0.0) or 1.0
 
 
 def cancels(shift: Node, nodes: Sequence[Node]) -> bool:
@@ -256,6 +258,14 @@ def cancels(shift: Node, nodes: Sequence[Node]) -> bool:
     A softmax and the logarithm of a sum of exponentials are. NaN among what the maximum is taken of is then in all
     sums that are made with it, so that the shift may be a number. `nodes` as for `may_lag`.
     """
+    return unseen(shift, nodes) is not None and _passes_nan_on(shift, nodes)
+
+
+def unseen(shift: Node, nodes: Sequence[Node]) -> dict[Node, Degree] | None:
+    """Return the degrees of what depends on a maximum, after its loop, too; None if results do.
+
+    `nodes` as for `may_lag`.
+    """
     after = {shift: Degree(True, 1.0)}
     for node in nodes:
         if node.op is tile.ACCUM_RESCALED and node.inputs[1] is shift:
@@ -263,9 +273,9 @@ def cancels(shift: Node, nodes: Sequence[Node]) -> bool:
         elif node.op is tile.ACCUM_LAST and node.inputs[0] is shift:
             after[node] = Degree(True, 1.0)
     found = _degrees(shift, nodes, after)
-    stores = [n for n in nodes if n.op is tile.STORE]
-    invariant = found is not None and all(found.get(n, _NONE) == _NONE for n in stores)
-    return invariant and _passes_nan_on(shift, nodes)
+    if found is None or any(found.get(n, _NONE) != _NONE for n in nodes if n.op is tile.STORE):
+        return None
+    return {n: d for n, d in found.items() if d != _NONE}
 
 
 def _passes_nan_on(shift: Node, nodes: Sequence[Node]) -> bool:

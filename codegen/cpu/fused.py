@@ -4,15 +4,20 @@ In: a list of `Member`s whose leading dims agree. Out: C++ loops over those dims
 loop along the last dim for all members that can share it (`Row`).
 """
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Final, final
 
 from superopt.codegen.cpu.context import Context, Extent, View
 from superopt.codegen.cpu.environment import Environment
+from superopt.codegen.cpu.expressions import literal
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.cpu.members import Member, carried, combine_kind, identity
 from superopt.codegen.cpu.row import Row, RowGroup, read_by
+from superopt.codegen.cpu.shifts import FAR
 from superopt.ir.coordinates import identity_coords
 from superopt.ir.node import Node
 from superopt.ir.types import DType
@@ -21,8 +26,12 @@ _GROUP: Final = 16
 """Rows from which it pays to take as many together as a vector has lanes."""
 _GROUP_COLUMNS: Final = 512
 """Elements of a row up to which those of a group stay in the first caches from pass to pass."""
+_LONG: Final = 64
+"""Elements of a row from which its maximum is guessed from the first ones."""
 _STRETCH: Final = 128
 """Rows whose sum is made on its own and then added: errors grow with the additions in turn."""
+_AGAIN: Final = ("write", "reduce", "store")
+"""Kinds of members that change nothing if they are run again."""
 _FOLD: Final = {
     "sum": "combine_sum",
     "prod": "combine_product",
@@ -39,6 +48,8 @@ class FusedLoop:
     context: Context
     plan: Plan
     members: list[Member] = field(default_factory=list)
+    missed: str = ""
+    """The variable that says whether a maximum was guessed in vain in this pass."""
 
     def accepts(self, member: Member) -> bool:
         """Say whether `member` can join: same leading dims, and no reading across rows."""
@@ -97,6 +108,10 @@ class FusedLoop:
         if stretched is not None:
             self._stretches(members[0], *stretched, lane)
             return
+        self.missed = ""
+        if self._guessed(members, lane) is not None:
+            self.missed = self.context.fresh("missed")
+            self.context.write(f"bool {self.missed} = false;")
         self._nest(members[0].extents, 0, lane, self._grouped(members, lane), members)
 
     def _in_passes(self, members: list[Member], lane: int) -> list[Member]:
@@ -175,9 +190,58 @@ class FusedLoop:
 
     def _row(self, members: list[Member], lane: int) -> None:
         row = Row(self.context, self.plan, members[0].rank, lane)
-        for member in members:
-            row.add(member)
-        row.flush()
+        guessed = self._guessed(members, lane)
+        if guessed is None:
+            row.write(members)
+            return
+        top, total = guessed
+        at, end = members.index(top), members.index(total) + 1
+        row.write(members[:at])
+        guess = row.highest(top)
+        with self._guessing(guess) as exact:
+            with self.context.block(f"if ({exact})"):
+                inner = replace(row, scalars=dict(row.scalars), pending=[])
+                inner.write([top])
+                self.context.write(f"{guess} = {inner.total(top)};")
+            row.take(top, guess)
+            row.write(members[at + 1 : end])
+            least, most = _bounds(total, lane)
+            told = f"{row.total(total)} >= {least} && {row.total(total)} <= {most}"
+            self.context.write(f"if (!{exact} && !({told})) continue;")
+            row.write(members[end:])
+            self.context.write("break;")
+
+    # -- maxima that are guessed ---------------------------------------------------------------
+
+    def _guessed(self, members: list[Member], lane: int) -> tuple[Member, Member] | None:
+        """Return a maximum in whose place another number may do, and the sum that tells whether it does.
+
+        Between them nothing happens that cannot be done again.
+        """
+        reduced = {m.node: m for m in members if m.kind == "reduce"}
+        for node, top in reduced.items():
+            total = reduced.get(self.plan.seen.shifts.told.get(node, node), top)
+            if members.index(total) <= members.index(top) or top.extents[lane].full < _LONG:
+                continue
+            between = members[members.index(top) : members.index(total)]
+            again = all(m.kind in _AGAIN for m in between)
+            known = top.extents[lane].known and lane == top.rank - 1
+            floats = {top.view.element, total.view.element} == {"float"}
+            if again and known and floats and top.axes == total.axes == (lane,):
+                return top, total
+        return None
+
+    @contextmanager
+    def _guessing(self, guess: str) -> Iterator[str]:
+        """Write a loop that ends if a guess does for the maximum; else the maximum is looked for, here and from now on.
+
+        What is in the loop says where to end, and to `continue`. Yields the variable that says that there is no guess.
+        """
+        exact = self.context.fresh("exact")
+        none = f"{self.missed} || !({guess} > -__builtin_inff())"
+        head = f"for (bool {exact} = {none};; {exact} = {self.missed} = true)"
+        with self.context.block(head):
+            yield exact
 
     # -- long sums over rows -------------------------------------------------------------------
 
@@ -227,17 +291,113 @@ class FusedLoop:
         head = f"for (long {first} = 0; {first} < {extent.text}; {first} += VL)"
         with self.context.block(head):
             self.context.write(f"const long {stop} = min_of({first} + VL, {extent.text});")
-            phases = self._phases(members, lane)
-            while phases:
-                phase = phases.pop(0)
-                if phase[0].extents[lane].full == 1:
-                    self._column(phase, dim, first)
-                    continue
-                for member, partial in self._rows(phase, dim, lane, first):
-                    if phases and self._lags(member, phases[0]):
-                        self._shift(member, partial, phases.pop(0), dim, lane, first)
-                    else:
-                        self._fold(member, partial, dim, lane, first)
+            self._pass(self._phases(members, lane), dim, lane, first)
+
+    def _pass(self, phases: list[list[Member]], dim: int, lane: int, first: str) -> None:
+        """Write the passes over a group."""
+        while phases:
+            phase = phases.pop(0)
+            if phase[0].extents[lane].full == 1:
+                self._column(phase, dim, first)
+                continue
+            members = [m for later in (phase, *phases) for m in later]
+            guessed = self._guessed(members, lane) if self.missed else None
+            if guessed is not None and guessed[0] in phase:
+                end = next(i for i, later in enumerate(phases) if guessed[1] in later) + 1
+                again = all(m.kind in _AGAIN for later in phases[:end] for m in later)
+                if again and all(m.view.strides[dim] == 1 for m in guessed):
+                    others = [m for m in phase if m is not guessed[0]]
+                    self._pass([others] if others else [], dim, lane, first)
+                    self._guessed_group(guessed, phases, end, dim, lane, first)
+                    return
+            if (total := self._far(phase, phases, dim)) is not None:
+                self._far_shift(phase, phases.pop(0), phases.pop(0), total, dim, lane, first)
+                continue
+            for member, partial in self._rows(phase, dim, lane, first):
+                if phases and self._lags(member, phases[0]):
+                    self._shift(member, partial, phases.pop(0), dim, lane, first)
+                else:
+                    self._fold(member, partial, dim, lane, first)
+
+    def _guessed_group(
+        self,
+        guessed: tuple[Member, Member],
+        phases: list[list[Member]],
+        end: int,
+        dim: int,
+        lane: int,
+        first: str,
+    ) -> None:
+        """Write the passes over a group from that on for which one number is guessed for all maxima.
+
+        At `end` the sums are known that tell whether that did.
+        """
+        top, total = guessed
+        rows = f"s{dim} - {first}"
+        guess = self.context.fresh("guess")
+        self.context.write(f"vf {guess} = splat<vf>(-__builtin_inff());")
+        with self.context.block(f"for (long r{dim} = {first}; r{dim} < s{dim}; ++r{dim})"):
+            row = Row(self.context, self.plan, top.rank, lane)
+            self.context.write(f"{guess} = so::max_fast({guess}, {row.first(top)});")
+        with self._guessing(f"hmax({guess})") as exact:
+            with self.context.block(f"if ({exact})"):
+                for member, partial in self._rows([top], dim, lane, first):
+                    self._fold(member, partial, dim, lane, first)
+            with self.context.block("else"):
+                address = self._at(top.view, top, dim, lane, first)
+                self.context.write(f"store_n({address}, splat<vf>(hmax({guess})), {rows});")
+            self._pass(phases[:end], dim, lane, first)
+            sums = self._at(total.view, total, dim, lane, first)
+            least, most = _bounds(total, lane)
+            self.context.write(
+                f"if (!{exact} && !between({sums}, {least}, {most}, {rows})) continue;"
+            )
+            self._pass(phases[end:], dim, lane, first)
+            self.context.write("break;")
+
+    def _far(self, phase: list[Member], phases: list[list[Member]], dim: int) -> Member | None:
+        """Return the sum that tells whether a running shift is too far from the new maximum, if there is one.
+
+        The maximum need not be looked for before that is known: the next pass can be done again.
+        """
+        if len(phases) < 2 or len(phase) > 1 or not self._lags(phase[0], phases[0]):
+            return None
+        wanted = self.plan.seen.shifts.told.get(phases[0][0].node)
+        again = all(m.kind in _AGAIN for m in phases[1])
+        for member in phases[1] if again else ():
+            joins = member.view.element == "float" and member.view.strides[dim] == 1
+            if member.kind == "reduce" and member.node is wanted and joins:
+                return member
+        return None
+
+    def _far_shift(
+        self,
+        maxima: list[Member],
+        column: list[Member],
+        values: list[Member],
+        total: Member,
+        dim: int,
+        lane: int,
+        first: str,
+    ) -> None:
+        """Write the pass that makes values with a running shift, and again if that was too far from the maximum."""
+        (shift,) = column
+        rows = f"s{dim} - {first}"
+        for _, factor in shift.factors:
+            address = self._at(factor, shift, dim, lane, first)
+            self.context.write(f"store_n({address}, splat<vf>(1.0f), {rows});")
+        exact = self.context.fresh("exact")
+        missing = f"without({self._at(shift.view, shift, dim, lane, first)}, {rows})"
+        with self.context.block(f"for (bool {exact} = {missing};; {exact} = true)"):
+            with self.context.block(f"if ({exact})"):
+                ((top, partial),) = self._rows(maxima, dim, lane, first)
+                self._shift(top, partial, column, dim, lane, first)
+            partials = self._rows(values, dim, lane, first)
+            (sums,) = (view for member, view in partials if member is total)
+            over = f"over({sums.pointer}, {literal(math.exp(FAR), DType.F32)}, {rows})"
+            self.context.write(f"if ({exact} || !{over}) break;")
+        for member, partial in partials:
+            self._fold(member, partial, dim, lane, first)
 
     def _phases(self, members: list[Member], lane: int) -> list[list[Member]]:
         """Part members where totals of all rows are needed, and those of a row from those of a column."""
@@ -314,19 +474,24 @@ class FusedLoop:
         group = RowGroup(dim, first)
         with self.context.block(f"for (long r{dim} = {first}; r{dim} < s{dim}; ++r{dim})"):
             row = Row(self.context, self.plan, members[0].rank, lane, group=group)
-            for member in members:
-                row.add(member)
-            row.flush()
+            row.write(members)
         return group.partials
 
     def _column(self, members: list[Member], dim: int, first: str) -> None:
         """Compute what has one value per row, for a group of rows as a vector."""
         row = Row(self.context, self.plan, members[0].rank, dim, first)
+        placed = []
         for member in members:
             extents = list(member.extents)
             extents[dim] = Extent(_GROUP, f"s{dim}", "-1")
-            row.add(replace(member, extents=tuple(extents)))
-        row.flush()
+            placed.append(replace(member, extents=tuple(extents)))
+        row.write(placed)
+
+
+def _bounds(total: Member, lane: int) -> tuple[str, str]:
+    """Return between what a sum of exponentials is whose shift is not far from the maximum."""
+    most = total.extents[lane].full * math.exp(FAR)
+    return literal(math.exp(-FAR), DType.F32), literal(most, DType.F32)
 
 
 def _elements(member: Member) -> int:

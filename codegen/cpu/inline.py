@@ -12,6 +12,7 @@ from typing import Final, final
 from superopt.codegen.cpu.config import of_bfloat16, source, widens
 from superopt.codegen.cpu.expressions import can_be_vector
 from superopt.codegen.cpu.ranges import Range, range_of
+from superopt.codegen.cpu.shifts import Shifts
 from superopt.codegen.tile_program import TileProgram
 from superopt.ir.coordinates import adds_ones, is_move
 from superopt.ir.graph import Graph
@@ -73,8 +74,7 @@ class Seen:
 
     rough: frozenset[Node] = frozenset()
     """Exponentials and sigmoids of which 16 bits count."""
-    loose: frozenset[Node] = frozenset()
-    """Running maxima that cancel in all results, NaN included: another shift does as well."""
+    shifts: Shifts = field(default_factory=Shifts)
 
 
 @final
@@ -117,7 +117,7 @@ class Plan:
     def only_shifts(self, node: Node) -> Node | None:
         """Return the loose running maximum that alone reads the value."""
         (user, *others) = self.users[node] or (node,)
-        return user if not others and user in self.seen.loose else None
+        return user if not others and user in self.seen.shifts.loose else None
 
     def only_multiplied(self, node: Node) -> bool:
         """Say whether nothing but products reads the value, through moves, reshapes and conversions."""
@@ -214,7 +214,8 @@ class Plan:
     def _worth_keeping(self, node: Node) -> bool:
         if widens(node) and self.operand_base(node).op is tile.LOAD:
             return False
-        users = _readers(self.users, node)
+        # a maximum that is told is looked for seldom
+        users = [u for u in _readers(self.users, node) if u not in self.seen.shifts.told]
         loops = self.program.loops_of
         cost = self.cost[node]
         if any(not self._scope(u) <= loops[node] for u in users) and cost > 1:

@@ -27,12 +27,13 @@ from superopt.codegen.cpu.inline import ROUGH, Plan, Seen, rough_functions
 from superopt.codegen.cpu.members import Member, MemberKind, carried, combine_kind, identity
 from superopt.codegen.cpu.scales import scales_behind_maxima
 from superopt.codegen.cpu.sharing import is_kept, left_to_others, only_right_of, shared_over
+from superopt.codegen.cpu.shifts import FAR, Shifts, find_shifts
 from superopt.codegen.cpu.transposed import rows_of
 from superopt.codegen.errors import CodegenError
 from superopt.codegen.tile_program import Compute, Item, Loop, TileProgram, tile_program
 from superopt.ir.coordinates import identity_coords
 from superopt.ir.graph import Graph
-from superopt.ir.homogeneity import cancels, may_lag
+from superopt.ir.homogeneity import may_lag
 from superopt.ir.node import Node, rebuild, rewrite, topological
 from superopt.ir.ops import contraction, elementwise, structural, tile
 from superopt.ir.ops.registry import OpKind
@@ -68,14 +69,20 @@ def lower(graph: Graph, config: CpuConfig, name: str) -> Source:
     scaled = scales_behind_maxima((*block.outputs, *functions))
     results = len(block.outputs)
     nodes = list(topological(scaled[:results]))
-    shifts = [n for n in nodes if n.op is tile.PREFIX_MAX]
-    roots = iter(shared_divisions((*scaled, *shifts)))
-    program = tile_program(block.with_outputs(tuple(islice(roots, results))))
     rough = rough_functions(block)
-    seen = Seen(
-        _alone(dict.fromkeys(functions, False) | dict.fromkeys(rough, True), roots),
-        _alone({n: cancels(n, nodes) for n in shifts}, roots),
+    images = zip(functions, scaled[results:], strict=True)
+    shifts = find_shifts(nodes, {image for n, image in images if n in rough})
+    maxima = [n for n in nodes if n.op in (tile.PREFIX_MAX, contraction.REDUCE_MAX)]
+    roots = iter(shared_divisions((*scaled, *maxima, *shifts.told.values())))
+    program = tile_program(block.with_outputs(tuple(islice(roots, results))))
+    is_rough = _alone(dict.fromkeys(functions, False) | dict.fromkeys(rough, True), roots)
+    image = dict(zip((*maxima, *shifts.told.values()), roots, strict=True))
+    loose, told = (
+        _alone({n: n in chosen for n in maxima}, map(image.__getitem__, maxima))
+        for chosen in (shifts.loose, shifts.told)
     )
+    tells = {image[n]: image[total] for n, total in shifts.told.items() if image[n] in told}
+    seen = Seen(is_rough, Shifts(loose, tells))
     for node in program.graph.nodes():
         if node.op in LOWER.unsupported:
             raise CodegenError(f"{node.op.name}: {LOWER.unsupported[node.op]}")
@@ -264,8 +271,9 @@ class _Kernel:
                     view = self.context.allocate(shift.shape, shift.tensor.dtype, "factor")
                     self.factors[shift][node.attrs.power] = view
         for shift in self.factors:
-            self.lags[shift] = may_lag(shift, self.graph.nodes())
-            if self.lags[shift] and shift not in self.plan.seen.loose:
+            far = (FAR,) if shift in self.plan.seen.shifts.told else ()
+            self.lags[shift] = may_lag(shift, self.graph.nodes(), *far)
+            if self.lags[shift] and shift not in self.plan.seen.shifts.loose:
                 self.peaks[shift] = self.context.allocate(shift.shape, shift.tensor.dtype, "peak")
 
     def _view(self, node: Node, stem: str, *, dense: bool = False) -> View:
@@ -416,7 +424,7 @@ class _Kernel:
         self.context.write(f"fill<{view.element}>({view.pointer}, {count}L, {value});")
 
     def _finish(self, loop: Loop) -> None:
-        loose = self.plan.seen.loose
+        loose = self.plan.seen.shifts.loose
         for shift in loop.states:
             if shift in self.factors and shift not in loose:
                 self._add(self._shift("settle", shift, None, self._full(shift.shape)))

@@ -53,27 +53,27 @@ def unscaled(node: Node) -> tuple[Node, float]:
     return node, 1.0
 
 
-def is_below_maximum(node: Node) -> bool:
-    """Recognize x - max(x): at most 0, or NaN. The maximum may be a running one, and 0 where it is -inf.
+def maximum_of(node: Node) -> Node | None:
+    """Return max(x), over some axes, of x - max(x): that is at most 0, or NaN.
 
-    It may be multiplied by a positive number.
+    The maximum may be a running one, and 0 where it is -inf. The difference may be multiplied by a positive number.
     """
     node = unscaled(node)[0]
     if node.op is not elementwise.SUB:
-        return False
+        return None
     x, by = node.inputs
     while by.op is not contraction.REDUCE_MAX:
         if by.op is elementwise.WHERE:
             test, kept, other = by.inputs
             low = test.op is elementwise.GT and test.inputs[0] is kept
             if not (low and _is(test.inputs[1], -math.inf) and _is(other, 0.0)):
-                return False
+                return None
             by = kept
         elif by.op in (structural.BROADCAST, tile.PREFIX_MAX):
             by = by.inputs[0]
         else:
-            return False
-    return by.inputs[0] is x
+            return None
+    return by if by.inputs[0] is x else None
 
 
 def _range(node: Node, inputs: list[Range]) -> Range:
@@ -118,7 +118,7 @@ def _sum(node: Node, inputs: list[Range]) -> Range:
 
 def _sub(node: Node, inputs: list[Range]) -> Range:
     (a, b), (c, d) = inputs
-    return a - d, 0.0 if is_below_maximum(node) else b - c
+    return a - d, b - c if maximum_of(node) is None else 0.0
 
 
 def _mul(node: Node, inputs: list[Range]) -> Range:

@@ -7,6 +7,7 @@ Invariant: a vector loop reads and writes exactly the elements inside the tensor
 over at the end is masked, and lanes past the end count as the identity in reductions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, final
 
@@ -106,6 +107,42 @@ class Row:
             if not (same and mode) or self._depends_on_total(member):
                 self.flush()
         self.pending.append(member)
+
+    def write(self, members: Sequence[Member]) -> None:
+        """Write members in turn."""
+        for member in members:
+            self.add(member)
+        self.flush()
+
+    def total(self, member: Member) -> str:
+        """Return the value of a reduction along this row, which has been written."""
+        return self.scalars[(member.node, self._carried_at(member))]
+
+    def take(self, member: Member, value: str) -> None:
+        """Let the value of a reduction along this row be another."""
+        env = self._row_env(member)
+        env.lane = None
+        self._collect(member, env, value)
+        self._emit(env.lines)
+
+    def first(self, member: Member) -> str:
+        """Return the first elements of what a member reads, as many as a vector has."""
+        assert member.source is not None
+        row = self._row_env(member)
+        row.lane = None
+        env = Environment(
+            self.context, self.plan, member.extents, self.lane, "0", vector=True, row=row
+        )
+        value = env.value(member.source, identity_coords(member.source.shape))
+        self._emit(row.lines)
+        self._emit(env.lines)
+        return value
+
+    def highest(self, member: Member) -> str:
+        """Return a variable that holds the largest of the first elements of what a member reads."""
+        name = self.context.fresh("guess")
+        self._emit([f"float {name} = hmax({self.first(member)});"])
+        return name
 
     def _vector(self, member: Member) -> bool:
         if member.kind in ("scan", "place"):

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from superopt.codegen.cpu.ranges import is_below_maximum, unscaled
+from superopt.codegen.cpu.ranges import maximum_of, unscaled
 from superopt.ir import build as b
 from superopt.ir.node import Node, make, rebuild, rewrite, users_of
 from superopt.ir.ops import contraction, elementwise, leaf, tile
@@ -44,7 +44,7 @@ def scales_behind_maxima(roots: Sequence[Node]) -> tuple[Node, ...]:
         if node.op is elementwise.SUB and factor == _scaled(inputs[1])[1] != 1.0:
             difference = b.sub(x, _scaled(inputs[1])[0])
             readers = {user.op for user in users[node]}
-            if is_below_maximum(difference) and readers == {elementwise.EXP}:
+            if maximum_of(difference) and readers == {elementwise.EXP}:
                 return b.mul(difference, factor)
         return _choice(fresh) if node.op is elementwise.WHERE else fresh
 

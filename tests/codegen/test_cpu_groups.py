@@ -174,6 +174,62 @@ def test_which_maxima_cancel(result, seen: bool) -> None:
     assert cancels(top, list(g.graph().nodes())) != seen
 
 
+def guessed(rows: int, columns: int, loops: int, hidden: float, dtype: DType = DType.BF16) -> Graph:
+    """Attention's products of 16 bits with and without a loop over keys."""
+    keys, block = columns * max(loops, 1), ("m", rows)
+    g = BlockBuilder("guessed", grid={"m": 2}, loops={"n": loops} if loops else {})
+    along = ("n", columns) if loops else columns
+    x, mask = (g.load(b.input_(n, (2 * rows, keys)), block, along) for n in ("x", "mask"))
+    y = b.cast(g.load(b.input_("y", (keys, 24), dtype), along, 24), DType.F32)
+    scores = b.where(b.gt(mask, 0.0), b.mul(x, 0.3), hidden)
+    top = b.reduce_max(scores, -1)
+    if loops:
+        top = b.accumulate(tile.PREFIX_MAX, top, "n")
+    value = b.exp(b.sub(scores, b.finite_or_zero(top) if loops else top))
+    wide = b.matmul(b.cast(b.cast(value, dtype), DType.F32), y)
+    total = b.reduce_sum(value, -1)
+    if loops:
+        wide, total = (b.accum_rescaled(v, top, "n") for v in (wide, total))
+    g.store(b.cast(b.div(wide, total), dtype), (2 * rows, 24), block, 24)
+    return g.graph()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "loops"), [(20, 70, 0), (5, 700, 0), (20, 40, 3), (18, 64, 2)]
+)
+@pytest.mark.parametrize("hidden", [-torch.inf, -1e9])
+def test_a_maximum_is_looked_for_only_where_another_number_is_too_far_from_it(
+    tmp_path: Path, rows: int, columns: int, loops: int, hidden: float
+) -> None:
+    graph = guessed(rows, columns, loops, hidden)
+    source = lower(graph, CpuConfig(pairs=True), graph.name)
+    assert ("!over(" if loops else "missed") in source.text
+    (kernel,) = compile_many([source], tmp_path)
+    assert isinstance(kernel, Kernel), kernel
+    draws = torch.Generator().manual_seed(3)
+    for size in (0.1, 5.0, 300.0, 1e30):
+        inputs = [tensor(i, draws) for i in graph.inputs]
+        x, mask, _ = inputs
+        x *= size
+        for strange in (False, True):
+            if strange:  # first numbers far below the others, far above, hidden; all hidden; NaN and infinities
+                x[0, :20] -= 1e3
+                x[1, :20] += 1e3
+                mask[2, :20], mask[3], mask[4:7, 16:] = -1, -1, -1
+                mask[:, -1] = 1
+                x[7, 5], x[8, -1], x[9, 0], x[5, -1] = torch.nan, torch.nan, torch.inf, -torch.inf
+            (got,), (want,) = launched(kernel, graph, inputs), run_reference(graph, inputs)
+            torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+def test_no_maximum_is_guessed_where_values_would_leave_their_range() -> None:
+    for columns in (70, 700):
+        text = lower(guessed(20, columns, 0, -1e9), CpuConfig(), "floats").text
+        assert "missed" not in text  # exact exponentials are of numbers below 0
+        half = lower(guessed(20, columns, 0, -1e9, DType.F16), CpuConfig(pairs=True), "half").text
+        assert "missed" not in half
+
+
 @pytest.mark.parametrize("left_out", [False, True])
 def test_nan_that_is_left_out_of_sums_is_in_the_maximum(tmp_path: Path, *, left_out: bool) -> None:
     g = BlockBuilder("hidden", grid={"m": 1}, loops={"n": 5})

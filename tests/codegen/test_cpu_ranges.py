@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from superopt.codegen.cpu.divide import shared_divisions
-from superopt.codegen.cpu.ranges import is_below_maximum, range_of
+from superopt.codegen.cpu.ranges import maximum_of, range_of
 from superopt.ir import build as b
 from superopt.ir.build import BlockBuilder
 from superopt.ir.node import Node, topological
@@ -75,16 +75,16 @@ def test_known_divisors_need_no_scale(norm: bool, known: bool) -> None:
 def test_what_is_no_maximum_of_the_element() -> None:
     _, x = tile_()
     top = b.reduce_max(x, -1)
-    assert is_below_maximum(b.sub(x, top))
+    assert maximum_of(b.sub(x, top))
     running = b.accumulate(tile.PREFIX_MAX, top, "n")
-    assert is_below_maximum(b.sub(x, b.finite_or_zero(running)))
+    assert maximum_of(b.sub(x, b.finite_or_zero(running)))
     # a row's maximum beside another row's elements, another tensor's, half of it
-    assert not is_below_maximum(b.sub(x, b.reshape(top, (1, 4))))
-    assert not is_below_maximum(b.sub(x, b.transpose(top)))
-    assert not is_below_maximum(b.sub(b.mul(x, 2.0), top))
-    assert not is_below_maximum(b.sub(x, b.mul(top, 0.5)))
-    assert not is_below_maximum(b.sub(x, b.where(b.gt(top, 0.0), top, 0.0)))
-    assert not is_below_maximum(b.sub(top, x))
+    assert not maximum_of(b.sub(x, b.reshape(top, (1, 4))))
+    assert not maximum_of(b.sub(x, b.transpose(top)))
+    assert not maximum_of(b.sub(b.mul(x, 2.0), top))
+    assert not maximum_of(b.sub(x, b.mul(top, 0.5)))
+    assert not maximum_of(b.sub(x, b.where(b.gt(top, 0.0), top, 0.0)))
+    assert not maximum_of(b.sub(top, x))
     # a running maximum may be far above this tile's, so that no exponential is 1
     total = b.reduce_sum(b.exp(b.sub(x, b.finite_or_zero(running))), -1)
     other = b.reduce_sum(b.exp(b.sub(x, top)), -2)

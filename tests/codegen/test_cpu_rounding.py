@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superopt.codegen import cpu
-from superopt.codegen.cpu.ranges import is_below_maximum, unscaled
+from superopt.codegen.cpu.ranges import maximum_of, unscaled
 from superopt.codegen.cpu.scales import scales_behind_maxima
 from superopt.codegen.errors import CodegenError
 from superopt.ir import build as b
@@ -101,8 +101,8 @@ def test_a_factor_goes_behind_the_maximum(masked: bool) -> None:
     (product,) = (n for n in nodes if n.op is elementwise.MUL)
     assert unscaled(product)[1] == SCALE
     (difference,) = (n for n in nodes if n.op is elementwise.SUB)
-    assert is_below_maximum(difference)
-    assert is_below_maximum(product)
+    assert maximum_of(difference)
+    assert maximum_of(product)
 
 
 def test_factors_that_stay_where_they_are() -> None:

@@ -313,6 +313,23 @@ SO_INLINE bool above(const float* partial, const float* shifts, float lag, long 
   return any(found);
 }
 
+// Whether a row of a group has no maximum yet.
+SO_INLINE bool without(const float* shifts, long rows) {
+  return any((load_n<vf>(shifts, rows) == -__builtin_inff()) & first_lanes(rows));
+}
+// Whether partial sums of a row of a group are above `most`, or NaN.
+SO_INLINE bool over(const float* partial, float most, long rows) {
+  vi found = {};
+#pragma GCC unroll 4
+  for (long i = 0; i < rows; ++i) found |= ~(load<vf>(partial + i * VL) <= splat<vf>(most));
+  return any(found);
+}
+// Whether all sums of a group's rows are between `least` and `most`; NaN is not.
+SO_INLINE bool between(const float* sums, float least, float most, long rows) {
+  const vf sum = load_n<vf>(sums, rows);
+  return all((sum >= splat<vf>(least)) & (sum <= splat<vf>(most)) | ~first_lanes(rows));
+}
+
 // exp(power * (shift - peak)); 0 where the maximum stayed -inf: what was added counts nothing.
 SO_INLINE vf settled(vf shift, vf peak, float power) {
   const vf factor = select(shift == peak, splat<vf>(1.0f), so::exp((shift - peak) * power));
