@@ -186,13 +186,14 @@ class Environment:
 
     def _rough(self, node: Node, operand: str, coords: Coordinates) -> str:
         """Return a function of 16 bits; a constant factor of its operand becomes one with that of its exponential."""
+        suffix = "_rough8" if self.plan.seen.bits == 8 else "_rough"
         x, factor = unscaled(node.inputs[0])
         usual = 1 / _USUAL < factor < _USUAL and x.tensor.dtype is DType.F32
         if factor == 1.0 or not usual:
-            return f"so::{node.op.name}_rough({operand})"
+            return f"so::{node.op.name}{suffix}({operand})"
         base = self.value(x, broadcast_coords(x, broadcast_coords(node.inputs[0], coords)))
         number = self.splat(literal(factor / math.log(2), DType.F32), DType.F32)
-        return f"so::{node.op.name}2_rough({base} * {number})"
+        return f"so::{node.op.name}2{suffix}({base} * {number})"
 
     def _joined(self, node: Node, coords: Coordinates) -> str:
         """Read an element of what is put together from the part in which it lies."""

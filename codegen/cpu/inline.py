@@ -74,6 +74,8 @@ class Seen:
 
     rough: frozenset[Node] = frozenset()
     """Exponentials and sigmoids of which 16 bits count."""
+    bits: int = 11
+    """How many of these bits are significant, in the finest of the program's formats."""
     shifts: Shifts = field(default_factory=Shifts)
 
 

@@ -82,7 +82,8 @@ def lower(graph: Graph, config: CpuConfig, name: str) -> Source:
         for chosen in (shifts.loose, shifts.told)
     )
     tells = {image[n]: image[total] for n, total in shifts.told.items() if image[n] in told}
-    seen = Seen(is_rough, Shifts(loose, tells))
+    bits = 11 if any(n.tensor.dtype is DType.F16 for n in nodes) else 8
+    seen = Seen(is_rough, bits, Shifts(loose, tells))
     for node in program.graph.nodes():
         if node.op in LOWER.unsupported:
             raise CodegenError(f"{node.op.name}: {LOWER.unsupported[node.op]}")
