@@ -392,6 +392,27 @@ SCALE_OUT_OF_CONTRACTION: Final = Rule(
 SCALE_OUT_OF_SUM: Final = Rule("scale-out-of-sum", _scale_out_of_sum, exact=False)
 GATHER_TO_SELECT: Final = Rule("gather-to-select", _gather_to_select)
 COMPUTED_GATHER_TO_SELECT: Final = Rule("computed-gather-to-select", _computed_gather_to_select)
+
+
+def _one_above_expm1(node: Node) -> Node | None:
+    """exp(y) for expm1(y) + 1, which takes longer and is less exact; also where elu chooses it."""
+    if node.op is not elementwise.ADD:
+        return None
+    for x, one in (node.inputs, node.inputs[::-1]):
+        if not _is_one(one):
+            continue
+        narrows = x.op is elementwise.CAST and x.tensor.dtype.is_half and not x.attrs.rounds
+        wide = x.inputs[0] if narrows else x
+        if wide.op is elementwise.EXPM1:
+            return b.cast(b.exp(wide.inputs[0]), node.tensor.dtype)
+        if wide.op is elementwise.WHERE and any(i.op is elementwise.EXPM1 for i in wide.inputs[1:]):
+            condition, *values = wide.inputs
+            chosen = (b.add(v, 1.0) for v in values)
+            found = b.where(condition, *(_one_above_expm1(v) or v for v in chosen))
+            return b.cast(found, node.tensor.dtype)
+    return None
+
+
 GATHER_BELOW_ELEMENTWISE: Final = Rule("gather-below-elementwise", _gather_below_elementwise)
 TAKE_TO_GATHER: Final = Rule("take-to-gather", _take_to_gather)
 VIEW_BELOW_LEAF: Final = Rule("view-below-leaf", _view_below_leaf)
@@ -402,6 +423,7 @@ REDUCE_OF_CONCAT: Final = Rule("reduce-of-concat", reduce_of_concat, exact=False
 PRODUCT_OF_CONCAT: Final = Rule("product-of-concat", product_of_concat, exact=False)
 SLICE_OF_CONCAT: Final = Rule("slice-of-concat", slice_of_concat)
 MAXIMUM_OUT_OF_SHIFT: Final = Rule("maximum-out-of-shift", maximum_out_of_shift, exact=False)
+ONE_ABOVE_EXPM1: Final = Rule("one-above-expm1", _one_above_expm1, exact=False)
 FUSION_RULES: Final = (
     VIEW_BELOW_LEAF,
     BROADCAST_INTO_ELEMENTWISE,
@@ -409,6 +431,7 @@ FUSION_RULES: Final = (
     REDUCE_OF_CONCAT,
     PRODUCT_OF_CONCAT,
     MAXIMUM_OUT_OF_SHIFT,
+    ONE_ABOVE_EXPM1,
     SCALE_OUT_OF_CONTRACTION,
     SCALE_OUT_OF_SUM,
     GATHER_BELOW_ELEMENTWISE,

@@ -15,6 +15,7 @@ from superopt.search.algebra import (
     GATHER_BELOW_ELEMENTWISE,
     GATHER_TO_SELECT,
     MAXIMUM_OUT_OF_SHIFT,
+    ONE_ABOVE_EXPM1,
     PRODUCT_OF_CONCAT,
     REDUCE_IN_PARTS,
     REDUCE_IN_STAGES,
@@ -54,7 +55,11 @@ def case(inputs: list[object], output: object) -> Graph:
     return b.kernel_graph("case", inputs, [output])  # type: ignore[list-item,arg-type]
 
 
+small = b.elementwise_op(elementwise.EXPM1, x)
 FIRES = [
+    (ONE_ABOVE_EXPM1, case([x], b.add(small, 1.0))),
+    (ONE_ABOVE_EXPM1, case([x], b.add(b.cast(small, DType.BF16), 1.0))),
+    (ONE_ABOVE_EXPM1, case([x], b.add(1.0, b.where(b.gt(x, 0.0), x, small)))),
     (SCALE_OUT_OF_CONTRACTION, case([x, y], b.matmul(b.mul(x, row), y))),
     (SCALE_OUT_OF_CONTRACTION, case([x, y], b.matmul(b.div(x, row), y))),
     (SCALE_OUT_OF_CONTRACTION, case([x, y], b.matmul(x, b.div(y, column)))),
@@ -138,6 +143,9 @@ STAYS = [
     (PRODUCT_OF_CONCAT, case([cache, new, y], b.matmul(keys, b.slice_(y, -2, 0, 5)))),
     # nothing else gives the result its shape
     (BROADCAST_INTO_ELEMENTWISE, case([sink], b.exp(b.broadcast(sink, (5, 6))))),
+    (ONE_ABOVE_EXPM1, case([x], b.add(small, 2.0))),
+    (ONE_ABOVE_EXPM1, case([x], b.add(b.cast(small, DType.BF16, rounds=True), 1.0))),
+    (ONE_ABOVE_EXPM1, case([x], b.add(1.0, b.where(b.gt(x, 0.0), x, b.exp(x))))),
     # the slice meets both parts
     (SLICE_OF_CONCAT, case([sink, x], b.slice_(joined, -1, 0, 4))),
     # the maximum of something else, or alone
