@@ -335,7 +335,7 @@ def joined_parts(node: Node) -> list[tuple[Node | None, int, int]]:
 
 
 def rough_functions(graph: Graph) -> frozenset[Node]:
-    """Return the `ROUGH` values of which nobody sees more than 16 bits: they are rounded, or scaled and then rounded.
+    """Return the `ROUGH` values of which nobody sees more than 16 bits: they are rounded, or scaled or chosen before.
 
     Or added up before that: terms of one sign err together no more than each. Neither what is taken
     off a sum nor its logarithm keeps its relative error.
@@ -350,6 +350,7 @@ def rough_functions(graph: Graph) -> frozenset[Node]:
             for r in readers
             if not (r.op is elementwise.CAST and r.tensor.dtype.is_half)
             and not (r.op in (elementwise.MUL, elementwise.DIV) and r in scaled)
+            and not (r.op is elementwise.WHERE and r in scaled and node is not r.inputs[0])
         ]
         if not readers or any(r.op not in _SUMS or r not in summed for r in others):
             continue

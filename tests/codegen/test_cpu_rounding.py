@@ -42,6 +42,8 @@ def test_a_scaled_maximum_cancels_exactly_where_scores_are_huge(tmp_path, rows):
         (DType.BF16, lambda e: b.div(e, b.reduce_sum(e, -1)), True),
         (DType.F16, lambda e: b.div(e, b.reduce_sum(e, -1)), True),
         (DType.F32, lambda e: b.div(e, b.reduce_sum(e, -1)), False),
+        (DType.BF16, lambda e: b.where(b.lt(e, 0.5), e, 2.0), False),  # compared, too
+        (DType.BF16, lambda e: b.where(b.lt(b.iota((4, 64), -1), 9), b.mul(e, 3.0), -1.0), True),
         (DType.BF16, lambda e: b.sub(1.0, e), False),  # where e is near 1, all of its bits count
         (DType.BF16, lambda e: b.sub(1.0, b.mul(e, e)), False),
         (DType.BF16, lambda e: b.log(b.reduce_sum(e, -1)), False),  # near 0 where the sum is near 1
