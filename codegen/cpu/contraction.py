@@ -40,6 +40,9 @@ _FETCHED_ROWS, _FETCHED_DEPTH = 192, 128
 # in place of the usual register tile there: more rows read the panel less often, while its successor is fetched
 # (1 to 14 % at 37 to 77 rows), but a panel of one vector that is left costs as much as it gains
 _USUAL_TILE, _TALL_TILE, _ONE_LEFT = (6, 4), (8, 3), range(49, 65)
+# rows of a register tile of one vector: six sums do not hide how long a multiplication takes (64 rows by 10 columns, k
+# 1031: 150 -> 122 us; AMX processor, two threads, float32, 2026-11-23)
+_THIN_ROWS = 12
 _STRETCH, _LINE, _CACHE_WAY = 256, 16, 1024  # floats: a quarter of the sets, a line, all sets
 _LINE_BYTES, _PAGE_BYTES = 64, 4096
 _ELEMENT_BYTES = {"so::bf16": 2, "so::f16": 2}
@@ -466,12 +469,14 @@ class Product:
             f"{b.column}L, {b.row}L, {panel.pointer}, {c.text}, {c.row}L{self._bands()});"
         )
 
-    def _register_tile(self, m: Extent, n: Extent, *, tall: bool = False) -> tuple[int, str]:
+    def _register_tile(self, m: Extent, n: Extent, *, tall: bool = False) -> tuple[str, str]:
         """Return rows and vectors: as even a division of the rows as the configuration allows."""
         tile = (self.context.config.rows, self.context.config.vectors)
         rows, vectors = _TALL_TILE if tall and tile == _USUAL_TILE else tile
-        parts = -(-m.full // rows)
-        return -(-m.full // parts), f"(int)min_of({vectors}, ({n.full} + VL - 1) / VL)"
+        even = str(_even(m.full, rows))
+        if n.full <= _MOST_LANES and (thin := str(_even(m.full, max(rows, _THIN_ROWS)))) != even:
+            even = f"({n.full} <= VL ? {thin} : {even})"
+        return even, f"(int)min_of({vectors}, ({n.full} + VL - 1) / VL)"
 
     def _broadcast(
         self, a: _Matrix, b: _Matrix, c: _Matrix, m: Extent, n: Extent, k: Extent
@@ -541,6 +546,11 @@ class Product:
 
 def _swapped(matrix: _Matrix) -> _Matrix:
     return replace(matrix, row=matrix.column, column=matrix.row)
+
+
+def _even(count: int, most: int) -> int:
+    """Return the size of the largest of as few even parts as there are of at most `most`."""
+    return -(-count // -(-count // most))
 
 
 def _stretch(k: Extent) -> int:

@@ -290,6 +290,13 @@ def test_what_few_rows_transpose_next_is_fetched(rows, depth, tile, fetched):
     assert f", {depth}, {fetched}>({rows}, n0, {depth}" in text
 
 
+@pytest.mark.parametrize(("transposed", "kind"), [(False, "nn"), (True, "packed")])
+@pytest.mark.parametrize(("columns", "rows"), [(10, "(10 <= VL ? 11 : 6)"), (17, "6")])
+def test_few_columns_are_multiplied_by_more_rows_at_once(folder, transposed, kind, columns, rows):
+    graph = linear(150, 70, columns, (64, 70, columns), transposed=transposed)
+    assert f"gemm_{kind}<{rows}, " in check(graph, folder).text
+
+
 def test_norm_linear(folder):
     check(linear(7, 100, 50, (4, 32, 20), transposed=False, norm=True), folder)
 
