@@ -73,6 +73,32 @@ def test_divisions_that_stay() -> None:
     assert kept((3, 4), (3, 1)) == kept((3, 4), 3.0) == 0
 
 
+@pytest.mark.parametrize(
+    ("bound", "dtype", "left"),
+    [
+        (0.0, DType.F32, 0),
+        (-1.0, DType.F32, 1),
+        (None, DType.F32, 1),
+        (0.0, DType.F64, 1),
+    ],
+)
+def test_squares_of_roots_are_what_the_root_is_taken_of(
+    tmp_path: Path, bound: float | None, dtype: DType, left: int
+) -> None:
+    n = len(VALUES)
+    g = BlockBuilder("squared", grid={"m": 1})
+    x = g.load(b.input_("x", (n,), dtype), n)
+    root = b.sqrt(x if bound is None else b.maximum(x, bound))
+    g.store(b.mul(root, root), (n,), n)
+    graph = g.graph()
+    nodes = topological(shared_divisions(graph.outputs))
+    assert sum(n.op is elementwise.SQRT for n in nodes) == left
+    if dtype is DType.F32:
+        want = (VALUES if bound is None else VALUES.clamp(min=bound)).sqrt().square()
+        got = run(graph, tmp_path, VALUES)
+        torch.testing.assert_close(got, want, rtol=4e-7, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(("keys", "tile"), [(64, 32), (41, 16)])
 def test_an_operand_made_of_transposed_tiles_lies_as_they_do(
     tmp_path: Path, keys: int, tile: int
