@@ -1,7 +1,7 @@
 """The search's clock: what it refuses before a compiler sees it."""
 
 import platform
-from ctypes import c_float
+from ctypes import c_float, c_int64
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -16,6 +16,7 @@ from superopt.codegen.errors import CodegenError
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
 from superopt.ir.target import Target
+from superopt.ir.types import DType
 from superopt.measure import Clock
 from superopt.plan import KernelSource
 from superopt.verify.reference import run_reference
@@ -203,6 +204,29 @@ def test_large_results_are_checked_at_a_few_steps(
     clock = Clock(NoCompiler(), {})  # type: ignore[arg-type]
     assert clock._agrees(g.graph(), negate) is not wrong
     assert 16 <= seen[0] <= rows // 4
+
+
+@pytest.mark.parametrize(("shift", "wrong"), [(0, False), (0, True), (3, False)])
+def test_a_kernel_that_reads_other_places_is_refused(shift: int, wrong: bool) -> None:
+    """Places are drawn, but for those that would make places beyond the tensor (`shift`)."""
+    g = b.BlockBuilder("g", grid={"m": 4})
+    places = g.load(b.input_("i", (64, 1), DType.I64), ("m", 16), 1)
+    rows = g.load(b.input_("x", (64, 16)), ("m", 16), 16)
+    for index in (places, b.add(places, shift)):
+        g.store(b.gather(rows, index, -1), (64, 1), ("m", 16), 1)
+
+    def gather(index: int, data: int, *results: int) -> None:
+        i = torch.frombuffer((c_int64 * 64).from_address(index), dtype=torch.int64)
+        x = torch.frombuffer((c_float * 1024).from_address(data), dtype=torch.float32)
+        i = i.roll(1) if wrong else i  # those of the row ahead
+        for result, first in zip(results, (0, shift), strict=True):
+            found = x.view(64, 16).gather(1, i[:, None] + first)
+            torch.frombuffer((c_float * 64).from_address(result), dtype=torch.float32).copy_(
+                found.flatten()
+            )
+
+    clock = Clock(NoCompiler(), {})  # type: ignore[arg-type]
+    assert clock._agrees(g.graph(), gather) is not wrong
 
 
 def test_compilers_are_waited_for_so_long_in_all_when_time_is_over(
