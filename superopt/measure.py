@@ -33,7 +33,7 @@ from superopt.ir.types import TensorType
 from superopt.plan import KernelSource
 from superopt.runtime import Program, build_program
 from superopt.verify.inputs import PERIOD, repeated, strided
-from superopt.verify.opaque import spread
+from superopt.verify.opaque import span, spread
 from superopt.verify.ranges import draw_integers, integer_ranges
 from superopt.verify.reference import DTYPES, run_reference
 from superopt.verify.slices import alike
@@ -492,17 +492,22 @@ def random_tensor(
     """
     generator = torch.Generator(device).manual_seed(seed)
     dtype = DTYPES[wanted.dtype]
+    shape, strides = wanted.shape, wanted.strides
+    # elements may share memory: all of a table for each of many rows
+    shares = strides is not None and 0 < span(shape, strides) < wanted.elements
+    if shares and strides is not None:
+        shape = (span(shape, strides),)
     if wanted.dtype.is_float:
-        values = (
-            torch.rand(min(wanted.elements, PERIOD), generator=generator, device=device) * 2 - 1
-        )
+        values = torch.rand(min(prod(shape), PERIOD), generator=generator, device=device) * 2 - 1
         values = ((values + values.sign() * 0.5) * length**-0.5).to(dtype)
-        values = repeated(values, wanted.shape)
+        values = repeated(values, shape)
     elif dtype is torch.bool:
-        values = torch.rand(wanted.shape, generator=generator, device=device) < 0.8
+        values = torch.rand(shape, generator=generator, device=device) < 0.8
     else:
-        values = torch.zeros(wanted.shape, dtype=dtype, device=device)
-    return values if wanted.strides is None else spread(values, wanted.strides)
+        values = torch.zeros(shape, dtype=dtype, device=device)
+    if strides is None:
+        return values
+    return values.as_strided(wanted.shape, strides) if shares else spread(values, strides)
 
 
 def _poisoned(wanted: TensorType, device: torch.device) -> torch.Tensor:

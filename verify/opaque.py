@@ -126,7 +126,8 @@ def restride(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     return made.expand(shape) if spread else made
 
 
-def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
+def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Return how many elements of memory a tensor reaches over."""
     return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
@@ -135,7 +136,7 @@ def duplicate(tensor: torch.Tensor, device: torch.device | str | None = None) ->
     strides = tuple(tensor.stride())
     if tensor.numel() == 0:
         return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=device)
-    memory = tensor.detach().as_strided((_span(tensor.shape, strides),), (1,))
+    memory = tensor.detach().as_strided((span(tensor.shape, strides),), (1,))
     return memory.to(device or tensor.device, copy=True).as_strided(tensor.shape, strides)
 
 
@@ -144,8 +145,8 @@ def spread(values: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     reached = 1
     for stride, count in sorted(zip(strides, values.shape, strict=True)):
         if count > 1 and stride < reached:
-            span = _span(values.shape, strides)
-            memory = values.reshape(-1).repeat(-(-span // values.numel()))[:span]
+            size = span(values.shape, strides)
+            memory = values.reshape(-1).repeat(-(-size // values.numel()))[:size]
             return memory.as_strided(values.shape, strides)
         reached += (count - 1) * stride
     return restride(values, strides)

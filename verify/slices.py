@@ -173,9 +173,7 @@ class _Few:
         for i, (value, cut) in enumerate(zip(values, cuts, strict=True)):
             if cut is not None:
                 axis = value.dim() + cut.axis
-                index = torch.tensor(places, device=value.device)
-                chosen = cut.split(value).index_select(axis + 1, index)
-                found[i] = chosen.flatten(axis, axis + 2)
+                found[i] = _chosen(cut.split(value), axis + 1, places).flatten(axis, axis + 2)
         return found
 
     def again(self, values: Sequence[torch.Tensor], cuts: _Wanted) -> list[torch.Tensor]:
@@ -191,6 +189,17 @@ class _Few:
                 torch.index_select(given, axis + 1, index.to(value.device), out=every)
                 found[i] = every.flatten(axis, axis + 2)
         return found
+
+
+def _chosen(value: torch.Tensor, axis: int, places: list[int]) -> torch.Tensor:
+    """Return places along an axis, without copies of what repeats along other dims."""
+    repeats = [n > 1 and stride == 0 for n, stride in zip(value.shape, value.stride(), strict=True)]
+    shape = [len(places) if dim == axis else n for dim, n in enumerate(value.shape)]
+    for dim in (d for d, again in enumerate(repeats) if again):
+        value = value.narrow(dim, 0, 1)
+    if not repeats[axis]:
+        value = value.index_select(axis, torch.tensor(places, device=value.device))
+    return value.expand(shape)
 
 
 def _distances(steps: int, length: int) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from superopt.codegen.errors import CodegenError
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
 from superopt.ir.target import Target
-from superopt.ir.types import DType
+from superopt.ir.types import DType, TensorType
 from superopt.measure import Clock
 from superopt.plan import KernelSource
 from superopt.verify.reference import run_reference
@@ -86,6 +86,14 @@ def test_a_program_is_made_again_with_denormals(tmp_path: Path) -> None:
     assert clock.compiled == before
     clock.keep_denormals(program)
     assert not clock.keep_denormals(program)
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.BOOL, DType.I64])
+def test_a_table_that_all_rows_share_is_drawn_once(dtype: DType) -> None:
+    kind = TensorType((1000, 7, 30), dtype, (0, 1, 9))
+    drawn = measure.random_tensor(kind, 3)
+    assert (drawn.shape, drawn.stride()) == (kind.shape, kind.strides)
+    assert drawn.untyped_storage().nbytes() == (1 + 6 + 29 * 9) * drawn.element_size()
 
 
 def test_kernels_are_prepared_together_without_what_is_malformed() -> None:

@@ -178,6 +178,15 @@ def test_a_few_steps_stand_for_all_that_are_alike() -> None:
     assert alike(heads(causal=True), 1 << 20).kept == ()
 
 
+def test_what_repeats_is_not_copied_when_a_few_steps_are_taken() -> None:
+    table = torch.arange(12.0).reshape(3, 4)
+    rows = table[None, :, None].expand(50, 3, 20, 4)
+    for axis, places in ((0, [0, 49]), (1, [2, 0]), (2, [19]), (3, [1, 3])):
+        chosen = module._chosen(rows, axis, places)
+        assert torch.equal(chosen, rows.index_select(axis, torch.tensor(places)))
+        assert chosen.untyped_storage().nbytes() <= table.untyped_storage().nbytes()
+
+
 def test_steps_may_lie_apart_in_an_axis_that_was_made_of_several() -> None:
     """A batch that comes second, as in PyTorch's attention, is in every row of a flat product."""
     x, w = wide("x", 12, 30, 8), wide("w", 8, 16)
