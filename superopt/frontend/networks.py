@@ -275,6 +275,17 @@ def _per_dim(values: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(values) * count if len(values) == 1 else tuple(values)
 
 
+def _product_per_place(x: Node, weight: Node) -> Node:
+    """Convolve with windows of one element: a product of channels, which kernels can hold."""
+    batch, channels, *places = x.tensor.shape
+    factor = b.reshape(weight, weight.tensor.shape[:2])
+    shape = (batch, weight.tensor.shape[0], *places)
+    if math.prod(places) == 1:  # rows share the weights, where a product each would read them anew
+        return b.reshape(b.matmul(b.reshape(x, (batch, channels)), b.transpose(factor)), shape)
+    columns = b.reshape(x, (batch, channels, math.prod(places)))
+    return b.reshape(b.matmul(factor, columns), shape)
+
+
 @rule(aten.convolution.default)
 def _convolution(
     call: Call,
@@ -299,7 +310,15 @@ def _convolution(
         _per_dim(output_padding, n),
         groups,
     )
-    result = make(library.CONV, (x, weight), attrs)
+    if (
+        n
+        and groups == 1
+        and not (transposed or any(attrs.padding))
+        and all(e == 1 for e in (*attrs.stride, *weight.tensor.shape[2:]))
+    ):
+        result = _product_per_place(x, weight)
+    else:
+        result = make(library.CONV, (x, weight), attrs)
     return result if bias is None else b.add(result, _per_channel(x, bias))
 
 

@@ -157,6 +157,18 @@ def test_bert_layer(runner: Any) -> None:
         torch.testing.assert_close(runner(lifted, x, mask=mask), layer(x, mask=mask))
 
 
+@pytest.mark.parametrize(
+    ("options", "product"), [({}, True), ({"padding": 1}, False), ({"stride": 2}, False)]
+)
+def test_windows_of_one_element_are_a_product(options: dict[str, int], product: bool) -> None:
+    def convolved(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, w, **options)
+
+    lifted = lift(convolved, (randn(2, 3, 5, 4), randn(6, 3, 1, 1)))
+    assert bool(nodes_of(lifted, contraction.MATMUL)) is product
+    assert bool(nodes_of(lifted, library.CONV)) is not product
+
+
 def test_lifted_at_float64_is_close_to_eager_float64(runner: Any) -> None:
     torch.manual_seed(0)
     block = LlamaBlock()
