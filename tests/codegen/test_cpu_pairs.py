@@ -68,7 +68,7 @@ SO_KERNEL superopt_kernel(const void* va, const void* vb, float* c, const long* 
   if (e[3] < 2) {{
     pack_rows_bf16(a, e[4], e[5], k, m, rows, depth);
     if (e[3]) gemm_pairs<true>(tiles, m, n, k, rows, depth, b, e[7], e[6], pairs, c, e[8]);
-    else gemm_pairs<false>(tiles, m, n, k, rows, depth, b, e[7], e[6], pairs, c, e[8]);
+    else gemm_pairs<false, 3>(tiles, m, n, k, rows, depth, b, e[7], e[6], pairs, c, e[8]);
   }} else if (e[3] >= 4) {{
     pack_rows_bf16(a, e[4], e[5], k, m, rows, depth);
     pack_pairs(b, e[7], e[6], n, k, pairs);

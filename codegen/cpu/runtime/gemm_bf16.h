@@ -57,20 +57,26 @@ SO_INLINE void store_operand(bf16* p, vf x) {
 #endif
 }
 
-// B contiguous along n: two rows are interleaved.
+// B contiguous along n: two rows are interleaved, for several panels at once and with the rows that follow fetched: a
+// panel alone is one line of each row, in as many pages as there are rows.
+constexpr long PANELS_READ = 8, ROWS_AHEAD = 8;
 SO_NOINLINE void pack_pairs_rows(const bf16* from, long stride_k, long n, long k, bf16* to) {
   const long depth = round_up(k, DEPTH);
-  for (long p = 0; p < n; p += PANEL, to += depth * PANEL)
+  for (long g = 0; g < n; g += PANELS_READ * PANEL)
     for (long x = 0; x < depth; x += 2)
-      for (long j = 0; j < PANEL; j += VL) {
-        const bf16* low = from + x * stride_k + p + j;
-        const long count = min_of(VL, n - p - j);
-        vu pair = {};
-        if (x + 1 < k && count == VL)
-          pair = load_bits(low) | load_bits(low + stride_k) << 16;
-        else if (x < k && count > 0)
-          pair = load_bits_n(low, count) | (x + 1 < k ? load_bits_n(low + stride_k, count) << 16 : vu{});
-        memcpy(to + x * PANEL + 2 * j, &pair, sizeof(pair));
+      for (long p = g; p < min_of(n, g + PANELS_READ * PANEL); p += PANEL) {
+        __builtin_prefetch(from + (x + ROWS_AHEAD) * stride_k + p, 0, 3);
+        __builtin_prefetch(from + (x + ROWS_AHEAD + 1) * stride_k + p, 0, 3);
+        for (long j = 0; j < PANEL; j += VL) {
+          const bf16* low = from + x * stride_k + p + j;
+          const long count = min_of(VL, n - p - j);
+          vu pair = {};
+          if (x + 1 < k && count == VL)
+            pair = load_bits(low) | load_bits(low + stride_k) << 16;
+          else if (x < k && count > 0)
+            pair = load_bits_n(low, count) | (x + 1 < k ? load_bits_n(low + stride_k, count) << 16 : vu{});
+          memcpy(to + p * depth + x * PANEL + 2 * j, &pair, sizeof(pair));
+        }
       }
 }
 
@@ -360,16 +366,21 @@ SO_NOINLINE void panel_pairs(Tiles& tiles, long m, long n, long k, const bf16* a
   multiply_pairs<ACCUMULATE, false>(m, n, k, a, am, b, c, cm);
 }
 
-// C[m,n] (+)= A[m,k] B[k,n] for B of any strides, made into pairs panel by panel; `panel` has room for one.
-// A's rows have round_up(k, DEPTH) elements, those past k finite. in, out: where A and C count, as in gemm_nn.
-template <bool ACCUMULATE, class IN = Whole, class OUT = Whole>
+// C[m,n] (+)= A[m,k] B[k,n] for B of any strides, made into pairs by so many panels at a time, for which `panels` has
+// room. A's rows have round_up(k, DEPTH) elements, those past k finite. in, out: where A and C count, as in gemm_nn.
+template <bool ACCUMULATE, int GROUP = 1, class IN = Whole, class OUT = Whole>
 SO_INLINE void gemm_pairs(Tiles& tiles, long m, long n, long k, const bf16* a, long am, const bf16* b, long bn,
-                          long bk, bf16* panel, float* c, long cm, IN in = {}, OUT out = {}) {
-  for (long j = 0; j < n; j += PANEL) {
-    const long columns = min_of(PANEL, n - j), top = max_of(0, out.top(j)), bottom = out.bottom(j + columns);
-    if (top >= min_of(m, bottom)) continue;
-    pack_pairs(b + j * bn, bn, bk, columns, k, panel);
-    panel_pairs<ACCUMULATE>(tiles, m, columns, k, a, am, panel, c + j, cm, top, bottom, in);
+                          long bk, bf16* panels, float* c, long cm, IN in = {}, OUT out = {}) {
+  for (long g = 0; g < n; g += GROUP * PANEL) {
+    const long end = min_of(g + GROUP * PANEL, n);
+    if (max_of(0, out.top(g)) >= min_of(m, out.bottom(end))) continue;
+    pack_pairs(b + g * bn, bn, bk, end - g, k, panels);
+    const bf16* panel = panels;
+    for (long j = g; j < end; j += PANEL, panel += round_up(k, DEPTH) * PANEL) {
+      const long columns = min_of(PANEL, n - j), top = max_of(0, out.top(j)), bottom = out.bottom(j + columns);
+      if (top >= min_of(m, bottom)) continue;
+      panel_pairs<ACCUMULATE>(tiles, m, columns, k, a, am, panel, c + j, cm, top, bottom, in);
+    }
   }
 }
 
