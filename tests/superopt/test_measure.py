@@ -258,6 +258,25 @@ def test_compilers_are_waited_for_so_long_in_all_when_time_is_over(
     assert limits == [3.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize(("error", "agrees"), [(0.0, True), (3e-3, True), (5e-2, False)])
+def test_results_are_held_against_the_magnitude_of_their_row(error: float, agrees: bool) -> None:
+    """What cancels in a row of large numbers errs as these do, not as the rows that are small."""
+    expected = torch.full((500, 64), 1e-3)
+    expected[0] = 1.0
+    expected[0, 5] = 1e-3
+    found = expected.clone()
+    found[0, 5] += error
+    assert measure.close(found, expected) is agrees
+    found[0, 5], found[7, 5] = expected[0, 5], 1e-3 + max(error, 2e-3)
+    assert not measure.close(found, expected)
+    for strange in (torch.inf, -torch.inf, torch.nan):
+        found = expected.clone()
+        found[3, 3] = strange
+        assert not measure.close(found, expected)
+        assert not measure.close(expected, found)
+        assert measure.close(found, found.clone())
+
+
 @pytest.mark.parametrize("loops", [1, 5])
 def test_what_products_sum_over_is_small(loops: int) -> None:
     x, w, bias = (b.input_(n, s) for n, s in (("x", (4, 320)), ("w", (64, 320)), ("b", (64,))))
