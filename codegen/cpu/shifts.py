@@ -18,7 +18,6 @@ from superopt.ir.types import DType
 
 FAR: Final = 14.0
 """How far such a number may be from a maximum: values grow by no more than its exponential."""
-_NO_NODES: Final[Mapping[Node, Node]] = {}
 
 
 @final
@@ -28,7 +27,7 @@ class Shifts:
 
     loose: frozenset[Node] = frozenset()
     """Running maxima, NaN included."""
-    told: Mapping[Node, Node] = field(default_factory=lambda: _NO_NODES)
+    told: Mapping[Node, Node] = field(default_factory=dict)
     """Maxima, running or of whole rows, for which a number does unless it is far; the sum that tells."""
 
 
