@@ -8,6 +8,7 @@ once). Constants go to PyTorch as Python numbers, as they came from the user's p
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any, final
 
@@ -246,11 +247,25 @@ def _cast(node: Node, args: Sequence[Value], domain: TorchDomain) -> Value:
 # -- contractions and reductions -----------------------------------------------------------------
 
 
+@cache
+def slow(dtype: torch.dtype) -> bool:
+    """Say whether PyTorch multiplies matrices of a 16-bit type element by element on this processor's cores.
+
+    Without AVX-512 (float16: its own extension) it takes up to sixty times as long as in float32.
+    """
+    if dtype is torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
 @TORCH.register(contraction.MATMUL)
 def _matmul(node: Node, args: Sequence[Value], domain: TorchDomain) -> Value:
     a, b = args
     if a.dtype is torch.bool:
         return torch.matmul(a.to(torch.int32), b.to(torch.int32)).to(torch.bool)
+    if a.device.type == "cpu" and slow(a.dtype):
+        # what the library does there for minutes: sums in float32 that are rounded once
+        return _matmul(node, (a.float(), b.float()), domain).to(a.dtype)
     if prod(b.shape[:-2]) == 1:
         # one matrix for the whole batch: a single product of two matrices, as in linear
         return torch.matmul(a, b.reshape(b.shape[-2:]))

@@ -529,7 +529,7 @@ class Product:
         size = _ELEMENT_BYTES.get(b.element, 4)
         # the processor itself runs ahead in a few long rows
         if not b.in_scratch and (parts > 1 or k.full * size <= _PAGE_BYTES):
-            # as many lines of the next columns per two vectors as all together have to fetch
+            # as many lines of the next columns per two vectors (of 16) as all together have to fetch
             bytes_ = 2 * columns * _MOST_LANES * size
             fetch = -(-bytes_ // (_LINE_BYTES * min(parts, _DOT_PARTS)))
         self.context.write(

@@ -106,6 +106,28 @@ def test_scores_of_16_bit_attention_are_not_rounded(dtype: DType) -> None:
     assert (defined - exact).norm() <= 2 * (library - exact).norm()
 
 
+@pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])
+def test_products_that_are_slow_in_16_bits_are_rounded_alike(
+    dtype: DType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w = b.input_("x", (3, 8, 96), dtype), b.input_("w", (3, 96, 5), dtype)
+    graph = graph_of([x, w], b.matmul(x, w))
+    tensors = [randn(*i.shape, seed=n).to(DTYPES[dtype]) for n, i in enumerate(graph.inputs)]
+    results = []
+    for slow in (False, True):
+        monkeypatch.setattr(
+            "superopt.verify.reference.slow", lambda t, slow=slow: slow and t.itemsize == 2
+        )
+        (result,) = run_reference(graph, tensors)
+        assert result.dtype is DTYPES[dtype]
+        results.append(result.float())
+    # sums in another order may be rounded to the neighbour
+    ulp = torch.finfo(DTYPES[dtype]).eps
+    torch.testing.assert_close(*results, rtol=ulp, atol=ulp / 8)
+    exact = tensors[0].double() @ tensors[1].double()
+    torch.testing.assert_close(results[1].double(), exact, rtol=0.51 * ulp, atol=1e-5)
+
+
 def test_float64_keeps_constants_and_casts_exact() -> None:
     x = b.input_("x", (4,), DType.BF16)
     y = b.cast(b.mul(b.cast(x, DType.F16), b.constant(0.1, DType.F16)), DType.F32)

@@ -265,13 +265,22 @@ SO_INLINE void horizontal_sums(vf* v, float* out) {
   }
 }
 
+// Keep GCC from reading memory once more for every use of what was loaded: of two uses it makes two loads, and
+// 14 loads to 12 multiplications take longer than these (16 rows by 4096 x 4096 on Zen 3: 7.4 -> 5.3 ms,
+// bfloat16 5.8 -> 4.4).
+SO_INLINE void loaded_once(vf& v) {
+#if SO_USE_256
+  asm("" : "+x"(v));
+#endif
+}
+
 // MR rows of A against NR rows of B over one stretch of k, both contiguous along it: adds to `sum`.
 // EDGE as in micro_nn, for both. PAIRS: B is bfloat16, and A lies as pack_rows<true> leaves it. FETCH lines
-// that are needed soon are fetched per two vectors of k, from `ahead` on, `advance` elements further each time.
+// that are needed soon are fetched per 32 elements of k, from `ahead` on, `advance` elements further each time.
 template <int MR, int NR, bool EDGE, bool PAIRS, int FETCH, class TA, class TB>
 SO_INLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, long rows, long cols,
                          vf (&sum)[MR * NR], const TB* ahead, long advance) {
-  constexpr int STEP = 2 * VL;
+  constexpr int STEP = 2 * VL, LINES = (FETCH * VL + 15) / 16;
   const TA* left[MR];
   const TB* right[NR];
 #pragma GCC unroll 32
@@ -285,19 +294,23 @@ SO_INLINE void micro_dot(long k, const TA* a, long am, const TB* b, long bn, lon
     for (int half = 0; half < 2; ++half) {
       vf l[MR];
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) l[i] = load<vf>(left[i] + x + half * VL);
+      for (int i = 0; i < MR; ++i) {
+        l[i] = load<vf>(left[i] + x + half * VL);
+        loaded_once(l[i]);
+      }
 #pragma GCC unroll 16
       for (int j = 0; j < NR; ++j) {
         const TB* from = right[j] + x;
-        const vf r = !PAIRS ? load<vf>(from + half * VL)
-                     : half ? load_half<true>(from)
-                            : load_half<false>(from);
+        vf r = !PAIRS ? load<vf>(from + half * VL)
+               : half ? load_half<true>(from)
+                      : load_half<false>(from);
+        loaded_once(r);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; ++i) sum[i * NR + j] += l[i] * r;
       }
     }
 #pragma GCC unroll 16
-    for (int f = 0; f < FETCH; ++f) __builtin_prefetch(ahead + f * (64 / sizeof(TB)), 0, 2);
+    for (int f = 0; f < LINES; ++f) __builtin_prefetch(ahead + f * (64 / sizeof(TB)), 0, 2);
     ahead += advance;
   }
   for (long x = whole; x < k; x += VL) {
@@ -364,7 +377,7 @@ SO_NOINLINE void group_dot(long m, long k, const TA* a, long am, const TB* b, lo
 }
 
 // C[m,n] (+)= A[m,k] B[n,k]: NR rows of B at a time, read once from memory. N: n where it is known, else
-// -1. FETCH: lines to fetch per two vectors of k, 0 for none. PAIRS as in micro_dot. A horizontal sum per output
+// -1. FETCH: lines to fetch per 32 elements of k, 0 for none. PAIRS as in micro_dot. A horizontal sum per output
 // asks for k of some hundreds.
 template <int MR, int NR, bool ACCUMULATE, int FETCH = 0, int N = -1, bool PAIRS = false, class TA,
           class TB>
