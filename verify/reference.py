@@ -253,9 +253,13 @@ def slow(dtype: torch.dtype) -> bool:
 
     Without AVX-512 (float16: its own extension) it takes up to sixty times as long as in float32.
     """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return True
     if dtype is torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 @TORCH.register(contraction.MATMUL)
@@ -264,7 +268,7 @@ def _matmul(node: Node, args: Sequence[Value], domain: TorchDomain) -> Value:
     if a.dtype is torch.bool:
         return torch.matmul(a.to(torch.int32), b.to(torch.int32)).to(torch.bool)
     if a.device.type == "cpu" and slow(a.dtype):
-        # what the library does there for minutes: sums in float32 that are rounded once
+        # what the library computes there for minutes: sums in float32 that are rounded once
         return _matmul(node, (a.float(), b.float()), domain).to(a.dtype)
     if prod(b.shape[:-2]) == 1:
         # one matrix for the whole batch: a single product of two matrices, as in linear
