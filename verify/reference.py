@@ -255,7 +255,7 @@ def slow(dtype: torch.dtype) -> bool:
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return False
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return True
     if dtype is torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
