@@ -288,7 +288,7 @@ SO_INLINE vf with_sign(vf magnitude, vf y) {
 
 // ---- float16 and bfloat16 -----------------------------------------------------------------------
 
-// Integers of 16 and 8 bits to 32 and back. GCC 12 extends 512-bit results in halves or by lanes.
+// Integers of 16 and 8 bits to 32 and back. GCC 12 extends results of 32 and 64 bytes in halves or by lanes.
 #if SO_USE_512
 typedef char vc SO_VECTOR(16);
 SO_INLINE vu extend(vh x) {
@@ -305,11 +305,11 @@ SO_INLINE vh low_halves(vu x) {
   return bit_cast<vh>(__builtin_ia32_pmovdw512_mask(bit_cast<vi>(x), vs{}, every_lane));
 }
 #else
-SO_INLINE vu extend(vh x) { return __builtin_convertvector(x, vu); }
-SO_INLINE vi extend(vs x) { return __builtin_convertvector(x, vi); }
 #if SO_USE_256 && defined(__AVX2__)
 typedef char vc SO_VECTOR(16);
 typedef int64_t v2l SO_VECTOR(16);
+SO_INLINE vu extend(vh x) { return bit_cast<vu>(__builtin_ia32_pmovzxwd256(bit_cast<vs>(x))); }
+SO_INLINE vi extend(vs x) { return __builtin_ia32_pmovsxwd256(x); }
 SO_INLINE vi extend(vb x) {
   return __builtin_ia32_pmovsxbd256(bit_cast<vc>(v2l{bit_cast<int64_t>(x), 0}));
 }
@@ -317,6 +317,8 @@ SO_INLINE vi extend(vub x) {
   return __builtin_ia32_pmovzxbd256(bit_cast<vc>(v2l{bit_cast<int64_t>(x), 0}));
 }
 #else
+SO_INLINE vu extend(vh x) { return __builtin_convertvector(x, vu); }
+SO_INLINE vi extend(vs x) { return __builtin_convertvector(x, vi); }
 SO_INLINE vi extend(vb x) { return __builtin_convertvector(x, vi); }
 SO_INLINE vi extend(vub x) { return __builtin_convertvector(x, vi); }
 #endif
