@@ -53,12 +53,6 @@ MIN_INTEGERS = 32
 
 One of four is (`draw_integers`): each comes up eight times, and not at all once in 3000 searches.
 """
-_REDUCTIONS = (
-    contraction.REDUCE_SUM,
-    contraction.REDUCE_MAX,
-    contraction.REDUCE_MIN,
-    contraction.REDUCE_PROD,
-)
 _MOST_ERROR = 0.5
 """Tests that say less than this are not worth repeating."""
 _SAMPLE = 1 << 15
@@ -192,7 +186,11 @@ def _verified(
         verdict = _direct(joint, half, ranges, seed, error_bound, started)
         if verdict.equivalent or not _nests_exponentials(joint):
             return replace(verdict, alike=left.kept)
-    boundaries = tuple(left.values[n] for n in _boundaries(original, candidate) if n in left.values)
+    boundaries = tuple(
+        left.values[n]
+        for n in _boundaries(original, both.outputs[:half], candidate)
+        if n in left.values
+    )
     for picked in (True, False) if glance or _pickable(both) else (False,):
         verdict = _swept(joint, half, boundaries, ranges, seed, error_bound, started, picked)
         if verdict.equivalent or verdict.counterexample:
@@ -298,13 +296,12 @@ def _joint(original: Graph, candidate: Graph) -> Graph:
     return Graph(Level.KERNEL, original.name, original.inputs, outputs)
 
 
-def _boundaries(original: Graph, candidate: Graph) -> tuple[Node, ...]:
-    """List what the candidate's kernels write, as primitives over the original's inputs."""
+def _boundaries(original: Graph, own: Sequence[Node], candidate: Graph) -> tuple[Node, ...]:
+    """List what the candidate's kernels write, as `_joint` writes it beside the original, `own` as primitives."""
     if candidate.level is not Level.KERNEL:
         return ()
     written = [n for n in candidate.nodes() if isinstance(n.type, TensorType)]
-    values = _primitives(original, candidate.with_outputs(written))
-    return _like(_primitives(original, original), values)
+    return _like(own, _primitives(original, candidate.with_outputs(written)))
 
 
 def _primitives(original: Graph, program: Graph) -> tuple[Node, ...]:
@@ -346,7 +343,8 @@ def _like(original: Sequence[Node], candidate: Sequence[Node]) -> tuple[Node, ..
 
 
 def _reduces_rows(node: Node) -> bool:
-    return node.op in _REDUCTIONS and node.attrs.axes == (-1,)
+    reduces = node.op.kind is OpKind.REDUCTION and isinstance(node.attrs, contraction.ReduceAttrs)
+    return reduces and node.attrs.axes == (-1,)
 
 
 def _moved(

@@ -268,7 +268,7 @@ def _matmul(node: Node, args: Sequence[Value], domain: TorchDomain) -> Value:
     if a.dtype is torch.bool:
         return torch.matmul(a.to(torch.int32), b.to(torch.int32)).to(torch.bool)
     if a.device.type == "cpu" and slow(a.dtype):
-        # what the library computes there for minutes: sums in float32 that are rounded once
+        # what the library computes there, element by element: sums in float32 that are rounded once
         return _matmul(node, (a.float(), b.float()), domain).to(a.dtype)
     if prod(b.shape[:-2]) == 1:
         # one matrix for the whole batch: a single product of two matrices, as in linear

@@ -91,7 +91,7 @@ def configs(graph: Graph, target: VectorTarget | None = None) -> list[CpuConfig]
             found.append(replace(first, contraction="dot", dot_columns=4))
     if rows <= _SKINNY:
         found += [replace(found[0], stream_rows=16), replace(found[0], prefetch=False)]
-    elif rows <= _STREAMED:
+    elif wide and rows <= _STREAMED:
         found.append(replace(found[0], stream_rows=_STREAMED))
     if target is not None and target.bf16 and any(of_bfloat16(p) for p in products):
         paired = [replace(c, pairs=True) for c in found]

@@ -4,7 +4,7 @@ import math
 
 import hypothesis.strategies as st
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
@@ -103,10 +103,8 @@ def test_operands_that_are_moved_otherwise(data: st.DataObject) -> None:
     other = data.draw(chains((4, 6)))
     x = moved(X, steps)
     y = moved(Y, other)
-    if x.shape != y.shape:
-        y = b.reshape(Y, x.shape) if math.prod(x.shape) == 24 else moved(padded(Y), [])
-    if x.shape != y.shape:
-        return
+    assume(math.prod(x.shape) == math.prod(y.shape))
+    y = b.reshape(y, x.shape)
     check(b.add(X, Y), b.add(x, y))
     check(b.reduce_sum(b.add(X, Y), -1), b.reduce_sum(b.add(x, y), -1))
 
