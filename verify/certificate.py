@@ -20,7 +20,7 @@ from superopt.verify.equivalence import Piece, Verdict, verify_field
 from superopt.verify.floating import FloatError, FloatVerdict
 
 FORMAT = "superopt-certificate"
-VERSION = 4
+VERSION = 5
 
 
 class CertificateError(SuperoptError):

@@ -38,6 +38,7 @@ from superopt.verify.needs import (
     real_valued,
 )
 from superopt.verify.ranges import Integers, integer_ranges
+from superopt.verify.signs import finite_everywhere
 from superopt.verify.slices import SUMMED, Alike, alike, seconds, work
 from superopt.verify.sweep import OUTPUT_SKIPS, SKIPS, Claim, Sweep, computes, partners
 from superopt.verify.threads import suitable
@@ -156,8 +157,8 @@ def verify_field(
 ) -> Verdict:
     """Test `candidate` against `original` on random field elements.
 
-    With `glance` claims are chosen at a few steps also where positions are known: what is not finite at
-    others is not seen then, so that the verdict is no proof.
+    With `glance` it is not asked whether values that are finite at a few steps are so at others, which masks may
+    hide, so that the verdict is no proof.
 
     It computes on `device` (None: PyTorch's default one); arithmetic is exact, so that the verdict is
     the same everywhere.
@@ -191,9 +192,12 @@ def _verified(
         for n in _boundaries(original, both.outputs[:half], candidate)
         if n in left.values
     )
-    for picked in (True, False) if glance or _pickable(both) else (False,):
-        verdict = _swept(joint, half, boundaries, ranges, seed, error_bound, started, picked)
-        if verdict.equivalent or verdict.counterexample:
+    trusted = glance or _pickable(both)
+    for picked in (True, False):
+        verdict, all_steps = _swept(
+            joint, half, boundaries, ranges, seed, error_bound, started, picked, trusted
+        )
+        if verdict.equivalent or verdict.counterexample or all_steps:
             break
     return replace(verdict, alike=left.kept)
 
@@ -237,8 +241,7 @@ def least_s(graph: Graph, candidate: Graph | None = None, *, glance: bool = Fals
     whole = _joint(graph, candidate or graph)
     left = alike(whole, summed=SUMMED).graph
     if _error(left, len(graph.outputs)) > DIRECT_ERROR:
-        picked = glance or (candidate is None and _pickable(whole))
-        left = alike(left, summed=inf, rows=1, picked=picked).graph
+        left = alike(left, summed=inf, rows=1, picked=glance or candidate is None).graph
     return seconds(work(list(topological(left.outputs))))
 
 
@@ -443,8 +446,13 @@ def _swept(
     error_bound: float,
     started: float,
     picked: bool,
-) -> Verdict:
-    """Test the whole once, or `picked` steps of it, then prove piece by piece what that test found equal."""
+    trusted: bool,
+) -> tuple[Verdict, bool]:
+    """Test the whole once, or `picked` steps of it, then prove piece by piece what that test found equal.
+
+    What is finite at these steps is so at all where they are `trusted`; else its signs have to tell. Says also whether
+    no steps were picked after all.
+    """
     original, candidate = joint.outputs[:half], joint.outputs[half:]
     types = {n.type for n in boundaries}
     watched = joint
@@ -463,6 +471,8 @@ def _swept(
         if difference is None:
             break
     finite = frozenset(n for n, v in few.values.items() if v in seen.finite)
+    if few.picked and not trusted and difference is None:
+        finite &= finite_everywhere(joint)
     # each of two sweeps has half of the error, and every claim that it may make a share of that
     proofs: list[tuple[Verdict, float]] = []
     pieces: list[Piece] = []
@@ -512,7 +522,7 @@ def _swept(
         reason = str(difference)
     else:
         reason = f"a piece could not be proven: {proofs[-1][0].reason}"
-    return Verdict(
+    verdict = Verdict(
         equivalent=equivalent,
         reason=reason,
         seed=seed,
@@ -527,6 +537,7 @@ def _swept(
         counterexample=difference,
         pieces=tuple(pieces) if equivalent else (),
     )
+    return verdict, not few.picked
 
 
 class _TooLarge(Exception):

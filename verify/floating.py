@@ -66,6 +66,9 @@ _MORE_DRAWS: Final = 3
 _MUCH_MORE: Final = 4
 """How much more work a test in float64 may be for the original to run on a few rows only."""
 
+_MOST_SLICES: Final = 0.5
+"""What share of the original may be run in float64 to look at rows that stray."""
+
 _ENOUGH_ROWS: Final = 16
 """How many rows tell how far others may err."""
 
@@ -291,7 +294,8 @@ class FloatTest:
             if wide:
                 near = _Reference(wide, own, own, {}, self._all, own)
                 reason = _other_noise(near, found) or _off_together(near, found)
-            if not reason and _strays(few, own, found):
+            rows = [] if reason else _strays(few, own, found)
+            if rows is None or any(len(r) for r in rows):
                 inputs = self._whole_inputs(distribution)
                 exact, moved = self._twice(self._all, inputs)
                 count = len(own)
@@ -316,9 +320,30 @@ class FloatTest:
                 reason = _other_noise(reference, part) or _off_together(reference, part)
             if not reason and reference.part.few:
                 own = reference.part.all_outputs(reference.own) if self._repeats else reference.all
-                if _strays(reference, own, found):
+                rows = _strays(reference, own, found)
+                if rows is None or not self._right_there(distribution, own, found, rows):
                     reason = "is far from the original"
             return pair, reason
+
+    def _right_there(
+        self,
+        distribution: str,
+        own: list[torch.Tensor],
+        found: list[torch.Tensor],
+        rows: list[torch.Tensor],
+    ) -> bool:
+        """Say whether a candidate errs as little as the original in some rows, as far as these can be had alone."""
+        if not any(len(r) for r in rows):
+            return True
+        sliced = self._slices[self._all.graph]
+        if self._repeats or self._picks or sliced is None or not sliced.whole_rows:
+            return False
+        wanted = sliced.steps_of(rows)
+        if len(wanted) > _MOST_SLICES * len(sliced.starts):
+            return False
+        exact, moved = self._twice(self._all, self._drawn(distribution).inputs(), wanted)
+        there, apart = sliced.of(own, wanted), sliced.of(found, wanted)
+        return not _worst(_Reference(exact, moved, there, {}, self._all, own), apart)[1]
 
     def _drawing(self) -> AbstractContextManager[None]:
         """Let programs that draw random numbers all draw the same ones."""
@@ -379,14 +404,15 @@ class FloatTest:
         return self._references[distribution]
 
     def _twice(
-        self, part: Alike, given: list[torch.Tensor]
+        self, part: Alike, given: list[torch.Tensor], wanted: list[list[int]] | None = None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Run what is left of the original in float64, without rounding errors and with them."""
+        """Run what is left of the original in float64, without rounding errors and with them; or `wanted` slices."""
         rounding = Rounding(self.device, self.seed)
+        double = TorchDomain(torch.float64, self.device)
         with suitable():
-            exact = self._in_float64(part.graph, given, TorchDomain(torch.float64, self.device))
+            exact = self._in_float64(part.graph, given, double, wanted)
             moved = rounding.all_moved(part.graph, given)
-            return exact, self._in_float64(part.graph, moved, rounding)
+            return exact, self._in_float64(part.graph, moved, rounding, wanted)
 
     def _whole(self, reference: "_Reference", distribution: str) -> "_Reference":
         inputs = self._drawn(distribution).inputs()
@@ -425,12 +451,16 @@ class FloatTest:
         return replace(reference, exact=exact)
 
     def _in_float64(
-        self, graph: Graph, inputs: Sequence[torch.Tensor], domain: Domain[Any]
+        self,
+        graph: Graph,
+        inputs: Sequence[torch.Tensor],
+        domain: Domain[Any],
+        wanted: list[list[int]] | None = None,
     ) -> list[torch.Tensor]:
         """Run the original, and what it picks from, or what is left of it, in a domain of float64."""
         wide = [_in_double(x) if x.is_floating_point() else x for x in inputs]
         with self._drawing():
-            return evaluate(graph, self._slices[graph], wide, domain)
+            return evaluate(graph, self._slices[graph], wide, domain, wanted)
 
 
 @final
@@ -646,20 +676,23 @@ def sampled(whole: Graph, *, repeated: bool = False) -> Alike:
     return part if part.few and left <= _MUCH_MORE * least else picked
 
 
-def _strays(reference: _Reference, own: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
-    """Say whether a candidate is further from the original than its errors at a few positions foretell.
+def _strays(
+    reference: _Reference, own: list[torch.Tensor], found: list[torch.Tensor]
+) -> list[torch.Tensor] | None:
+    """Return in which rows of each output a candidate is further from the original than errors at a few foretell.
 
-    Rows are ranked by how far they are, beside their scale: as errors of all are by errors of the few.
+    Rows are ranked by how far they are, beside their scale: as errors of all are by errors of the few. None: it is
+    different, or infinite, where errors are no reason for it.
     """
+    strays = []
     rows = zip(reference.exact, reference.moved, reference.own, own, found, strict=True)
     for e, m, few, o, f in rows:
         if o.is_complex():
             e, m, few, o, f = (torch.view_as_real(t).flatten(-2) for t in (e, m, few, o, f))
-        if not o.is_floating_point():
-            if torch.equal(o, f):
-                continue
-            return True
-        if not o.numel():
+        if not o.is_floating_point() and not torch.equal(o, f):
+            return None
+        if not o.is_floating_point() or not o.numel():
+            strays.append(torch.empty(0, dtype=torch.int64))
             continue
         columns = o.shape[-1] if o.dim() else 1
         known = few.isfinite() & e.isfinite() & m.isfinite()
@@ -674,19 +707,20 @@ def _strays(reference: _Reference, own: list[torch.Tensor], found: list[torch.Te
         for wanted, given in zip(*pieces, strict=True):
             sizes = _apart(wanted, given, reference.telling)
             if sizes is None:
-                return True
+                return None
             found_sizes.append(sizes)
         info = torch.finfo(o.dtype)
         scale, apart = torch.cat(found_sizes, dim=1).double()
-        ranked = (apart / torch.where(scale > 0, scale, 1.0)).sort(descending=True).values
+        ranked, order = (apart / torch.where(scale > 0, scale, 1.0)).sort(descending=True)
         # the k-th of all beside the (k/2)-th of as many as these are of the few
         places = (
             torch.arange(len(ranked), device=ranked.device) * len(expected) // (2 * len(ranked))
         )
         allowed = (ERROR_MULTIPLE + 1.0) * expected[places] + SLACK_ULPS * info.eps
-        if bool((ranked > allowed).any()):
-            return True
-    return False
+        beyond = torch.nonzero(ranked > allowed)
+        # and those that are further away, so that the ranks of all others are as they were
+        strays.append(order[: int(beyond[-1]) + 1 if len(beyond) else 0].cpu())
+    return strays
 
 
 def _apart(own: torch.Tensor, found: torch.Tensor, telling: bool) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ Out: `Slices`, or None where nothing would be gained; an `Alike`.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from math import inf, prod
 from typing import Any, Final, final
 
@@ -66,12 +67,14 @@ class Cut:
         before, after = value.shape[:place], value.shape[place + 1 :]
         return value.reshape(*before, self.outer, -1, self.unit, *after)
 
-    def of(self, value: torch.Tensor, start: int, steps: int) -> torch.Tensor:
-        """Return the slice of `value` from step `start` on."""
+    def of(self, value: torch.Tensor, steps: list[int]) -> torch.Tensor:
+        """Return the slice of `value` that consists of these steps: a view where they are neighbours."""
+        start, count, axis = steps[0], len(steps), value.dim() + self.axis
+        if steps != list(range(start, start + count)):
+            return _chosen(self.split(value), axis + 1, steps).flatten(axis, axis + 2)
         if self.outer == 1:
-            return value.narrow(self.axis, start * self.unit, steps * self.unit)
-        place = value.dim() + self.axis
-        return self.split(value).narrow(place + 1, start, steps).flatten(place, place + 2)
+            return value.narrow(self.axis, start * self.unit, count * self.unit)
+        return self.split(value).narrow(axis + 1, start, count).flatten(axis, axis + 2)
 
     def shape(self, whole: tuple[int, ...], steps: int) -> tuple[int, ...]:
         """Return the shape of a slice."""
@@ -110,14 +113,49 @@ class Slices:
     passed: tuple[Node, ...]
     tail: Graph
 
-    def run(self, args: Sequence[torch.Tensor], domain: Domain[Any]) -> list[torch.Tensor]:
-        """Evaluate the program on `args`, one per input."""
+    @property
+    def whole_rows(self) -> bool:
+        """Say whether the results are what slices make, in rows that none of them cuts."""
+        made = self.tail.inputs[: len(self.cuts)]
+        return all(o in made and self._cut(o).axis in _rows(o) for o in self.tail.outputs)
+
+    def _cut(self, result: Node) -> Cut:
+        return self.cuts[self.tail.inputs.index(result)]
+
+    def steps_of(self, rows: Sequence[torch.Tensor]) -> list[list[int]]:
+        """Return the steps that make some rows of each result, as many at a time as slices have; see `whole_rows`."""
+        found = set[int]()
+        for result, wanted in zip(self.tail.outputs, rows, strict=True):
+            cut = self._cut(result)
+            step = torch.arange(result.shape[cut.axis]) // cut.unit
+            step %= result.shape[cut.axis] // (cut.unit * cut.outer)
+            step = step.reshape(-1, *(1 for _ in range(-1 - cut.axis))).expand(result.shape)
+            found.update(step[..., 0].reshape(-1)[wanted].tolist())
+        steps, size = sorted(found), self.starts[0][1]
+        steps += steps[-1:] * (-len(steps) % size)
+        return [steps[i : i + size] for i in range(0, len(steps), size)]
+
+    def of(self, results: Sequence[torch.Tensor], wanted: list[list[int]]) -> list[torch.Tensor]:
+        """Return the rows of results that `wanted` steps make; see `whole_rows`."""
+        cuts = [self._cut(o) for o in self.tail.outputs]
+        pairs = zip(results, cuts, strict=True)
+        return [torch.cat([cut.of(x, steps) for steps in wanted], cut.axis) for x, cut in pairs]
+
+    def run(
+        self,
+        args: Sequence[torch.Tensor],
+        domain: Domain[Any],
+        wanted: list[list[int]] | None = None,
+    ) -> list[torch.Tensor]:
+        """Evaluate the program on `args`, one per input; of `wanted` steps alone, what `of` returns."""
         whole = dict(zip(self.head.outputs, interpret(self.head, args, domain), strict=True))
         found: list[list[torch.Tensor]] = [[] for _ in self.cuts]
-        for start, steps in self.starts:
-            body = self.bodies[steps]
+        if wanted is None:
+            wanted = [list(range(start, start + steps)) for start, steps in self.starts]
+        for steps in wanted:
+            body = self.bodies[len(steps)]
             given = [
-                whole[node] if cut is None else cut.of(whole[node], start, steps)
+                whole[node] if cut is None else cut.of(whole[node], steps)
                 for node, cut in body.given
             ]
             for parts, part in zip(found, interpret(body.graph, given, domain), strict=True):
@@ -127,12 +165,16 @@ class Slices:
 
 
 def evaluate(
-    graph: Graph, sliced: Slices | None, args: Sequence[torch.Tensor], domain: Domain[Any]
+    graph: Graph,
+    sliced: Slices | None,
+    args: Sequence[torch.Tensor],
+    domain: Domain[Any],
+    wanted: list[list[int]] | None = None,
 ) -> list[torch.Tensor]:
-    """Evaluate a program in slices where it has some."""
+    """Evaluate a program in slices where it has some, or `wanted` steps of them alone."""
     with torch.no_grad():
         if sliced is not None:
-            return sliced.run(args, domain)
+            return sliced.run(args, domain, wanted)
         return interpret(graph, args, domain)
 
 
@@ -172,8 +214,7 @@ class _Few:
         found = list(values)
         for i, (value, cut) in enumerate(zip(values, cuts, strict=True)):
             if cut is not None:
-                axis = value.dim() + cut.axis
-                found[i] = _chosen(cut.split(value), axis + 1, places).flatten(axis, axis + 2)
+                found[i] = cut.of(value, places)
         return found
 
     def again(self, values: Sequence[torch.Tensor], cuts: _Wanted) -> list[torch.Tensor]:
@@ -325,7 +366,14 @@ def _fewer(graph: Graph, large: int, wanted: _Kept) -> Alike | None:
     if not dear or any(is_draw(n) for n in order):
         return None
     lengths = sorted({d for n in order if _has_shape(n) for d in n.shape if d > 1}, reverse=True)
-    cuttings = [_Cutting(order, list(graph.outputs), n, large, rows=True) for n in lengths]
+    # a test of whether results are equal needs no whole rows of them
+    seen = set[tuple[int, tuple[Cut | None, ...]]]()
+    cuttings = []
+    for length, rows, inner in product(lengths, (True, False)[: 2 if summed else 1], (False, True)):
+        cuts = tuple(_cut_of(o, length, rows=rows, inner=inner) for o in graph.outputs)
+        if any(cuts) and (length, cuts) not in seen:
+            seen.add((length, cuts))
+            cuttings.append(_Cutting(order, list(graph.outputs), length, large, rows, inner=inner))
     if summed:
         # steps of what is dear may be told by a cheap value alone, as blocks of rows by their sums
         within = {d for n in dear for d in n.shape}
@@ -441,7 +489,8 @@ class _Cutting:
     """The cuts of all values for one number of steps.
 
     With `rows` no row of a result is cut: errors are measured by all of a row. With `seeds` only these results are
-    cut, and what these sums add up; those of which not all is made step by step are left out.
+    cut, and what these sums add up; those of which not all is made step by step are left out. Steps of results are
+    neighbouring positions or, `inner`, what lies as far apart as the tiles are long that kernels make of them.
     """
 
     order: list[Node]
@@ -450,6 +499,7 @@ class _Cutting:
     large: int
     rows: bool = False
     seeds: set[_Seed] | None = None
+    inner: bool = False
     cuts: dict[Node, Cut | None] = field(default_factory=dict)
     wanted: dict[Node, _Wanted] = field(default_factory=dict)
 
@@ -463,8 +513,8 @@ class _Cutting:
         self.cuts, self.wanted = {}, {}
         seeds = {(r, True) for r in self.roots} if self.seeds is None else self.seeds
         for root in self.roots:
-            axes = _rows(root) if self.rows else range(-len(root.shape), 0)
-            self._want(root, _natural(root, axes, self.length) if (root, True) in seeds else None)
+            cut = _cut_of(root, self.length, rows=self.rows, inner=self.inner)
+            self._want(root, cut if (root, True) in seeds else None)
         for node in reversed(self.order):
             cut = self.cuts[node]
             if cut is not None:
@@ -715,6 +765,12 @@ def _natural(node: Node, axes: Iterable[int], length: int) -> Cut | None:
     """Return the first cut of some axes of a value, best by steps of single positions."""
     units = [(node.shape[a] // length, a) for a in axes if not node.shape[a] % length]
     return min((Cut(a, u) for u, a in units if u), key=lambda c: c.unit, default=None)
+
+
+def _cut_of(result: Node, length: int, *, rows: bool, inner: bool) -> Cut | None:
+    """Return the cut of a result where cuts begin, see `_Cutting`."""
+    cut = _natural(result, _rows(result) if rows else range(-len(result.shape), 0), length)
+    return Cut(cut.axis, 1, cut.unit) if cut is not None and inner else cut
 
 
 def _rows(node: Node) -> Iterable[int]:

@@ -22,7 +22,7 @@ from superopt.verify.floating import verify_float
 from superopt.verify.inputs import DISTRIBUTIONS, HARDEST, PERIOD, draw_inputs
 from superopt.verify.reference import run_reference
 from superopt.verify.rounding import Rounding
-from superopt.verify.slices import alike
+from superopt.verify.slices import alike, slices
 from tests.verify.workloads import WORKLOADS
 
 X = b.input_("x", (16, 64))
@@ -559,6 +559,38 @@ def test_results_that_read_all_rows_are_tested_everywhere(monkeypatch: pytest.Mo
             return [result]
 
         assert bool(test.check(candidate)) is (wrong == 0.0)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.1])
+def test_rows_that_stray_are_looked_at_alone(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows foretell little of those whose sum cancels: these are run in float64, and no others."""
+    monkeypatch.setattr(floating, "alike", partial(alike, large=1 << 9))
+    monkeypatch.setattr(floating, "slices", partial(slices, large=1 << 9))
+    x = b.input_("x", (192, 8))
+    scores = b.mul(b.matmul(x, b.transpose(x)), 0.1)
+    weights = b.exp(b.sub(scores, b.reduce_max(scores, -1)))
+    attended = b.matmul(b.div(weights, b.reduce_sum(weights, -1)), x)
+    original = graph(b.div(attended, b.reduce_sum(attended, -1)))
+    test = floating.FloatTest(original, seed=1)
+    assert test._part.picked
+    reference = test._reference("normal", test._drawn("normal"))
+    assert isinstance(reference, floating._Reference)
+
+    def candidate(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        (rows,) = (t.double() for t in tensors)
+        result = torch.softmax(rows @ rows.mT * 0.1, -1) @ rows
+        result = result / result.sum(-1, keepdim=True)
+        result[17] *= 1 + wrong
+        return [result.float()]
+
+    wholes = []
+    whole = test._whole
+    monkeypatch.setattr(test, "_whole", lambda *args: wholes.append(args) or whole(*args))
+    strays = floating._strays(reference, reference.all, candidate(test._drawn("normal").inputs()))
+    assert strays is not None
+    assert len(strays[0]) > 0
+    assert bool(test.check(candidate, ["normal"])) is (wrong == 0.0)
+    assert bool(wholes) is (wrong != 0.0)
 
 
 @pytest.mark.parametrize("reads_all", [False, True])

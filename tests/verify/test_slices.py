@@ -116,6 +116,29 @@ def test_what_is_small_or_not_on_a_cpu_is_not_sliced() -> None:
     assert slices(program("attention"), "cpu", 2 * 90 * 90) is None
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_some_rows_alone(name: str) -> None:
+    """Steps that make them are computed, as many at a time as slices have, and give what the whole gives there."""
+    graph = program(name)
+    found = slices(graph, "cpu", 120)
+    assert found is not None
+    assert found.whole_rows is (name == "attention")
+    if not found.whole_rows:
+        return
+    tensors = inputs_of(graph)
+    whole = found.run(tensors, WIDE)
+    rows = [torch.tensor([1, prod(o.shape[:-1]) - 2]) for o in graph.outputs]
+    wanted = found.steps_of(rows)
+    assert len(wanted) < len(found.starts)
+    expected = found.of(whole, wanted)
+    for x, y in zip(expected, found.run(tensors, WIDE, wanted), strict=True):
+        assert _close(x, y)
+    for x, y, index in zip(whole, expected, rows, strict=True):
+        there = y.reshape(-1, y.shape[-1])
+        for row in x.reshape(-1, x.shape[-1])[index]:
+            assert bool((there == row).all(-1).any())
+
+
 @given(graph=kernel_graphs())
 def test_random_programs(graph: Graph) -> None:
     graph = expand(graph)
@@ -199,6 +222,34 @@ def test_steps_may_lie_apart_in_an_axis_that_was_made_of_several() -> None:
     found = slices(graph, "cpu", 200)
     assert found is not None
     assert equal(graph, found)
+
+
+def test_steps_may_lie_as_far_apart_as_tiles_are_long() -> None:
+    """A kernel that reads blocks of rows has the same steps as a program that reads all of them."""
+    x, w, block = wide("x", 64, 8), wide("w", 8, 16), wide("block", 4, 1, 1)
+    tiled = b.matmul(b.mul(b.reshape(x, (4, 16, 8)), block), b.reshape(w, (1, 8, 16)))
+    outputs = [b.exp(b.matmul(x, w)), b.exp(b.reshape(tiled, (64, 16)))]
+    graph = b.kernel_graph("g", [x, w, block], outputs)
+    part = alike(graph, 100)
+    assert part.kept == ((1, 16),)
+    assert [o.shape for o in part.graph.outputs] == [(4, 16), (4, 16)]
+    assert part_equals_whole(graph, part)
+
+
+def test_columns_of_results_are_cut_where_no_errors_are_measured() -> None:
+    """All heads of an attention are in every row of what it gives."""
+    q, k, v = (wide(name, 40, 16) for name in "qkv")
+    queries, keys, values = (b.permute(b.reshape(x, (40, 4, 4)), (1, 0, 2)) for x in (q, k, v))
+    later = b.gt(b.iota((1, 1, 40), -1), b.iota((1, 40, 1), -2))
+    scores = b.matmul(queries, b.transpose(keys))
+    weights = softmax(b.where(later, b.constant(float("-inf"), DType.F64), scores))
+    merged = b.reshape(b.permute(b.matmul(weights, values), (1, 0, 2)), (40, 16))
+    graph = b.kernel_graph("g", [q, k, v], [merged])
+    assert alike(graph, 200).kept == ()
+    part = alike(graph, 200, summed=8.0)
+    assert part.kept[0] == (1, 4)
+    assert part.graph.outputs[0].shape[-1] < 16
+    assert part_equals_whole(graph, part)
 
 
 def test_the_axis_that_leaves_least_is_cut() -> None:
