@@ -131,6 +131,8 @@ def _tile(rows: int, vectors: int, *, wide: bool) -> CpuConfig:
 
 def _register_tiles(rows: int, *, wide: bool) -> list[tuple[int, int]]:
     """Tiles whose accumulators, one row of vectors and a broadcast fit the registers."""
+    if not wide and rows <= _TINY:
+        return [(rows, 3), (rows, 2), (2, 4)] if rows > 2 else [(rows, 4), (rows, 2)]
     if not wide:
         return [(6, 2), (4, 2), (2, 4)]
     if rows <= _TINY:

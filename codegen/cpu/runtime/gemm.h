@@ -254,13 +254,14 @@ constexpr int power_below(int count) {
   while (power * 2 <= count && power * 2 <= VL) power *= 2;
   return power;
 }
-// Horizontal sums of COUNT vectors: out[i] = sum of all lanes of v[i].
+// Horizontal sums of COUNT vectors: out[i] = sum of all lanes of v[i]; `out` has room for VL - 1 more. (What a masked store
+// leaves cannot be read for dozens of cycles.)
 template <int COUNT>
 SO_INLINE void horizontal_sums(vf* v, float* out) {
   if constexpr (COUNT > 0) {
     constexpr int part = power_below(COUNT);
     fold_vectors<part, 1>(v, combine_sum{});
-    store_n(out, v[0], part);
+    store(out, v[0]);
     horizontal_sums<COUNT - part>(v + part, out + part);
   }
 }
@@ -361,7 +362,7 @@ SO_NOINLINE void group_dot(long m, long k, const TA* a, long am, const TB* b, lo
           for (int e = 0; e < MR * NR; ++e) kept[part][e] = sum[e];
           continue;
         }
-        float total[MR * NR];
+        float total[MR * NR + VL - 1];
         horizontal_sums<MR * NR>(sum, total);
 #pragma GCC unroll 32
         for (int r = 0; r < MR; ++r)
