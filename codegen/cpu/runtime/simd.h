@@ -308,6 +308,7 @@ SO_INLINE vh low_halves(vu x) {
 #if SO_USE_256 && defined(__AVX2__)
 typedef char vc SO_VECTOR(16);
 typedef int64_t v2l SO_VECTOR(16);
+typedef int64_t v4l SO_VECTOR(32);
 SO_INLINE vu extend(vh x) { return bit_cast<vu>(__builtin_ia32_pmovzxwd256(bit_cast<vs>(x))); }
 SO_INLINE vi extend(vs x) { return __builtin_ia32_pmovsxwd256(x); }
 SO_INLINE vi extend(vb x) {
@@ -325,7 +326,28 @@ SO_INLINE vi extend(vub x) { return __builtin_convertvector(x, vi); }
 SO_INLINE vh low_halves(vu x) { return __builtin_convertvector(x, vh); }
 #endif
 
+#if SO_USE_256 && defined(__AVX2__)
+// Bytes of each lane of 16 that move by one operation instead of two: numbers of 16 bits into the upper halves of
+// elements, those of its first or second half; and upper halves together, the first four elements and the others.
+typedef char vbytes SO_VECTOR(32);
+constexpr char GONE = -128;
+SO_INLINE vf widen(vh bits, bf16) {
+  const v2l half = bit_cast<v2l>(bits);
+  const vbytes up = {GONE, GONE, 0, 1, GONE, GONE, 2, 3, GONE, GONE, 4, 5, GONE, GONE, 6, 7,
+                     GONE, GONE, 8, 9, GONE, GONE, 10, 11, GONE, GONE, 12, 13, GONE, GONE, 14, 15};
+  const v4l both = {half[0], half[1], half[0], half[1]};
+  return bit_cast<vf>(__builtin_ia32_pshufb256(bit_cast<vbytes>(both), up));
+}
+SO_INLINE vh high_halves(vu x) {
+  const vbytes down = {2, 3, 6, 7, 10, 11, 14, 15, GONE, GONE, GONE, GONE, GONE, GONE, GONE, GONE,
+                       2, 3, 6, 7, 10, 11, 14, 15, GONE, GONE, GONE, GONE, GONE, GONE, GONE, GONE};
+  const v4l packed = bit_cast<v4l>(__builtin_ia32_pshufb256(bit_cast<vbytes>(x), down));
+  return bit_cast<vh>(v2l{packed[0], packed[2]});
+}
+#else
 SO_INLINE vf widen(vh bits, bf16) { return bit_cast<vf>(extend(bits) << 16); }
+SO_INLINE vh high_halves(vu x) { return low_halves(x >> 16); }
+#endif
 // A float rounded to bfloat16 in the upper half of its bits, to nearest even; NaN stays NaN (quiet),
 // overflow becomes infinity. The lower half is undefined.
 SO_INLINE vu round_bf16(vf x) {
@@ -338,10 +360,11 @@ SO_INLINE vu round_bf16(vf x) {
   return bit_cast<vu>(__builtin_ia32_fixupimmps512_mask(bit_cast<vf>(up), x, broadcast_i(0x22), 0,
                                                         every_lane, 4));
 #else
-  return (x != x) ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+  // all bits of a NaN are set: what a comparison gives
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) | bit_cast<vu>(x != x);
 #endif
 }
-SO_INLINE vh narrow(vf x, bf16) { return low_halves(round_bf16(x) >> 16); }
+SO_INLINE vh narrow(vf x, bf16) { return high_halves(round_bf16(x)); }
 SO_INLINE float widen(uint16_t bits, bf16) {
   return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
