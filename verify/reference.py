@@ -249,7 +249,7 @@ def _cast(node: Node, args: Sequence[Value], domain: TorchDomain) -> Value:
 
 @cache
 def slow(dtype: torch.dtype) -> bool:
-    """Say whether PyTorch multiplies matrices of a 16-bit type element by element on this processor's cores.
+    """Say whether PyTorch multiplies matrices, and convolves, element by element in a 16-bit type on this processor's cores.
 
     Without AVX-512 (float16: its own extension) it takes up to sixty times as long as in float32.
     """
@@ -379,6 +379,8 @@ def _gather(node: Node, args: Sequence[Value], domain: TorchDomain) -> Value:
 def _conv(node: Node, args: Sequence[Value], domain: TorchDomain) -> Value:
     a = node.attrs
     x, weight = args
+    if x.device.type == "cpu" and slow(x.dtype):
+        return _conv(node, (x.float(), weight.float()), domain).to(x.dtype)
     return torch.convolution(
         x,
         weight,

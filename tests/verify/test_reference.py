@@ -106,12 +106,18 @@ def test_scores_of_16_bit_attention_are_not_rounded(dtype: DType) -> None:
     assert (defined - exact).norm() <= 2 * (library - exact).norm()
 
 
+@pytest.mark.parametrize("convolves", [False, True])
 @pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])
 def test_products_that_are_slow_in_16_bits_are_rounded_alike(
-    dtype: DType, monkeypatch: pytest.MonkeyPatch
+    dtype: DType, convolves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, w = b.input_("x", (3, 8, 96), dtype), b.input_("w", (3, 96, 5), dtype)
-    graph = graph_of([x, w], b.matmul(x, w))
+    if convolves:
+        x, w = b.input_("x", (2, 12, 9, 7), dtype), b.input_("w", (5, 12, 3, 3), dtype)
+        attrs = library.ConvAttrs((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+        graph = graph_of([x, w], make(library.CONV, (x, w), attrs))
+    else:
+        x, w = b.input_("x", (3, 8, 96), dtype), b.input_("w", (3, 96, 5), dtype)
+        graph = graph_of([x, w], b.matmul(x, w))
     tensors = [randn(*i.shape, seed=n).to(DTYPES[dtype]) for n, i in enumerate(graph.inputs)]
     results = []
     for slow in (False, True):
@@ -124,7 +130,7 @@ def test_products_that_are_slow_in_16_bits_are_rounded_alike(
     # sums in another order may be rounded to the neighbour
     ulp = torch.finfo(DTYPES[dtype]).eps
     torch.testing.assert_close(*results, rtol=ulp, atol=ulp / 8)
-    exact = tensors[0].double() @ tensors[1].double()
+    (exact,) = run_reference(graph, tensors, dtype_override=torch.float64)
     torch.testing.assert_close(results[1].double(), exact, rtol=0.51 * ulp, atol=1e-5)
 
 
