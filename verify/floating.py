@@ -147,8 +147,8 @@ class FloatTest:
         self._least_s = seconds(steps) if torch.device(device).type == "cpu" else 0.0
         self._references: dict[str, _Reference | str] = {}
         # how much more the whole is than what the original runs on
-        sizes = [sum(i.tensor.elements for i in g.inputs) for g in (original, self._part.graph)]
-        self._share = sizes[0] / max(1, sizes[1]) if self._repeats else 1.0
+        every = work(list(topological(whole.outputs)), TERMS_OF_FLOATS)
+        self._share = every / max(1, steps) if self._repeats else 1.0
         self._own_s = 0.0
         self._wholes: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self._reference_s: dict[str, float] = {}
