@@ -13,7 +13,7 @@ In: a kernel graph of primitives, and the number of elements up to which a value
 Out: `Slices`, or None where nothing would be gained; an `Alike`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import inf, prod
@@ -22,7 +22,6 @@ from typing import Any, Final, final
 import torch
 
 from superopt.ir import build as b
-from superopt.ir import composite
 from superopt.ir.build import input_
 from superopt.ir.graph import Graph, Level
 from superopt.ir.interpret import Domain, interpret
@@ -30,6 +29,7 @@ from superopt.ir.node import Node, make, rebuild, topological
 from superopt.ir.ops import contraction, elementwise, leaf, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType
+from superopt.verify.cuts import MOVING, Cut, Wanted, cut_of, natural, operand_cuts, row_axes
 from superopt.verify.draws import is_draw
 from superopt.verify.memory import empty
 from superopt.verify.needs import constant_power, real_valued
@@ -52,37 +52,6 @@ SUMMED: Final = 8.0
 """Of what degree in sums results may be, where steps that are summed are left out."""
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Slices of an axis (from the end): `unit` positions of it for each of a number of steps, `outer` times."""
-
-    axis: int
-    unit: int
-    outer: int = 1
-
-    def split(self, value: torch.Tensor) -> torch.Tensor:
-        """Return a view in which the axis is three: outer, steps and unit."""
-        place = value.dim() + self.axis
-        before, after = value.shape[:place], value.shape[place + 1 :]
-        return value.reshape(*before, self.outer, -1, self.unit, *after)
-
-    def of(self, value: torch.Tensor, steps: list[int]) -> torch.Tensor:
-        """Return the slice of `value` that consists of these steps: a view where they are neighbours."""
-        start, count, axis = steps[0], len(steps), value.dim() + self.axis
-        if steps != list(range(start, start + count)):
-            return _chosen(self.split(value), axis + 1, steps).flatten(axis, axis + 2)
-        if self.outer == 1:
-            return value.narrow(self.axis, start * self.unit, count * self.unit)
-        return self.split(value).narrow(axis + 1, start, count).flatten(axis, axis + 2)
-
-    def shape(self, whole: tuple[int, ...], steps: int) -> tuple[int, ...]:
-        """Return the shape of a slice."""
-        place = len(whole) + self.axis
-        return (*whole[:place], self.outer * steps * self.unit, *whole[place + 1 :])
-
-
-_Wanted = list[Cut | None]
 _Seed = tuple[Node, bool]
 """Where cuts begin: a result (True), or the operands of a sum."""
 
@@ -117,7 +86,7 @@ class Slices:
     def whole_rows(self) -> bool:
         """Say whether the results are what slices make, in rows that none of them cuts."""
         made = self.tail.inputs[: len(self.cuts)]
-        return all(o in made and self._cut(o).axis in _rows(o) for o in self.tail.outputs)
+        return all(o in made and self._cut(o).axis in row_axes(o) for o in self.tail.outputs)
 
     def _cut(self, result: Node) -> Cut:
         return self.cuts[self.tail.inputs.index(result)]
@@ -204,11 +173,11 @@ class _Few:
 
     steps: int
     length: int
-    inputs: _Wanted
-    outputs: _Wanted
+    inputs: Wanted
+    outputs: Wanted
     picked: bool = False
 
-    def of(self, values: Sequence[torch.Tensor], cuts: _Wanted) -> list[torch.Tensor]:
+    def of(self, values: Sequence[torch.Tensor], cuts: Wanted) -> list[torch.Tensor]:
         """Return these steps of each value."""
         places = _places(self.steps, self.length)
         found = list(values)
@@ -217,7 +186,7 @@ class _Few:
                 found[i] = cut.of(value, places)
         return found
 
-    def again(self, values: Sequence[torch.Tensor], cuts: _Wanted) -> list[torch.Tensor]:
+    def again(self, values: Sequence[torch.Tensor], cuts: Wanted) -> list[torch.Tensor]:
         """Return values of all steps, of which `of` gives these."""
         index = torch.arange(self.length) % self.steps
         index[_places(self.steps, self.length)] = torch.arange(self.steps)
@@ -230,17 +199,6 @@ class _Few:
                 torch.index_select(given, axis + 1, index.to(value.device), out=every)
                 found[i] = every.flatten(axis, axis + 2)
         return found
-
-
-def _chosen(value: torch.Tensor, axis: int, places: list[int]) -> torch.Tensor:
-    """Return places along an axis, without copies of what repeats along other dims."""
-    repeats = [n > 1 and stride == 0 for n, stride in zip(value.shape, value.stride(), strict=True)]
-    shape = [len(places) if dim == axis else n for dim, n in enumerate(value.shape)]
-    for dim in (d for d, again in enumerate(repeats) if again):
-        value = value.narrow(dim, 0, 1)
-    if not repeats[axis]:
-        value = value.index_select(axis, torch.tensor(places, device=value.device))
-    return value.expand(shape)
 
 
 def _distances(steps: int, length: int) -> tuple[int, int, int]:
@@ -370,7 +328,7 @@ def _fewer(graph: Graph, large: int, wanted: _Kept) -> Alike | None:
     seen = set[tuple[int, tuple[Cut | None, ...]]]()
     cuttings = []
     for length, rows, inner in product(lengths, (True, False)[: 2 if summed else 1], (False, True)):
-        cuts = tuple(_cut_of(o, length, rows=rows, inner=inner) for o in graph.outputs)
+        cuts = tuple(cut_of(o, length, rows=rows, inner=inner) for o in graph.outputs)
         if any(cuts) and (length, cuts) not in seen:
             seen.add((length, cuts))
             cuttings.append(_Cutting(order, list(graph.outputs), length, large, rows, inner=inner))
@@ -424,7 +382,7 @@ def _summing(
 def _leaves(order: Sequence[Node], seed: "_Seed", length: int) -> set[tuple[Node, Cut]]:
     """Return the inputs of which a result, or what a sum adds up, reads steps."""
     node, is_result = seed
-    wanted = [_natural(node, _rows(node), length)] if is_result else _summed(node, length)
+    wanted = [natural(node, row_axes(node), length)] if is_result else _summed(node, length)
     nodes = (node,) if is_result else node.inputs
     cuts = dict(zip(nodes, wanted or [None] * len(nodes), strict=True))
     found = set()
@@ -434,7 +392,7 @@ def _leaves(order: Sequence[Node], seed: "_Seed", length: int) -> set[tuple[Node
             continue
         if node.op is leaf.INPUT:
             found.add((node, cut))
-        for operand, want in zip(node.inputs, _operand_cuts(node, cut, length) or (), strict=False):
+        for operand, want in zip(node.inputs, operand_cuts(node, cut, length) or (), strict=False):
             cuts.setdefault(operand, want)
     return found
 
@@ -489,8 +447,7 @@ class _Cutting:
     """The cuts of all values for one number of steps.
 
     With `rows` no row of a result is cut: errors are measured by all of a row. With `seeds` only these results are
-    cut, and what these sums add up; those of which not all is made step by step are left out. Steps of results are
-    neighbouring positions or, `inner`, what lies as far apart as the tiles are long that kernels make of them.
+    cut, and what these sums add up; those of which not all is made step by step are left out. `inner`: see `cut_of`.
     """
 
     order: list[Node]
@@ -501,7 +458,7 @@ class _Cutting:
     seeds: set[_Seed] | None = None
     inner: bool = False
     cuts: dict[Node, Cut | None] = field(default_factory=dict)
-    wanted: dict[Node, _Wanted] = field(default_factory=dict)
+    wanted: dict[Node, Wanted] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._cut()
@@ -513,12 +470,12 @@ class _Cutting:
         self.cuts, self.wanted = {}, {}
         seeds = {(r, True) for r in self.roots} if self.seeds is None else self.seeds
         for root in self.roots:
-            cut = _cut_of(root, self.length, rows=self.rows, inner=self.inner)
+            cut = cut_of(root, self.length, rows=self.rows, inner=self.inner)
             self._want(root, cut if (root, True) in seeds else None)
         for node in reversed(self.order):
             cut = self.cuts[node]
             if cut is not None:
-                wanted = _operand_cuts(node, cut, self.length)
+                wanted = operand_cuts(node, cut, self.length)
             else:
                 wanted = _summed(node, self.length) if (node, False) in seeds else None
             if wanted is None:
@@ -699,13 +656,13 @@ _Quotient = tuple[float, float]
 _ANY: Final = (inf, inf)
 
 
-def _summed(node: Node, length: int) -> _Wanted | None:
+def _summed(node: Node, length: int) -> Wanted | None:
     """Return the cuts of the operands of which a sum adds up steps, if it does."""
     x = node.inputs[0] if node.op in _SUMS else None
     if x is None or x.tensor.dtype is DType.BOOL:
         return None
     axes = (-1,) if node.op is contraction.MATMUL else node.attrs.axes
-    cut = _natural(x, axes, length)
+    cut = natural(x, axes, length)
     if cut is None:
         return None
     return [cut] if node.op is contraction.REDUCE_SUM else [cut, Cut(-2, cut.unit)]
@@ -715,7 +672,7 @@ def _sums_rows(node: Node, length: int) -> bool:
     """Say whether a sum adds up rows in steps: what lies in one is summed as it is."""
     if node.op is not contraction.REDUCE_SUM or not (cuts := _summed(node, length)):
         return False
-    return all(cut is not None and cut.axis in _rows(node.inputs[0]) for cut in cuts)
+    return all(cut is not None and cut.axis in row_axes(node.inputs[0]) for cut in cuts)
 
 
 def _standing(x: Node, cut: Cut, steps: int, count: int) -> Node:
@@ -749,158 +706,10 @@ def _in_sums(node: Node, args: Sequence[_Quotient], over: bool) -> _Quotient:
         times = constant_power(node) or 0
         return top * times, bottom * times
     chosen = node.op is elementwise.WHERE and args[0] == (0.0, 0.0)
-    moved = node.op in _MOVING and numbers == [args[0]]
+    moved = node.op in MOVING and numbers == [args[0]]
     kept = node.op is elementwise.CAST and (
         real_valued(node)
         or (node.tensor.dtype is not DType.BOOL and not real_valued(node.inputs[0]))
     )
     same = node.op in (elementwise.NEG, structural.CONCAT)
     return (top, bottom) if chosen or moved or kept or same else _ANY
-
-
-# -- which cuts of the operands give a cut of the result -----------------------------------------
-
-
-def _natural(node: Node, axes: Iterable[int], length: int) -> Cut | None:
-    """Return the first cut of some axes of a value, best by steps of single positions."""
-    units = [(node.shape[a] // length, a) for a in axes if not node.shape[a] % length]
-    return min((Cut(a, u) for u, a in units if u), key=lambda c: c.unit, default=None)
-
-
-def _cut_of(result: Node, length: int, *, rows: bool, inner: bool) -> Cut | None:
-    """Return the cut of a result where cuts begin, see `_Cutting`."""
-    cut = _natural(result, _rows(result) if rows else range(-len(result.shape), 0), length)
-    return Cut(cut.axis, 1, cut.unit) if cut is not None and inner else cut
-
-
-def _rows(node: Node) -> Iterable[int]:
-    """Return the axes of a value but the last, where there are several."""
-    return range(-len(node.shape), 0 if len(node.shape) < 2 else -1)
-
-
-def _operand_cuts(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    """Return a cut per operand (None: all of it), or None where a slice needs more than slices."""
-    if not node.inputs:
-        return []
-    if node.op.kind in (OpKind.ELEMENTWISE, OpKind.REDUCTION):
-        return _elementwise(node, cut, length)
-    rule = _RULES.get(node.op.name)
-    return None if rule is None else rule(node, cut, length)
-
-
-def _elementwise(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    return [_same(i, cut) for i in node.inputs]
-
-
-def _same(operand: Node, cut: Cut) -> Cut | None:
-    """Return the cut of an operand that may be broadcast."""
-    return cut if operand.shape and operand.shape[cut.axis] != 1 else None
-
-
-def _matmul(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    a, c = node.inputs
-    if cut.axis == -2:
-        return [cut, None]
-    if cut.axis == -1:
-        return [None, cut]
-    return [_same(a, cut), _same(c, cut)]
-
-
-def _reshape(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    (x,) = node.inputs
-    place = len(node.shape) + cut.axis
-    outer, inner = prod(node.shape[:place]), prod(node.shape[place + 1 :])
-    if not prod(x.shape):
-        return None
-    # the axis of the steps has as many positions before it, and behind it, in both shapes
-    for i, dim in enumerate(x.shape):
-        before, outside = divmod(outer * cut.outer, prod(x.shape[:i]))
-        behind, inside = divmod(inner * cut.unit, prod(x.shape[i + 1 :]))
-        if not outside and not inside and before * length * behind == dim:
-            return [Cut(i - len(x.shape), behind, before)]
-    return None
-
-
-def _broadcast(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    return [_same(node.inputs[0], cut)]
-
-
-def _permute(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    return [replace(cut, axis=node.attrs.perm[cut.axis] - len(node.shape))]
-
-
-def _along_axis(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    return None if node.attrs.axis == cut.axis else [cut] * len(node.inputs)
-
-
-def _flip(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    return None if cut.axis in node.attrs.axes else [cut]
-
-
-def _norm(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    if cut.axis in node.attrs.axes:
-        return None
-    return [_same(i, cut) if i.tensor.rank >= -cut.axis else None for i in node.inputs]
-
-
-def _attention(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    q, *others = node.inputs
-    if cut.axis == -1 or (cut.axis == -2 and node.attrs.causal):
-        return None
-    if cut.axis == -2:
-        return [cut, None, None, *(_same(mask, cut) for mask in others[2:])]
-    if any(-cut.axis > i.tensor.rank for i in others):
-        return None
-    # heads of which several read one are not cut
-    alike_ = all(i.shape[cut.axis] in (1, q.shape[cut.axis]) for i in others)
-    return [cut, *(_same(i, cut) for i in others)] if alike_ else None
-
-
-def _take(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    rank = len(node.inputs[1].shape)
-    behind = -1 - node.attrs.axis
-    if cut.axis >= -behind:
-        return [cut, None]
-    if cut.axis >= -behind - rank:
-        return [None, replace(cut, axis=cut.axis + behind)]
-    return [replace(cut, axis=cut.axis + rank - 1), None]
-
-
-def _gather(node: Node, cut: Cut, length: int) -> _Wanted | None:
-    return [None if node.attrs.axis == cut.axis else cut, cut]
-
-
-_MOVING: Final = (
-    structural.RESHAPE,
-    structural.BROADCAST,
-    structural.PERMUTE,
-    structural.SLICE,
-    structural.PAD,
-    structural.FLIP,
-    structural.TAKE,
-    structural.GATHER,
-)
-_RULES: Final[dict[str, Callable[[Node, Cut, int], _Wanted | None]]] = {
-    op.name: rule
-    for op, rule in (
-        (contraction.MATMUL, _matmul),
-        (contraction.SCAN, _along_axis),
-        (structural.RESHAPE, _reshape),
-        (structural.BROADCAST, _broadcast),
-        (structural.PERMUTE, _permute),
-        (structural.SLICE, _along_axis),
-        (structural.CONCAT, _along_axis),
-        (structural.PAD, _along_axis),
-        (structural.FLIP, _flip),
-        (structural.TAKE, _take),
-        (structural.GATHER, _gather),
-        (composite.SOFTMAX, _along_axis),
-        (composite.LOG_SOFTMAX, _along_axis),
-        (composite.LOGSUMEXP, _along_axis),
-        (composite.LAYER_NORM, _norm),
-        (composite.RMS_NORM, _norm),
-        (composite.ATTENTION, _attention),
-        (composite.SILU, _elementwise),
-        (composite.GELU, _elementwise),
-    )
-}

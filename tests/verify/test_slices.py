@@ -17,9 +17,11 @@ from superopt.ir.ops import contraction, structural
 from superopt.ir.ops.registry import Op
 from superopt.ir.semantics import expand
 from superopt.ir.types import DType
+from superopt.verify import cuts
 from superopt.verify import slices as module
+from superopt.verify.cuts import Cut
 from superopt.verify.reference import TorchDomain
-from superopt.verify.slices import Alike, Cut, Slices, alike, slices
+from superopt.verify.slices import Alike, Slices, alike, slices
 from tests.strategies import arrays_for, kernel_graphs
 
 WIDE = TorchDomain(torch.float64)
@@ -163,7 +165,7 @@ def _unmoved(node: Node, cut: Cut, length: int) -> list[Any]:
     ],
 )
 def test_wrong_rules_are_seen(op: Op, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module._RULES, op.name, _unmoved)
+    monkeypatch.setitem(cuts._RULES, op.name, _unmoved)
     try:
         found = slices(program(name), "cpu", 120)
         right = found is not None and equal(program(name), found)
@@ -205,7 +207,7 @@ def test_what_repeats_is_not_copied_when_a_few_steps_are_taken() -> None:
     table = torch.arange(12.0).reshape(3, 4)
     rows = table[None, :, None].expand(50, 3, 20, 4)
     for axis, places in ((0, [0, 49]), (1, [2, 0]), (2, [19]), (3, [1, 3])):
-        chosen = module._chosen(rows, axis, places)
+        chosen = cuts.chosen(rows, axis, places)
         assert torch.equal(chosen, rows.index_select(axis, torch.tensor(places)))
         assert chosen.untyped_storage().nbytes() <= table.untyped_storage().nbytes()
 

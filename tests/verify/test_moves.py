@@ -10,7 +10,8 @@ from superopt.ir import build as b
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make, topological
 from superopt.ir.ops import contraction, elementwise
-from superopt.verify.equivalence import _like, verify_field
+from superopt.verify.equivalence import verify_field
+from superopt.verify.moves import like
 from superopt.verify.reference import run_reference
 
 X, Y, S = b.input_("x", (4, 6)), b.input_("y", (4, 6)), b.input_("s", (4, 1))
@@ -64,7 +65,7 @@ def chains(draw: st.DrawFn, shape: tuple[int, ...], *, rows: bool = False) -> li
 def check(original: Node, candidate: Node) -> tuple[Node, ...]:
     """Compare the candidate with what it is written as, on numbers."""
     own = (original,)
-    written = _like(own, (candidate,))
+    written = like(own, (candidate,))
     tensors = [
         torch.randn(i.shape, generator=torch.Generator().manual_seed(n))
         for n, i in enumerate(INPUTS)
@@ -140,5 +141,5 @@ def test_a_loss_of_another_shape_is_one_claim_about_its_sum() -> None:
         masked = b.where(inside, loss(*tiles), b.constant(0.0))
         verdict = verify_field(original, program("kernel", masked, (-3, -2, -1)), seed=3)
         assert verdict.equivalent is equal, verdict
-    written = _like(original.outputs, (loss(*tiles),))
+    written = like(original.outputs, (loss(*tiles),))
     assert loss(X, Y) in set(topological(written))
