@@ -193,6 +193,7 @@ class KernelModel:
             self._present[node] = self._varies_over(node)
         self._extents = {a: self._space.extent(a) for a in schedule.roles}
         self._left = self._left_to_others()
+        self._lanes = self._pairwise() if machine.kind == "cpu" else {}
         self._visible = visible(schedule)
         self._visible_elements = self._visible.share({})
         self._ops = [self._op(n) for n in schedule.region.body]
@@ -263,14 +264,26 @@ class KernelModel:
         if counted is not present:
             # the result is smaller than what is read: it does not spill
             spills = False
+        row = self._along(shaped, -1)
+        if node in self._lanes:
+            row, spills = self._lanes[node], False
         passes, tile = self._passes.get(node, 0), self._set(present)
-        row = self._set(self._along(shaped, -1))
         kept = present if node in self._left else None
         room = KEPT_BYTES if schedule.loop in present <= _split(schedule) else inf
         within = present | (self._space.reduced_by(node) if product else frozenset())
         masked = {a for a in (schedule.loop, self._visible.grid) if a is not None} <= within
         return _Op(
-            self._set(counted), row, passes, closes, rate, product, masked, tile, spills, kept, room
+            self._set(counted),
+            self._set(row),
+            passes,
+            closes,
+            rate,
+            product,
+            masked,
+            tile,
+            spills,
+            kept,
+            room,
         )
 
     def _left_to_others(self) -> set[Node]:
@@ -293,6 +306,35 @@ class KernelModel:
             small = schedule.loop in self._present[node] <= split
             if node not in schedule.region.outputs and (needed or small):
                 found.add(node)
+        return found
+
+    def _pairwise(self) -> dict[Node, frozenset[Atom]]:
+        """Return the reductions of what pairs of rows make, with what is computed for them alone (codegen/cpu/pairwise.py).
+
+        It stays in registers. With each the atoms along which its vectors lie.
+        """
+        region = self._schedule.region
+        users = users_of(region.outputs)
+        found: dict[Node, frozenset[Atom]] = {}
+        for total in (n for n in region.body if n.op.kind is OpKind.REDUCTION):
+            whole, kept = self._present[total.inputs[0]], self._present[total]
+            along = (frozenset(dim) & kept for dim in reversed(self._space.layout(total)))
+            lane = next((atoms for atoms in along if atoms), frozenset[Atom]())
+            chain = {total}
+            for node in reversed(region.body):
+                made = node.op.kind is OpKind.ELEMENTWISE or node.op in structural.VIEWS
+                wanted = self._present[node] == whole and chain.issuperset(users[node])
+                if made and wanted and node not in region.outputs:
+                    chain.add(node)
+            leaves = {i for n in chain for i in n.inputs} - chain
+            again = {
+                a
+                for i in leaves
+                if lane & (near := self._present.get(i, whole))
+                for a in near - lane
+            }
+            if lane < kept and len(chain) > 1 and not kept - lane <= again:
+                found.update(dict.fromkeys(chain, lane))
         return found
 
     def _keeps_right(self, node: Node) -> bool:

@@ -16,6 +16,8 @@ from superopt.codegen.cpu.environment import Environment
 from superopt.codegen.cpu.expressions import literal
 from superopt.codegen.cpu.inline import Plan
 from superopt.codegen.cpu.members import Member, carried, combine_kind, identity
+from superopt.codegen.cpu.pairwise import pairwise
+from superopt.codegen.cpu.pairwise_loop import PairwiseLoop
 from superopt.codegen.cpu.row import Row, RowGroup, read_by
 from superopt.codegen.cpu.shifts import FAR
 from superopt.ir.coordinates import identity_coords
@@ -93,8 +95,12 @@ class FusedLoop:
         if not self.members:
             return
         members, self.members = self.members, []
-        rank = members[0].rank
+        (first, *_) = members
+        rank = first.rank
         lane = rank - 1
+        if first.dense is not None and (pairs := pairwise(self.plan, first.node)) is not None:
+            PairwiseLoop(self.context, self.plan, first, pairs).write()
+            return
         if members[0].dense is not None:
             lane = members[0].dense
         elif all(m.extents[-1].full == 1 for m in members if m.rank) and rank:

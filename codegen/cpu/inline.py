@@ -26,7 +26,7 @@ _CHEAP = 4
 _DEAR = 10
 CONVERTED = 1 << 16
 """Elements of an operand that fit the second cache as floats."""
-_DEAR_OPS = frozenset(
+DEAR_OPS = frozenset(
     {
         elementwise.EXP,
         elementwise.EXPM1,
@@ -182,7 +182,7 @@ class Plan:
             self.memory.add(node)
         elif kind is OpKind.ELEMENTWISE and node.shape:
             total = sum(self._inline_cost(i) for i in dict.fromkeys(node.inputs))
-            self.cost[node] = total + (_DEAR if node.op in _DEAR_OPS else 1)
+            self.cost[node] = total + (_DEAR if node.op in DEAR_OPS else 1)
             if self._worth_keeping(node):
                 self.memory.add(node)
             return

@@ -25,6 +25,7 @@ from superopt.codegen.cpu.expressions import LOWER, literal
 from superopt.codegen.cpu.fused import FusedLoop
 from superopt.codegen.cpu.inline import ROUGH, Plan, Seen, rough_functions
 from superopt.codegen.cpu.members import Member, MemberKind, carried, combine_kind, identity
+from superopt.codegen.cpu.pairwise import pairwise
 from superopt.codegen.cpu.scales import scales_behind_maxima
 from superopt.codegen.cpu.sharing import is_kept, left_to_others, only_right_of, shared_over
 from superopt.codegen.cpu.shifts import FAR, Shifts, find_shifts
@@ -468,7 +469,9 @@ class _Kernel:
             extents = tuple(self.context.extents(node.inputs[0]))
             axes = tuple(a + len(extents) for a in node.attrs.axes)
             view = self._view(node, "total")
-            self._add(Member("reduce", node, node.inputs[0], view, extents, axes=axes))
+            pairs = pairwise(self.plan, node)
+            dense = pairs.lane if pairs else None
+            self._add(Member("reduce", node, node.inputs[0], view, extents, axes=axes, dense=dense))
         elif node.op in (structural.CONCAT, structural.PAD, structural.RESHAPE):
             self._copy(node)
         else:

@@ -15,13 +15,14 @@ from typing import Final
 
 from superopt.codegen.cpu.context import Context, View
 from superopt.codegen.cpu.inline import Plan
+from superopt.codegen.cpu.pairwise import pairwise
 from superopt.ir.coordinates import adds_ones
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, structural, tile
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType
 
-_LEAST: Final = 8
+LEAST: Final = 8
 """Elements of a row that pay the copy, and of a column that fill half a square."""
 
 
@@ -32,15 +33,23 @@ def rows_of(context: Context, plan: Plan, node: Node, view: View) -> View | None
     if len(lanes) != 1 or dtype is DType.F64 or not dtype.is_float:
         return None
     (lane,) = lanes
-    if shape[lane] < _LEAST or view.strides[lane] in (0, 1):
+    if shape[lane] < LEAST or view.strides[lane] in (0, 1):
         return None
     others = [d for d in range(len(shape)) if d != lane]
-    across = [d for d in others if view.strides[d] == 1 and shape[d] >= _LEAST]
+    across = [d for d in others if view.strides[d] == 1 and shape[d] >= LEAST]
     if not across and largest <= node.tensor.elements:
         return None
+    return rows_along(context, node, view, lane)
+
+
+def rows_along(context: Context, node: Node, view: View, lane: int) -> View:
+    """Write a copy of a tile whose elements along a dim lie side by side, and return where it is."""
+    shape = node.shape
+    others = [d for d in range(len(shape)) if d != lane]
+    across = [d for d in others if view.strides[d] == 1 and shape[d] >= LEAST]
     column = across[0] if across else max(others, key=lambda d: shape[d], default=None)
     order = [*others, lane]
-    rows = context.allocate(tuple(shape[d] for d in order), dtype, "rows")
+    rows = context.allocate(tuple(shape[d] for d in order), node.tensor.dtype, "rows")
     strides = {d: rows.strides[order.index(d)] for d in order}
     extents = context.extents(node)
     source, target = view.pointer, rows.pointer
@@ -66,13 +75,13 @@ def rows_of(context: Context, plan: Plan, node: Node, view: View) -> View | None
 def _read_along(plan: Plan, node: Node) -> tuple[set[int], int]:
     """Return along which dims loops read a value, and how many elements the largest of them computes.
 
-    There are none where a product, a gather, or a reshape that is another view may read it.
+    There are none where a product, a gather, a reduction over pairs of rows, or a reshape that is another view may read it.
     """
     lanes: set[int] = set()
     largest = 0
     for user in plan.users[node]:
         viewed = user.op is structural.RESHAPE and not adds_ones(user)
-        if viewed or user.op in (contraction.MATMUL, structural.GATHER):
+        if viewed or user.op in (contraction.MATMUL, structural.GATHER) or pairwise(plan, user):
             return set(), 0
         if user.op is not tile.STORE and user not in plan.memory:
             found, elements = _read_along(plan, user)

@@ -8,6 +8,7 @@ What draws random numbers is kept whole too, as other operators would draw other
 exception, on the CPU, where it is a draw and two products.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
         if target in KEPT_WHOLE or torch.Tag.nondeterministic_seeded in tags:
             del table[target]
     table[aten.native_dropout.default] = _dropout
+    table[aten._cdist_forward.default] = _distances
     result: ExportedProgram = program.run_decompositions(table)
     return result
 
@@ -84,3 +86,17 @@ def _dropout(x: torch.Tensor, rate: float, train: bool | None) -> Any:
         return NotImplemented
     kept = aten.bernoulli.p(x, 1 - rate)
     return x * (kept / (1 - rate)), kept != 0
+
+
+def _distances(x: torch.Tensor, y: torch.Tensor, p: float, mode: int | None) -> Any:
+    """Compute distances as they are defined; Euclidean ones of many points have come as a product before."""
+    if x.dtype not in (torch.float32, torch.float64) or x.shape[-1] == 0:
+        return NotImplemented
+    apart = (x.unsqueeze(-2) - y.unsqueeze(-3)).abs()
+    if p == 0:
+        return (apart != 0).to(x.dtype).sum(-1)
+    if p == 1:
+        return apart.sum(-1)
+    if p == 2:
+        return apart.square().sum(-1).sqrt()
+    return apart.amax(-1) if p == math.inf else apart.pow(p).sum(-1).pow(1 / p)

@@ -16,6 +16,7 @@ from superopt.ir.target import Target
 from superopt.ir.text import parse_graph, print_graph
 from superopt.ir.types import DType
 from superopt.search.algebra import FUSION_RULES, apply_rules
+from superopt.search.cost import KernelModel
 from superopt.search.emit import block_graph, place
 from superopt.search.errors import NotFusible
 from superopt.search.indices import analyse
@@ -325,6 +326,21 @@ def test_blocks_of_a_linear_layer_share_columns_evenly_and_transpose_weights_onc
     ((_, tiles),) = best_tiles(schedule, Target(), 1)
     extents = {schedule.space.extent(a): size for a, size in tiles.items()}
     assert extents == {300: 300, 777: 400}
+
+
+def test_what_pairs_of_rows_make_stays_in_registers() -> None:
+    """However large their tile; vectors lie along the second rows, and are to be full."""
+    x, y = b.input_("x", (389, 1, 37)), b.input_("y", (1, 517, 37))
+    total = b.reduce_sum(b.abs_(b.sub(x, y)), -1)
+    schedules = derive(whole_region(b.kernel_graph("apart", [x, y], [b.exp(b.neg(total))])))
+    (schedule,) = [s for s in schedules if s.loop is None]
+    first, second = sorted(schedule.grid, key=schedule.space.extent)
+    model = KernelModel(schedule, Target(vector_lanes=16))
+    seconds = {
+        (i, j): model.seconds({first: i, second: j}) for i, j in ((195, 259), (8, 130), (195, 8))
+    }
+    assert seconds[195, 259] < seconds[8, 130]
+    assert seconds[195, 8] > 1.5 * seconds[195, 259]
 
 
 def test_widened_numbers_leave_a_kernel_rounded() -> None:

@@ -371,6 +371,7 @@ def reductions(x: torch.Tensor) -> Results:
 def norms(x: torch.Tensor, image: torch.Tensor, w: torch.Tensor) -> Results:
     c = image.shape[1]
     mean, var, weight = w[:c], w[:c].abs() + 0.5, w[:c] + 1
+    wide = x.float()
     return {
         "layer_norm": F.layer_norm(x, x.shape[-1:], w, w, 1e-5),
         "layer_norm_plain": F.layer_norm(x, x.shape[-2:]),
@@ -382,6 +383,7 @@ def norms(x: torch.Tensor, image: torch.Tensor, w: torch.Tensor) -> Results:
         "batch_norm": F.batch_norm(image, mean, var, weight, mean),
         "batch_norm_plain": F.batch_norm(image, mean, var),
         "cosine": F.cosine_similarity(x, x + 1, dim=-1),
+        **{f"cdist_{p}": torch.cdist(wide, wide.flip(1), p=p) for p in (0, 1, 2, 3, torch.inf)},
     }
 
 

@@ -15,6 +15,9 @@
 
 namespace so {
 
+// A number that a function which takes anything knows when it is compiled.
+template <int N> struct number { enum : int { value = N }; };
+
 // ---- Scratch ------------------------------------------------------------------------------------
 
 // One buffer per thread, kept between calls: page faults of fresh memory cost more than small
