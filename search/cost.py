@@ -28,8 +28,8 @@ _GPU_TILE_BYTES: Final = 128 << 10
 """Half of a multiprocessor's registers: what is in flight takes the other half."""
 _GPU_PRODUCT: Final = (64, 64)
 """Rows and columns of a product that runs at full rate on tensor cores."""
-_STREAMED_ROWS: Final = 32
-"""Up to so many rows a CPU's product reads a transposed operand as it lies; for more it copies it."""
+_STREAMED: Final = ((4, 64), (32, 512))
+"""Up to how many rows, with how many numbers at least, a CPU's product reads a transposed operand as it lies; else it copies it."""
 _STRETCH: Final = 512
 """A CPU's product goes over its whole result once for so many steps along what is contracted."""
 _TRANSPOSITION: Final = 3.0
@@ -424,8 +424,8 @@ class KernelModel:
             else:
                 wasted = self._rounded(op.row, sizes, machine.vector_lanes)
                 compute += times * elements * wasted * op.seconds_per_element
-            outgrown = op.product is not None and 4.0 * elements > _FIRST_CACHE_BYTES / 4
-            if outgrown and machine.kind == "cpu":
+            outgrown = 4.0 * elements > _FIRST_CACHE_BYTES / 4
+            if outgrown and op.product is not None and self._in_matrix_tiles(op.product):
                 compute += times * elements * _OUTGROWN / machine.vector_ops
             # a tile that outgrows the inner cache goes through the outer ones
             large = 4.0 * elements > machine.inner_cache_bytes / 4
@@ -496,9 +496,11 @@ class KernelModel:
         machine, loop = self._machine, self._schedule.loop
         if machine.kind != "cpu" or not product.transposed:
             return 0.0
-        if sizes[product.rows] <= _STREAMED_ROWS and product.kept is None:
+        rows, inner = sizes[product.rows], sizes[product.inner]
+        streamed = any(rows <= most and inner >= least for most, least in _STREAMED)
+        if streamed and product.kept is None:
             return 0.0
-        seconds = _transposition_s(sizes[product.inner] * sizes[product.columns], machine)
+        seconds = _transposition_s(inner * sizes[product.columns], machine)
         if product.kept is None:
             return seconds
         trips = counts[loop] if loop in product.kept else 1

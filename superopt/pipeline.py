@@ -98,7 +98,8 @@ def make_options(given: Mapping[str, Any]) -> Options:
         raise ValueError(f"seed is a whole number, got {options.seed!r}")
     if not isinstance(options.cache, bool | str | Path):
         raise ValueError(f"cache is True, False or a folder, got {options.cache!r}")
-    return options
+    # 6 and 6.0 are the same budget, and find the same plan again
+    return replace(options, budget_s=float(options.budget_s))
 
 
 def _is_number(value: object) -> bool:

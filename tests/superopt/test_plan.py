@@ -96,3 +96,10 @@ def test_a_plan_is_restored_by_the_backend_that_made_it(monkeypatch):
     for names in (("triton",), ("cpu", "mine"), ("gone",)):
         with pytest.raises(PlanError, match=f"for the {' and '.join(names)} backend"):
             found(*names)
+
+
+def test_a_budget_is_the_same_however_it_is_written():
+    whole, fraction = (pipeline.make_options({"budget_s": b}) for b in (6, 6.0))
+    cpu = torch.device("cpu")
+    keys = {pipeline.key_of(pipeline.environment(o, cpu)) for o in (whole, fraction)}
+    assert len(keys) == 1
