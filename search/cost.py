@@ -330,7 +330,7 @@ class KernelModel:
             again = {
                 a
                 for i in leaves
-                if lane & (near := self._present.get(i, whole))
+                if lane & (near := self._present.get(i, frozenset()))
                 for a in near - lane
             }
             if lane < kept and len(chain) > 1 and not kept - lane <= again:
