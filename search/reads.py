@@ -11,6 +11,7 @@ Raises `NotFusible` where no reading apart helps.
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import count
+from typing import Final
 
 from superopt.ir.node import Node, make, rebuild, topological
 from superopt.ir.ops import leaf, structural
@@ -18,6 +19,10 @@ from superopt.ir.types import TensorType
 from superopt.search.errors import NotFusible
 from superopt.search.indices import IndexSpace, analyse
 from superopt.search.region import Region, view_type
+
+_COPIES: Final = (2, 16)
+"""A region may grow to so many times its ops, and some: where a product's result is factor of both sides of the next,
+again and again, what has to be computed once more doubles with each."""
 
 
 def separated(region: Region) -> tuple[Region, tuple[int, ...], IndexSpace]:
@@ -28,9 +33,11 @@ def separated(region: Region) -> tuple[Region, tuple[int, ...], IndexSpace]:
     taken apart, and one where there is none.
 
     Raises:
-        NotFusible: the dims have no common factorization, or two dims of one tensor share an index
-            however its operands are read.
+        NotFusible: the dims have no common factorization, two dims of one tensor share an index
+            however its operands are read, or too much would be computed once more.
     """
+    times, some = _COPIES
+    most = times * len(region.body) + some
     sources = {node: position for position, node in enumerate(region.inputs)}
     region, again = _gathers_apart(region)
     sources |= {new: sources[old] for old, new in again.items()}
@@ -39,6 +46,8 @@ def separated(region: Region) -> tuple[Region, tuple[int, ...], IndexSpace]:
         if not space.diagonal((*region.inputs, *region.body)):
             return region, tuple(sources[i] for i in region.inputs), space
         region, again = _apart(region, again)
+        if len(region.body) > most:
+            raise NotFusible("operands that are read apart multiply the ops")
         sources |= {new: sources[old] for old, new in again.items()}
 
 

@@ -68,8 +68,10 @@ def _move_alike(given: Sequence[Node], *, rows: bool) -> bool:
         kept = first.attrs.perm[-1] == len(first.shape) - 1
         return len({i.attrs for i in given}) == 1 and (kept or not rows)
     if first.op is structural.CONCAT and not rows and all(map(_is_padded, given)):
+        if len({i.inputs[0].shape for i in given}) > 1:
+            return False
         blank = input_("padded", first.inputs[0].shape, DType.F32)
-        return len({(i.inputs[0].shape, _again(i, blank)) for i in given}) == 1
+        return len({_again(i, blank) for i in given}) == 1
     return False
 
 

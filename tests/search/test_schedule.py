@@ -227,6 +227,21 @@ def test_a_reshape_that_cuts_across_dims_is_no_kernel() -> None:
     assert derive(whole_region(graph)) == []
 
 
+def test_steps_of_orthogonalization_are_no_kernel_once_copies_multiply() -> None:
+    # each step reads what the last one made by row and by column, in both factors
+    x = b.input_("x", (20, 30))
+    made: Node = x
+    sizes = []
+    for _ in range(4):
+        square = b.matmul(made, b.permute(made, (1, 0)))
+        made = b.matmul(b.add(square, b.matmul(square, square)), made)
+        found = derive(whole_region(b.kernel_graph("g", [x], [made])))
+        sizes.append(len(found[0].region.body) if found else 0)
+    assert sizes[0] > 0
+    assert sizes[-1] == 0
+    assert max(sizes) < 60
+
+
 def test_a_tensor_read_by_row_and_by_column_is_read_twice() -> None:
     region = whole_region(prepared(PROGRAMS["square_layer"]))
     schedules = derive(region)

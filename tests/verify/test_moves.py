@@ -123,6 +123,13 @@ def test_moves_that_differ_in_nothing_but_where_they_put_what() -> None:
         check(b.reduce_max(b.add(X, Y), -1), b.reduce_max(b.add(x, y), -1))
 
 
+def test_rows_and_their_scales_are_padded_to_different_shapes() -> None:
+    def rows_padded(x: Node) -> Node:
+        return b.concat([x, b.broadcast(b.slice_(x, -2, 3, 4), (2, x.shape[-1]))], -2)
+
+    check(b.mul(X, S), b.mul(rows_padded(X), rows_padded(S)))
+
+
 def test_a_loss_of_another_shape_is_one_claim_about_its_sum() -> None:
     """What is summed is the same computation; nothing of it is tested again."""
 
