@@ -336,7 +336,8 @@ class _Writer:
         if place.base is not node:
             base = self._tensor(place.base)
             start = place.view.storage_offset()
-            origin = f"{base}.storage_offset() + " if place.base.op is leaf.INPUT else ""
+            inside = place.base.op is leaf.INPUT or place.base in self.scratch
+            origin = f"{base}.storage_offset() + " if inside else ""
             if origin and start == 0:
                 origin, offset = f"{base}.storage_offset()", ""
             else:

@@ -219,10 +219,13 @@ def test_the_cpu_backend_compiles_what_the_program_calls(tmp_path):
     assert torch.equal(program.run(given)[0], given * 2)
 
 
-def test_scratch_memory_that_no_view_describes_is_copied():
+@pytest.mark.parametrize("before", [0, 1])
+def test_scratch_memory_that_no_view_describes_is_copied(before):
     x = b.input_("x", (4, 5))
     inner, other = scale_block(4, 5), scale_block(5, 4)
-    (first,) = b.apply_graph(inner, [x])
+    first = x
+    for _ in range(before + 1):  # what came before lies where scratch memory begins
+        (first,) = b.apply_graph(inner, [first])
     # a transposed result of a kernel, flattened and cut anew: no strides say that
     copied = b.reshape(b.transpose(first), (5, 4))
     mixed = b.reshape(b.permute(b.reshape(copied, (5, 2, 2)), (1, 0, 2)), (5, 4))
