@@ -6,7 +6,7 @@ counts what a schedule recomputes (a value that does not vary over a grid axis i
 every block) and orders candidates; the clock decides.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, gcd, inf, prod
 from typing import Final, final
@@ -104,8 +104,14 @@ def _product_flops(node: Node, machine: Target) -> float:
 
 
 def _transposition_s(elements: float, machine: Target) -> float:
-    """Seconds on one core of copying so many elements of a transposed operand; a library does it too."""
+    """Seconds on one core of copying so many elements of a transposed operand, as a library does too, or reading them so."""
     return _TRANSPOSITION * elements / machine.vector_ops
+
+
+def _lies_across(strides: Sequence[int], shape: Sequence[int], users: Sequence[Node]) -> bool:
+    """Say whether elementwise ops read what lies in memory along another dim than their last."""
+    wide = [s for s, n in zip(strides, shape, strict=True) if n > 1]
+    return wide[-1:] > [1] and any(u.op.kind is OpKind.ELEMENTWISE for u in users)
 
 
 def _runs_along(right: Node) -> bool:
@@ -169,6 +175,8 @@ class _Read:
     unique: float
     base: Node
     varies: frozenset[Atom]
+    across: bool
+    """Whether vectors of it are put together of elements that lie apart."""
 
 
 def _split(schedule: Schedule) -> set[Atom]:
@@ -387,6 +395,7 @@ class KernelModel:
             unique,
             view_base(node),
             varies,
+            self._machine.kind == "cpu" and _lies_across(strides, node.shape, users),
         )
 
     # -- what does -----------------------------------------------------------------------------
@@ -436,6 +445,10 @@ class KernelModel:
             if op.closes and not op.passes and schedule.passes.shifts:  # it is rescaled every time
                 rescaled = trips * sizes[op.tile] * _RESCALING
                 compute += rescaled / machine.vector_ops
+        for read in self._reads:
+            if read.across:
+                times = read.passes * trips or 1.0
+                compute += _transposition_s(times * sizes[read.elements], machine)
         moved, touched = self._traffic(sizes, counts, blocks, trips)
         waves = ceil(blocks / machine.cores) * machine.cores
         compute_s = compute * waves / machine.cores

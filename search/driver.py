@@ -45,7 +45,7 @@ from superopt.search.region import Region, extract, make_region, substitute
 from superopt.search.schedule import Schedule, derive
 from superopt.search.sparse import without_known_factors
 from superopt.search.tiling import best_tiles, choices
-from superopt.search.transposes import untransposed
+from superopt.search.transposes import laid_out, untransposed
 from superopt.verify.equivalence import Verdict, least_s, provable, verify_field
 from superopt.verify.floating import FloatTest, sampled
 from superopt.verify.inputs import DISTRIBUTIONS, HARDEST
@@ -468,11 +468,20 @@ class Driver:
 
     def _assemble(self, variant: Graph, deadline: float) -> _Assembled | None:
         """Choose a kernel or the library for every part of a variant."""
+        variant = self._laid_out(variant)
         costs = self._costs(variant, None)
         self._tell("partition", f"{len(costs)} kernels to generate", kernels=len(costs))
         kernels = tuple(self._kernels(variant, costs, deadline))
         self.notes += [f"{c.graph.name}: {c.schedule.describe()}" for _, c in kernels]
         return _Assembled(_replaced(variant, kernels), variant, kernels) if kernels else None
+
+    def _laid_out(self, variant: Graph) -> Graph:
+        """Return the variant, with copies where these are predicted to pay."""
+        graphs = dict.fromkeys((variant, laid_out(variant)))
+        if len(graphs) == 1:
+            return variant
+        totals = {g: partition(g, self.machine, refused=self.refused).values() for g in graphs}
+        return min(graphs, key=lambda g: sum(totals[g]))
 
     def _costs(self, graph: Graph, products: int | None) -> dict[Group, float]:
         """Return the groups that may gain from a kernel, at most so many products in each."""

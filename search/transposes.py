@@ -1,7 +1,10 @@
-"""Products between two transpositions are taken the other way round: (a^T b)^T => b^T a.
+"""Transpositions that need not be, and copies that pay for themselves.
 
-Programs that mix along positions transpose their features, multiply, and transpose back. Neither copy is
-needed: elementwise ops, bias and product alike can be computed on the transposed tensors.
+Programs that mix along positions transpose their features, multiply, and transpose back: (a^T b)^T => b^T a. Neither
+copy is needed: elementwise ops, bias and product alike can be computed on the transposed tensors.
+
+Where elementwise ops read a kernel's result across the order in which it lies, the kernel may store it the way it is
+read.
 
 In: a kernel graph. Out: an equal one. What others read too stays as it is.
 """
@@ -10,10 +13,12 @@ from collections.abc import Mapping, Sequence
 
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
-from superopt.ir.node import Node, rebuild, users_of
-from superopt.ir.ops import contraction, structural
+from superopt.ir.node import Node, make, rebuild, rewrite, users_of
+from superopt.ir.ops import contraction, elementwise, structural
 from superopt.ir.ops.registry import OpKind
-from superopt.search.region import substitute
+from superopt.search.region import substitute, view_base, view_type
+
+_COMPUTED = (OpKind.ELEMENTWISE, OpKind.REDUCTION, OpKind.CONTRACTION, OpKind.STRUCTURAL)
 
 
 def untransposed(graph: Graph) -> Graph:
@@ -27,6 +32,35 @@ def untransposed(graph: Graph) -> Graph:
         if step is None:
             return graph
         graph = substitute(graph, dict([step]))
+
+
+def laid_out(graph: Graph) -> Graph:
+    """Return the graph with copies of computed values that elementwise ops read across the order in which they lie.
+
+    A copy is a cast to the type that a value has: whether the kernel that makes the value writes it so, or the one that
+    reads it follows the strides, is for the partition to say.
+    """
+
+    def rule(node: Node, inputs: tuple[Node, ...]) -> Node:
+        if node.op.kind is OpKind.ELEMENTWISE and node.op is not elementwise.CAST:
+            inputs = tuple(_copied(i) if _lies_across(i) else i for i in inputs)
+        return rebuild(node, inputs)
+
+    return graph.with_outputs(rewrite(graph.outputs, rule))
+
+
+def _copied(node: Node) -> Node:
+    return make(elementwise.CAST, (node,), elementwise.CastAttrs(node.tensor.dtype))
+
+
+def _lies_across(node: Node) -> bool:
+    """Say whether a view of a computed value has its last elements apart in memory, each of them once."""
+    if node.op not in structural.VIEWS or view_base(node).op.kind not in _COMPUTED:
+        return False
+    lies = view_type(node)
+    strides = lies.element_strides if lies is not None else ()
+    wide = [s for n, s in zip(node.shape, strides, strict=False) if n > 1]
+    return len(wide) > 1 and wide[-1] > 1 and 0 not in wide
 
 
 def _swaps(node: Node) -> bool:
