@@ -413,6 +413,17 @@ def _one_above_expm1(node: Node) -> Node | None:
     return None
 
 
+def _dots_to_sums(node: Node) -> Node | None:
+    """sum(x * y) for products of one row and one column each: no register tile has more than one number of them."""
+    if node.op is not contraction.MATMUL or node.shape[-2:] != (1, 1):
+        return None
+    if prod(node.shape) == 1 or not node.tensor.dtype.is_float:
+        return None
+    wide = node.tensor.dtype.wide
+    left, right = (b.cast(i, wide) for i in (node.inputs[0], b.transpose(node.inputs[1])))
+    return b.cast(b.reduce_sum(b.mul(left, right), -1), node.tensor.dtype)
+
+
 GATHER_BELOW_ELEMENTWISE: Final = Rule("gather-below-elementwise", _gather_below_elementwise)
 TAKE_TO_GATHER: Final = Rule("take-to-gather", _take_to_gather)
 VIEW_BELOW_LEAF: Final = Rule("view-below-leaf", _view_below_leaf)
@@ -424,6 +435,7 @@ PRODUCT_OF_CONCAT: Final = Rule("product-of-concat", product_of_concat, exact=Fa
 SLICE_OF_CONCAT: Final = Rule("slice-of-concat", slice_of_concat)
 MAXIMUM_OUT_OF_SHIFT: Final = Rule("maximum-out-of-shift", maximum_out_of_shift, exact=False)
 ONE_ABOVE_EXPM1: Final = Rule("one-above-expm1", _one_above_expm1, exact=False)
+DOTS_TO_SUMS: Final = Rule("dots-to-sums", _dots_to_sums, exact=False)
 FUSION_RULES: Final = (
     VIEW_BELOW_LEAF,
     BROADCAST_INTO_ELEMENTWISE,
@@ -432,6 +444,7 @@ FUSION_RULES: Final = (
     PRODUCT_OF_CONCAT,
     MAXIMUM_OUT_OF_SHIFT,
     ONE_ABOVE_EXPM1,
+    DOTS_TO_SUMS,
     SCALE_OUT_OF_CONTRACTION,
     SCALE_OUT_OF_SUM,
     GATHER_BELOW_ELEMENTWISE,

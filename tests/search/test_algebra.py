@@ -11,6 +11,7 @@ from superopt.ir.types import DType
 from superopt.search.algebra import (
     BROADCAST_INTO_ELEMENTWISE,
     COMPUTED_GATHER_TO_SELECT,
+    DOTS_TO_SUMS,
     FUSION_RULES,
     GATHER_BELOW_ELEMENTWISE,
     GATHER_TO_SELECT,
@@ -56,7 +57,10 @@ def case(inputs: list[object], output: object) -> Graph:
 
 
 small = b.elementwise_op(elementwise.EXPM1, x)
+firsts, seconds = b.input_("firsts", (9, 1, 7)), b.input_("seconds", (9, 7, 1))
 FIRES = [
+    (DOTS_TO_SUMS, case([firsts, seconds], b.matmul(firsts, seconds))),
+    (DOTS_TO_SUMS, case([firsts], b.matmul(firsts, b.transpose(firsts)))),
     (ONE_ABOVE_EXPM1, case([x], b.add(small, 1.0))),
     (ONE_ABOVE_EXPM1, case([x], b.add(b.cast(small, DType.BF16), 1.0))),
     (ONE_ABOVE_EXPM1, case([x], b.add(1.0, b.where(b.gt(x, 0.0), x, small)))),
@@ -143,6 +147,8 @@ STAYS = [
     (PRODUCT_OF_CONCAT, case([cache, new, y], b.matmul(keys, b.slice_(y, -2, 0, 5)))),
     # nothing else gives the result its shape
     (BROADCAST_INTO_ELEMENTWISE, case([sink], b.exp(b.broadcast(sink, (5, 6))))),
+    (DOTS_TO_SUMS, case([x, y], b.matmul(b.slice_(x, -2, 0, 1), b.slice_(y, -1, 0, 1)))),
+    (DOTS_TO_SUMS, case([firsts, seconds], b.matmul(seconds, firsts))),
     (ONE_ABOVE_EXPM1, case([x], b.add(small, 2.0))),
     (ONE_ABOVE_EXPM1, case([x], b.add(b.cast(small, DType.BF16, rounds=True), 1.0))),
     (ONE_ABOVE_EXPM1, case([x], b.add(1.0, b.where(b.gt(x, 0.0), x, b.exp(x))))),

@@ -1,7 +1,7 @@
 """The search's clock: what it refuses before a compiler sees it."""
 
 import platform
-from ctypes import c_float, c_int64
+from ctypes import c_float, c_int16, c_int64
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -15,6 +15,7 @@ from superopt.backends import CpuBackend, wall
 from superopt.codegen.errors import CodegenError
 from superopt.ir import build as b
 from superopt.ir.graph import Graph
+from superopt.ir.ops import elementwise
 from superopt.ir.target import Target
 from superopt.ir.types import DType, TensorType
 from superopt.measure import Clock
@@ -193,9 +194,11 @@ def test_large_results_are_checked_at_a_few_steps(
 ) -> None:
     seen: list[int] = []
 
-    def reference(graph: Graph, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def reference(
+        graph: Graph, tensors: list[torch.Tensor], dtype_override: torch.dtype | None = None
+    ) -> list[torch.Tensor]:
         seen.append(tensors[0].shape[0])
-        return run_reference(graph, tensors)
+        return run_reference(graph, tensors, dtype_override=dtype_override)
 
     monkeypatch.setattr(measure, "run_reference", reference)
     columns = (1 << 22) // rows
@@ -235,6 +238,26 @@ def test_a_kernel_that_reads_other_places_is_refused(shift: int, wrong: bool) ->
 
     clock = Clock(NoCompiler(), {})  # type: ignore[arg-type]
     assert clock._agrees(g.graph(), gather) is not wrong
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_roots_of_what_cancels_may_be_as_far_off_as_roundings_make_them(wrong: bool) -> None:
+    g = b.BlockBuilder("g", grid={"m": 4})
+    x, y = (g.load(b.input_(n, (512, 32), DType.BF16), ("m", 128), 32) for n in "xy")
+    total = b.reduce_sum(b.mul(b.mul(b.add(x, 30.0), b.add(y, 30.0)), b.sub(x, y)), -1)
+    g.store(b.elementwise_op(elementwise.SQRT, b.maximum(total, 0.0)), (512, 1), ("m", 128), 1)
+
+    def rooted(*addresses: int) -> None:
+        x, y, result = (
+            torch.frombuffer((c_int16 * n).from_address(a), dtype=torch.bfloat16)
+            for a, n in zip(addresses, (16384, 16384, 512), strict=True)
+        )
+        x, y = (t.view(512, 32).float() for t in (x, y))
+        total = ((x + 30) * (y + 30) * (x - y)).sum(-1)
+        result.copy_((total.clamp_min(0) * (2 if wrong else 1)).sqrt())
+
+    clock = Clock(NoCompiler(), {})  # type: ignore[arg-type]
+    assert clock._agrees(g.graph(), rooted) is not wrong
 
 
 def test_compilers_are_waited_for_so_long_in_all_when_time_is_over(
