@@ -106,14 +106,14 @@ class Guards:
     modules: list[torch.nn.Module] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     digest: str = ""
-    checks: tuple[Check, ...] = ()
+    check: Check = field(init=False)
     places: Places | None = None
     folder: Path | None = None
 
     def hold(self) -> bool:
         """Say whether nothing has changed since the guards were taken."""
         try:
-            return all(map(call, self.checks))
+            return self.check()
         except ValueError:  # a variable of an enclosing function was deleted
             return False
 
@@ -135,7 +135,7 @@ class Guards:
         if self.arrays:
             arrays = tuple(self.arrays)
             checks.append(lambda: all(array.tobytes() == then for array, then in arrays))
-        self.checks = tuple(checks)
+        self.check = checks[0] if len(checks) == 1 else lambda: all(map(call, checks))
         if self.folder is not None:
             self.compile(self.folder)
 

@@ -117,6 +117,7 @@ class _Writer:
         self.workspace = 0
         self.domain = TorchDomain(device=device)
         self.pointer_only: set[Node] = set()
+        self.shown: dict[Node, Node] = {}
         self.scratch: dict[Node, str] = {}
         for i, node in enumerate(graph.inputs):
             lies = node.tensor.element_strides if strides is None else strides[i]
@@ -130,6 +131,7 @@ class _Writer:
         order = [n for n in topological(self.graph.outputs) if n.op is not leaf.INPUT]
         self._fold(order)
         self.pointer_only = self._only_kernels_read(order)
+        self.shown = self._shown()
         for node in order:
             if node not in self.folded:
                 self._node(node)
@@ -188,6 +190,21 @@ class _Writer:
                 continue
             wanted.update(node.inputs)
         return {n for n in order if n not in wanted}
+
+    def _shown(self) -> dict[Node, Node]:
+        """Return for a kernel's result as which reshaped one it is returned, if it is.
+
+        Memory is asked for in that shape: another tensor object over it takes longer than to make it.
+        """
+        shown: dict[Node, Node] = {}
+        for output in self.graph.outputs:
+            base = output
+            while base.op is structural.RESHAPE:
+                base = base.inputs[0]
+            made = base.inputs[0] if base.op is leaf.ITEM else base
+            if base is not output and made.op.kind is OpKind.GRAPH:
+                shown.setdefault(base, output)
+        return shown
 
     # -- nodes ---------------------------------------------------------------------------------
 
@@ -275,15 +292,17 @@ class _Writer:
         return addresses
 
     def _allocate(self, node: Node) -> None:
+        shown = self.shown.get(node, node)
         if node.tensor.size_bytes >= LARGE_BYTES or self.device.type != "cpu":
             name = f"allocate_{len(self.values)}"
-            self.values[name] = self._allocator(node.shape, DTYPES[node.tensor.dtype])
+            self.values[name] = self._allocator(shown.shape, DTYPES[node.tensor.dtype])
             self._result(node, f"{name}()", dense=True)
-            return
-        dtype = f"dtype_{node.tensor.dtype.value}"
-        self.values[dtype] = DTYPES[node.tensor.dtype]
-        shape, strides = node.shape, contiguous_strides(node.shape)
-        self._result(node, f"empty({shape}, {strides}, {dtype})", dense=True)
+        else:
+            dtype = f"dtype_{node.tensor.dtype.value}"
+            self.values[dtype] = DTYPES[node.tensor.dtype]
+            shape, strides = shown.shape, contiguous_strides(shown.shape)
+            self._result(node, f"empty({shape}, {strides}, {dtype})", dense=True)
+        self.tensors[shown] = self.names[node]
 
     def _allocator(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
         if self.device.type == "cpu":
@@ -333,8 +352,9 @@ class _Writer:
         if node in self.folded:
             self.values[self.names[node]] = self.folded[node]
         name = self.names.get(node)
-        if place.base is not node:
-            base = self._tensor(place.base)
+        if place.base is not node or node in self.shown:
+            shown = place.base in self.shown
+            base = self.names[place.base] if shown else self._tensor(place.base)
             start = place.view.storage_offset()
             inside = place.base.op is leaf.INPUT or place.base in self.scratch
             origin = f"{base}.storage_offset() + " if inside else ""

@@ -32,6 +32,7 @@ BOUND: Final = "_superopt_methods"
 """Where an instance keeps its optimized methods; nothing that a program reads."""
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
 _TORCH_PLAIN: Final = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_WRITTEN_OUT: Final = 64
 _cell_contents: Final = attrgetter("cell_contents")
 _version: Final = attrgetter("_version")
 
@@ -230,10 +231,16 @@ def values_check(read: Callable[[], Iterable[Any]], then: Sequence[Any]) -> Chec
 def slots_check(slots: Sequence[tuple[Any, str, Any]]) -> Check:
     """Return a check of attributes of objects."""
     holders, names, then = zip(*slots, strict=True)
-    if len(names) > 1 and all(h is holders[0] for h in holders) and isfunction(holders[0]):
-        read = attrgetter(*names)  # three parts at once: this is on the path of every call
-        return values_check(lambda: read(holders[0]), then)
-    return values_check(lambda: map(getattr, holders, names, repeat(MISSING)), then)
+    check = values_check(lambda: map(getattr, holders, names, repeat(MISSING)), then)
+    if not all(map(isfunction, holders)) or len(names) > _WRITTEN_OUT:
+        return check
+    # parts of functions are always there: written out, since this is on the path of every call
+    scope: dict[str, Any] = {"check": check}
+    for i, (holder, value) in enumerate(zip(holders, then, strict=True)):
+        scope |= {f"f{i}": holder, f"v{i}": value}
+    tests = (f"f{i}.{name} is v{i}" for i, name in enumerate(names))
+    quick: Check = eval(f"lambda: {' and '.join(tests)} or check()", scope)
+    return quick
 
 
 def cells_check(cells: Sequence[tuple[Any, Any]]) -> Check:

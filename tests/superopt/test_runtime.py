@@ -90,6 +90,34 @@ def test_an_input_with_an_offset_is_read_where_it_lies():
     torch.testing.assert_close(second, given.reshape(5, 4) + 1)
 
 
+def test_a_reshaped_result_is_allocated_in_its_shape():
+    x = b.input_("x", (4, 5))
+    inner = scale_block(4, 5)
+    (result,) = b.apply_graph(inner, [x])
+    graph = b.kernel_graph("g", [x], [b.reshape(result, (20,))])
+    entries = {inner.digest(): python_scale(4, 5, (5, 1))}
+    given = torch.randn(4, 5)
+    program = build_program(graph, entries)
+    torch.testing.assert_close(program.run(given)[0], given.reshape(20) * 2)
+    assert "as_strided" not in program.source
+
+
+def test_a_result_returned_in_several_shapes_and_read_by_a_library():
+    x = b.input_("x", (4, 5))
+    inner = scale_block(4, 5)
+    (result,) = b.apply_graph(inner, [x])
+    flat, across = b.reshape(result, (20,)), b.reshape(result, (2, 10))
+    part = b.slice_(result, 0, 1, 3)
+    outputs = [flat, across, result, part, b.matmul(result, b.transpose(result))]
+    graph = b.kernel_graph("g", [x], outputs)
+    given = torch.randn(4, 5)
+    program = build_program(graph, {inner.digest(): python_scale(4, 5, (5, 1))})
+    twice = given * 2
+    wanted = [twice.reshape(20), twice.reshape(2, 10), twice, twice[1:3], twice @ twice.t()]
+    for result, expected in zip(program.run(given), wanted, strict=True):
+        torch.testing.assert_close(result, expected)
+
+
 def chain(count: int):
     x = b.input_("x", (4, 5))
     inner = scale_block(4, 5)
