@@ -6,12 +6,14 @@ search and verification expand them. Definitions follow torch.nn.functional.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal, final, get_args
 
 from superopt.ir import build as b
 from superopt.ir.errors import GraphError
 from superopt.ir.node import Node
 from superopt.ir.ops.contraction import AxisAttrs
+from superopt.ir.ops.library import ConvAttrs, conv_flops, conv_type
 from superopt.ir.ops.registry import Op, OpKind, TypeRule, declare
 from superopt.ir.ops.shapes import broadcast_shapes, check_axis, same_dtype, tensor
 from superopt.ir.types import DType, TensorType, Type
@@ -100,6 +102,13 @@ def _attention(types: tuple[Type, ...], attrs: AttentionAttrs) -> Type:
     return TensorType((*batch, q.shape[-3], q.shape[-2], v.shape[-1]), same_dtype([q, k, v]))
 
 
+def _depthwise(types: tuple[Type, ...], attrs: ConvAttrs) -> Type:
+    x, weight = (tensor(t) for t in types)
+    if attrs.transposed or weight.shape[1:2] != (1,) or attrs.groups != x.shape[1]:
+        raise GraphError(f"each channel needs weights of its own, got {weight} for {x}")
+    return conv_type(types, attrs)
+
+
 def _declare(
     name: str,
     arity: int | None,
@@ -107,8 +116,11 @@ def _declare(
     rule: Any,
     meaning: str,
     definition: Callable[..., Node],
+    flops: Callable[..., int] | None = None,
 ) -> Op:
-    return declare(Op(name, OpKind.COMPOSITE, arity, attrs, rule, meaning, expand=definition))
+    return declare(
+        Op(name, OpKind.COMPOSITE, arity, attrs, rule, meaning, expand=definition, flops=flops)
+    )
 
 
 def _softmax(inputs: tuple[Node, ...], attrs: AxisAttrs) -> Node:
@@ -209,6 +221,28 @@ def _sdpa(inputs: tuple[Node, ...], attrs: AttentionAttrs) -> Node:
     )
 
 
+def _depthwise_conv(inputs: tuple[Node, ...], attrs: ConvAttrs) -> Node:
+    x, weight = inputs
+    channels, filters, extents = x.shape[1], weight.shape[0], weight.shape[2:]
+    n = len(extents)
+    places = conv_type((x.type, weight.type), attrs).shape[2:]  # type: ignore[union-attr]
+    for i, padding in enumerate(attrs.padding):
+        x = b.pad(x, i - n, padding, padding)
+    total: Node | None = None
+    for tap in product(*map(range, extents)):
+        seen, factor = x, weight
+        for i, at in enumerate(tap):
+            start, step = at * attrs.dilation[i], attrs.stride[i]
+            seen = b.slice_(seen, i - n, start, start + (places[i] - 1) * step + 1, step)
+            factor = b.slice_(factor, i - n, at, at + 1)
+        seen = b.reshape(seen, (seen.shape[0], channels, 1, *places))
+        factor = b.reshape(factor, (channels, filters // channels, *(1,) * n))
+        term = b.mul(seen, factor)
+        total = term if total is None else b.add(total, term)
+    assert total is not None, "a convolution has weights"
+    return b.reshape(total, (total.shape[0], filters, *places))
+
+
 SOFTMAX = _declare("softmax", 1, AxisAttrs, _along_axis, "torch.softmax(axis)", _softmax)
 LOG_SOFTMAX = _declare(
     "log_softmax", 1, AxisAttrs, _along_axis, "torch.log_softmax(axis)", _log_softmax
@@ -241,4 +275,13 @@ ATTENTION = _declare(
     _attention,
     "scaled_dot_product_attention(q, k, v[, mask]); the kv heads may divide the q heads",
     _sdpa,
+)
+DEPTHWISE_CONV = _declare(
+    "depthwise_conv",
+    2,
+    ConvAttrs,
+    _depthwise,
+    "torch.convolution without bias, groups=channels: a sum of shifted products",
+    _in_float32(_depthwise_conv),
+    conv_flops,
 )

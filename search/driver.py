@@ -724,7 +724,7 @@ def _group(region: Region) -> Group:
 
 
 def _expand_simple(graph: Graph) -> Graph:
-    """Expand the composites that hold no contraction.
+    """Expand the composites that hold no contraction or convolution.
 
     The others are worth trying whole: a library that has a kernel for them fuses products, as search does.
     """
@@ -736,7 +736,8 @@ def _expand_simple(graph: Graph) -> Graph:
         defined: Node = fresh.op.expand(fresh.inputs, fresh.attrs)
         given = set(fresh.inputs)
         made = (n for n in topological([defined], stop=given) if n not in given)
-        return fresh if any(n.op.kind is OpKind.CONTRACTION for n in made) else defined
+        multiplies = fresh.op.flops or any(n.op.kind is OpKind.CONTRACTION for n in made)
+        return fresh if multiplies else defined
 
     return graph.with_outputs(rewrite(graph.outputs, step))
 

@@ -37,20 +37,27 @@ def untransposed(graph: Graph) -> Graph:
 def laid_out(graph: Graph) -> Graph:
     """Return the graph with copies of computed values that elementwise ops read across the order in which they lie.
 
-    A copy is a cast to the type that a value has: whether the kernel that makes the value writes it so, or the one that
-    reads it follows the strides, is for the partition to say.
+    Whether the kernel that makes a value writes it so, or the one that reads it follows the strides, is for the
+    partition to say.
     """
 
     def rule(node: Node, inputs: tuple[Node, ...]) -> Node:
         if node.op.kind is OpKind.ELEMENTWISE and node.op is not elementwise.CAST:
-            inputs = tuple(_copied(i) if _lies_across(i) else i for i in inputs)
+            inputs = tuple(copied(i) if _lies_across(i) else i for i in inputs)
         return rebuild(node, inputs)
 
     return graph.with_outputs(rewrite(graph.outputs, rule))
 
 
-def _copied(node: Node) -> Node:
+def copied(node: Node) -> Node:
+    """Return a copy of a value, which lies row-major: a cast to the type that it has."""
     return make(elementwise.CAST, (node,), elementwise.CastAttrs(node.tensor.dtype))
+
+
+def is_copy(node: Node) -> bool:
+    """Say whether a node only says how a value is to lie."""
+    cast = node.op is elementwise.CAST and not node.attrs.rounds
+    return cast and node.tensor.dtype is node.inputs[0].tensor.dtype
 
 
 def _lies_across(node: Node) -> bool:
@@ -82,7 +89,7 @@ def _transposed(
         return node.inputs[0]
     if 1 in node.shape[-2:]:
         return b.transpose(node)
-    if node in graph.outputs or any(u not in readers for u in users[node]):
+    if is_copy(node) or node in graph.outputs or any(u not in readers for u in users[node]):
         return None
     if node.op.kind is OpKind.ELEMENTWISE:
         operands = [_transposed(i, [node], graph, users) for i in node.inputs]

@@ -32,7 +32,7 @@ from superopt.ir.graph import Graph
 from superopt.ir.text import print_graph
 from superopt.measure import Clock, agreeing, blocks, close, interleaved
 from superopt.plan import KernelSource, OutputSpec, Plan
-from superopt.runtime import Program, build_program, store_tensor, with_layouts
+from superopt.runtime import Program, build_program, store_tensor, with_layouts, with_result_layouts
 from superopt.search.driver import LAST_S, Event, SearchResult, search
 from superopt.verify.certificate import certify
 from superopt.verify.draws import draws, generators
@@ -154,6 +154,7 @@ def make_plan(
     """
     started = time.monotonic() if started is None else started
     graph = with_layouts(request.graph, request.tensors)
+    graph = with_result_layouts(graph, request.outputs, request.writes)
     request = replace(request, graph=graph)
     store = Cache(options.folder())
     key = plan_key(request, options)

@@ -18,12 +18,15 @@ from typing import Any, Final, final
 import torch
 
 from superopt.errors import PlanError
+from superopt.ir import build as b
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make, rebuild, topological
 from superopt.ir.ops import leaf, library, structural
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.types import DType, TensorType, contiguous_strides
 from superopt.plan import OutputSpec, StoredTensor
+from superopt.search.region import view_type
+from superopt.search.transposes import copied
 from superopt.verify.memory import LARGE_BYTES, allocator
 from superopt.verify.opaque import restride
 from superopt.verify.reference import DTYPES, IR_DTYPES, TORCH, TorchDomain
@@ -471,6 +474,35 @@ def with_layouts(graph: Graph, tensors: Sequence[torch.Tensor]) -> Graph:
     return Graph(graph.level, graph.name, inputs, tuple(new[o] for o in graph.outputs))
 
 
+def with_result_layouts(
+    graph: Graph, outputs: Sequence[OutputSpec], writes: Mapping[int, int]
+) -> Graph:
+    """Return `graph` with copies of the results that eager PyTorch lays out otherwise than row-major.
+
+    Kernels that make such a value write it so.
+    """
+    specs = iter(outputs)
+    returned = [None if i in writes else next(specs, None) for i in range(len(graph.outputs))]
+    pairs = zip(graph.outputs, returned, strict=True)
+    return graph.with_outputs([o if s is None else _laid(o, s) for o, s in pairs])
+
+
+def _laid(node: Node, spec: OutputSpec) -> Node:
+    lies = view_type(node)
+    if (
+        spec.base != "fresh"
+        or lies is None
+        or _agree(node.shape, lies.element_strides, spec.strides)
+    ):
+        return node
+    order = sorted(range(len(spec.shape)), key=lambda axis: -spec.strides[axis])
+    moved = b.permute(node, order)
+    dense = contiguous_strides(moved.shape)
+    if not _agree(moved.shape, dense, [spec.strides[axis] for axis in order]):
+        return node
+    return b.permute(copied(moved), [order.index(axis) for axis in range(len(order))])
+
+
 def _meta(node: Node, strides: Sequence[int] | None) -> torch.Tensor:
     dtype = DTYPES[node.tensor.dtype]
     if strides is None:
@@ -496,10 +528,11 @@ def _apply_view(node: Node, source: torch.Tensor) -> torch.Tensor | None:
 
 def _same_strides(view: torch.Tensor, strides: Sequence[int]) -> bool:
     """Compare strides where they matter: along dims of more than one element."""
-    if view.numel() == 0:
-        return True
-    pairs = zip(view.shape, view.stride(), strides, strict=True)
-    return all(n == 1 or a == b for n, a, b in pairs)
+    return view.numel() == 0 or _agree(view.shape, view.stride(), strides)
+
+
+def _agree(shape: Sequence[int], first: Sequence[int], second: Sequence[int]) -> bool:
+    return all(n == 1 or a == b for n, a, b in zip(shape, first, second, strict=True))
 
 
 def _word(name: str) -> str:

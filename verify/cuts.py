@@ -159,6 +159,10 @@ def _attention(node: Node, cut: Cut, length: int) -> Wanted | None:
     return [cut, *(_same(i, cut) for i in others)] if alike_ else None
 
 
+def _of_batch(node: Node, cut: Cut, length: int) -> Wanted | None:
+    return [cut, None] if -cut.axis == len(node.shape) else None
+
+
 def _take(node: Node, cut: Cut, length: int) -> Wanted | None:
     rank = len(node.inputs[1].shape)
     behind = -1 - node.attrs.axis
@@ -203,6 +207,7 @@ _RULES: Final[dict[str, Callable[[Node, Cut, int], Wanted | None]]] = {
         (composite.LAYER_NORM, _norm),
         (composite.RMS_NORM, _norm),
         (composite.ATTENTION, _attention),
+        (composite.DEPTHWISE_CONV, _of_batch),
         (composite.SILU, _elementwise),
         (composite.GELU, _elementwise),
     )

@@ -12,6 +12,7 @@ from typing import Final, final
 import numpy as np
 import torch
 
+from superopt.ir import composite
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node
 from superopt.ir.ops import contraction, elementwise, leaf, library
@@ -45,7 +46,12 @@ INFINITE: Final = "infinite"
 _CYCLE: Final = 16
 """After how many rows they come again."""
 
-_PRODUCTS: Final = (contraction.MATMUL, library.CONV, library.OPAQUE)
+_PRODUCTS: Final = (
+    contraction.MATMUL,
+    library.CONV,
+    library.OPAQUE,
+    composite.DEPTHWISE_CONV,  # libraries differ where infinite weights meet padding
+)
 _KEEP_INFINITIES: Final = (
     elementwise.ADD,
     elementwise.SUB,
@@ -122,7 +128,7 @@ def _telling(graph: Graph) -> list[int]:
     That is the first one, and all of several rows that are added to something or shift it.
     """
     factors = set[Node]()
-    for node in reversed(list(expand(graph).nodes())):
+    for node in (*reversed(list(graph.nodes())), *reversed(list(expand(graph).nodes()))):
         keeps = node.op in _KEEP_INFINITIES or node.op.kind is OpKind.STRUCTURAL
         if node.op in _PRODUCTS or (keeps and node in factors):
             factors.update(node.inputs)

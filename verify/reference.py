@@ -375,7 +375,7 @@ def _gather(node: Node, args: Sequence[Value], domain: TorchDomain) -> Value:
 # -- library operators ---------------------------------------------------------------------------
 
 
-@TORCH.register(library.CONV)
+@TORCH.register(library.CONV, composite.DEPTHWISE_CONV)
 def _conv(node: Node, args: Sequence[Value], domain: TorchDomain) -> Value:
     a = node.attrs
     x, weight = args

@@ -60,7 +60,8 @@ class GraphAttrs:
     graph: Graph
 
 
-def _conv(types: tuple[Type, ...], attrs: ConvAttrs) -> Type:
+def conv_type(types: tuple[Type, ...], attrs: ConvAttrs) -> Type:
+    """Return the type of a convolution's result."""
     x, weight = (tensor(t) for t in types)
     spatial = len(attrs.stride)
     if x.rank != spatial + 2 or weight.rank != spatial + 2:
@@ -81,7 +82,8 @@ def _conv(types: tuple[Type, ...], attrs: ConvAttrs) -> Type:
     return TensorType((x.shape[0], channels, *dims), same_dtype([x, weight]))
 
 
-def _conv_flops(types: tuple[Type, ...], result: Type) -> int:
+def conv_flops(types: tuple[Type, ...], result: Type) -> int:
+    """Return how many multiplications and additions a convolution takes."""
     weight = tensor(types[1])
     return 2 * elements(result) * weight.elements // max(1, weight.shape[0])
 
@@ -124,10 +126,10 @@ CONV = declare(
         OpKind.LIBRARY,
         2,
         ConvAttrs,
-        _conv,
+        conv_type,
         "torch.convolution without bias",
         linear_in=frozenset({0, 1}),
-        flops=_conv_flops,
+        flops=conv_flops,
     )
 )
 POOL = declare(Op("pool", OpKind.LIBRARY, 1, PoolAttrs, _pool, "max_pool / avg_pool 1d-3d"))

@@ -1,6 +1,7 @@
 """Type rules: every op accepts a right application, with the right type, and refuses a wrong one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -154,6 +155,16 @@ def cases() -> dict[Op, tuple[Case, str, list[Case]]]:
         "f32[2,3,4]",
         [CUBE],
         [CUBE, CUBE, t(2, 4, 4)],
+    )
+
+    case(
+        composite.DEPTHWISE_CONV,
+        [t(1, 2, 8), t(4, 1, 3)],
+        replace(CONV, groups=2),
+        "f32[1,4,6]",
+        [t(1, 3, 8), t(6, 1, 3)],
+        [t(1, 2, 8), t(4, 2, 3)],
+        [X, X],
     )
 
     case(tile.LOAD, [X], WIDE, "f32[2,4]", [[X], NARROW], [t(5, 4)])

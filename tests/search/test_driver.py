@@ -17,6 +17,7 @@ from superopt.ir.errors import GraphError
 from superopt.ir.graph import Graph
 from superopt.ir.node import Node, make, topological
 from superopt.ir.ops import contraction, elementwise, library, tile
+from superopt.ir.ops.library import ConvAttrs
 from superopt.ir.ops.registry import OpKind
 from superopt.ir.semantics import expand
 from superopt.ir.target import Target
@@ -476,6 +477,14 @@ def test_parts_that_the_budget_does_not_reach_get_a_kernel_too(
     left = [n.op for n in result.graph.nodes()]
     assert elementwise.EXP not in left
     assert contraction.REDUCE_SUM not in left
+
+
+def test_a_convolution_may_stay_in_the_library() -> None:
+    x, w = b.input_("x", (2, 3, 9)), b.input_("w", (3, 1, 4))
+    attrs = ConvAttrs((1,), (0,), (1,), False, (0,), 3)
+    graph = b.kernel_graph("g", [x, w], [make(composite.DEPTHWISE_CONV, (x, w), attrs)])
+    assert driver._expand_simple(graph) == graph
+    assert verify_field(graph, expand(graph), seed=0)
 
 
 def test_only_composites_that_hold_a_product_stay_whole() -> None:

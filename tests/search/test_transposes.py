@@ -14,7 +14,7 @@ from superopt.search.partition import is_compute, partition
 from superopt.search.region import make_region
 from superopt.search.schedule import derive
 from superopt.search.tiling import best_tiles
-from superopt.search.transposes import laid_out, untransposed
+from superopt.search.transposes import copied, laid_out, untransposed
 from superopt.verify.equivalence import verify_field
 
 X = b.input_("x", (2, 5, 6))
@@ -56,6 +56,11 @@ def test_what_others_read_stays() -> None:
         assert untransposed(before) == before
     rows = product.inputs[0]  # before its one dim of rows is two again
     before = graph(b.transpose(b.add(product, BIAS)), rows)
+    assert untransposed(before) == before
+
+
+def test_a_copy_says_how_a_result_is_to_lie() -> None:
+    before = graph(b.transpose(copied(b.transpose(b.exp(X)))))
     assert untransposed(before) == before
 
 

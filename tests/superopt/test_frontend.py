@@ -169,6 +169,24 @@ def test_windows_of_one_element_are_a_product(options: dict[str, int], product: 
     assert bool(nodes_of(lifted, library.CONV)) is not product
 
 
+@pytest.mark.parametrize(
+    ("taps", "channels", "known"), [(4, 1, True), (16, 1, True), (17, 1, False), (4, 2, False)]
+)
+def test_convolutions_of_each_channel_alone_are_sums(
+    taps: int, channels: int, known: bool, runner: Any
+) -> None:
+    x, w = randn(2, 20, 6).transpose(1, 2), randn(12, channels, taps)
+    bias = randn(12)
+
+    def convolved(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.conv1d(F.pad(x, (taps - 1, 0)), w, bias, groups=6 // channels)
+
+    lifted = lift(convolved, (x, w, bias))
+    assert bool(nodes_of(lifted, composite.DEPTHWISE_CONV)) is known
+    assert bool(nodes_of(lifted, library.CONV)) is not known
+    torch.testing.assert_close(runner(lifted, x, w, bias), convolved(x, w, bias))
+
+
 def test_lifted_at_float64_is_close_to_eager_float64(runner: Any) -> None:
     torch.manual_seed(0)
     block = LlamaBlock()

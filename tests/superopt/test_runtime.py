@@ -12,7 +12,14 @@ from superopt.ir.composite import SOFTMAX
 from superopt.ir.node import make
 from superopt.ir.ops.contraction import AxisAttrs
 from superopt.plan import OutputSpec
-from superopt.runtime import build_program, load_tensor, store_tensor, with_layouts
+from superopt.runtime import (
+    _same_strides,
+    build_program,
+    load_tensor,
+    store_tensor,
+    with_layouts,
+    with_result_layouts,
+)
 from superopt.verify.opaque import duplicate, restride, spread
 from superopt.verify.reference import run_reference
 
@@ -229,6 +236,33 @@ def test_graphs_take_the_layout_of_tensors():
     moved = with_layouts(graph, [torch.randn(6, 4).t()])
     assert moved.inputs[0].tensor.strides == (1, 4)
     assert with_layouts(graph, [torch.randn(4, 6)]).digest() == graph.digest()
+
+
+@pytest.mark.parametrize(
+    ("strides", "copied"),
+    [((1, 99, 4), True), ((6, 99, 1), False), ((7, 7, 1), False)],  # the last with gaps
+)
+def test_results_that_do_not_lie_row_major_are_copied(strides, copied):
+    x = b.input_("x", (4, 1, 6))
+    graph = b.kernel_graph("g", [x], [b.exp(x), b.neg(x)])  # the second is not returned
+    specs = [OutputSpec((4, 1, 6), strides)]
+    made = with_result_layouts(graph, specs, {})
+    assert (made != graph) is copied
+    given = torch.randn(4, 1, 6)
+    program = build_program(made, {}, outputs=specs)
+    (result,) = program.run(given)
+    torch.testing.assert_close(result, given.exp())
+    assert _same_strides(result, strides)
+    assert ("restride" in program.source) is (strides == (7, 7, 1))
+
+
+def test_what_is_written_to_inputs_or_is_one_lies_as_it_does():
+    x = b.input_("x", (4, 6))
+    graph = b.kernel_graph("g", [x], [b.exp(x), x])
+    assert (
+        with_result_layouts(graph, [OutputSpec((4, 6), (1, 4), "input:0", 0, True)], {0: 0})
+        == graph
+    )
 
 
 def test_the_cpu_backend_compiles_what_the_program_calls(tmp_path):

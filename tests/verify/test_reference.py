@@ -42,7 +42,21 @@ def _composites() -> list[tuple[str, list[Node], Node]]:
     k, v = b.input_("k", (2, 2, 7, 8)), b.input_("v", (2, 2, 7, 6))
     mask = b.input_("mask", (1, 4, 5, 7))
     attention = AttentionAttrs(0.3, False)
+    signal, taps = b.input_("signal", (2, 3, 11)), b.input_("taps", (3, 1, 4))
+    image, windows = b.input_("image", (2, 4, 9, 7)), b.input_("windows", (8, 1, 3, 2))
+    along = library.ConvAttrs((1,), (3,), (1,), False, (0,), 3)
+    spread = library.ConvAttrs((2, 3), (2, 1), (1, 2), False, (0, 0), 4)
     return [
+        (
+            "depthwise",
+            [signal, taps],
+            make(composite.DEPTHWISE_CONV, [signal, taps], along),
+        ),
+        (
+            "depthwise strided",
+            [image, windows],
+            make(composite.DEPTHWISE_CONV, [image, windows], spread),
+        ),
         ("softmax", [x], make(composite.SOFTMAX, [x], AxisAttrs(-2))),
         ("log_softmax", [x], make(composite.LOG_SOFTMAX, [x], AxisAttrs(-1))),
         ("logsumexp", [x], make(composite.LOGSUMEXP, [x], AxisAttrs(-1))),
