@@ -226,6 +226,24 @@ def concat(parts: Sequence[Node], axis: int) -> Node:
     return make(structural.CONCAT, parts, contraction.AxisAttrs(_axes(parts[0], axis)[0]))
 
 
+def windows(
+    x: Node,
+    extents: Sequence[int],
+    places: Sequence[int],
+    stride: Sequence[int] | None = None,
+    dilation: Sequence[int] | None = None,
+) -> list[Node]:
+    """Return, for each element of windows over the last dims, what `places` windows have there, row-major."""
+    n = len(extents)
+    stride, dilation = stride or (1,) * n, dilation or (1,) * n
+    found = [x]
+    for i, (extent, count, step) in enumerate(zip(extents, places, stride, strict=True)):
+        starts = [at * dilation[i] for at in range(extent)]
+        reach = (count - 1) * step + 1
+        found = [slice_(f, i - n, s, s + reach, step) for f in found for s in starts]
+    return found
+
+
 def pad(x: Node, axis: int, before: int, after: int, value: float = 0.0) -> Node:
     """Put constant elements before and after along `axis`."""
     if before == after == 0:

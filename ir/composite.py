@@ -6,7 +6,6 @@ search and verification expand them. Definitions follow torch.nn.functional.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Literal, final, get_args
 
 from superopt.ir import build as b
@@ -229,15 +228,10 @@ def _depthwise_conv(inputs: tuple[Node, ...], attrs: ConvAttrs) -> Node:
     for i, padding in enumerate(attrs.padding):
         x = b.pad(x, i - n, padding, padding)
     total: Node | None = None
-    for tap in product(*map(range, extents)):
-        seen, factor = x, weight
-        for i, at in enumerate(tap):
-            start, step = at * attrs.dilation[i], attrs.stride[i]
-            seen = b.slice_(seen, i - n, start, start + (places[i] - 1) * step + 1, step)
-            factor = b.slice_(factor, i - n, at, at + 1)
-        seen = b.reshape(seen, (seen.shape[0], channels, 1, *places))
-        factor = b.reshape(factor, (channels, filters // channels, *(1,) * n))
-        term = b.mul(seen, factor)
+    seen_by = b.windows(x, extents, places, attrs.stride, attrs.dilation)
+    for seen, factor in zip(seen_by, b.windows(weight, extents, (1,) * n), strict=True):
+        each = b.reshape(seen, (seen.shape[0], channels, 1, *places))
+        term = b.mul(each, b.reshape(factor, (channels, filters // channels, *(1,) * n)))
         total = term if total is None else b.add(total, term)
     assert total is not None, "a convolution has weights"
     return b.reshape(total, (total.shape[0], filters, *places))

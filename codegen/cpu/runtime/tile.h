@@ -135,8 +135,27 @@ SO_INLINE vf load_scattered(const T* p, vi places, long stride, long step, long 
   for (long i = 0; i < n; ++i) v[i] = load_scalar<float>(p + places[i] * stride + i * step);
   return v;
 }
+template <int... LANE>
+SO_INLINE vf every_second_of(vf low, vf high, lane_list<LANE...>) {
+  return __builtin_shufflevector(low, high, (2 * LANE + (LANE >= VL / 2))...);
+}
+// The first n of the elements that lie STEP, a power of 2, apart: from whole vectors, of which the second begins with
+// the last element of the first, so that nothing is read past the last one.
+template <long STEP, class T>
+SO_INLINE vf load_apart(const T* p, long n) {
+  if constexpr (STEP == 1) {
+    return n >= VL ? load<vf>(p) : load_n<vf>(p, n);
+  } else {
+    const vf low = load_apart<STEP / 2>(p, 2 * n - 1);
+    const long rest = 2 * n - VL;
+    const vf high = rest > 0 ? load_apart<STEP / 2>(p + (VL - 1) * (STEP / 2), rest) : vf{};
+    return every_second_of(low, high, count_lanes<VL>::type());
+  }
+}
 template <class T>
 SO_INLINE vf load_strided(const T* p, long stride, long n = VL) {
+  if (n > 0 && stride == 2) return load_apart<2>(p, n);
+  if (n > 0 && stride == 4) return load_apart<4>(p, n);
   return load_scattered(p, vi{}, 0, stride, n);
 }
 template <class T>
