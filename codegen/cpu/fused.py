@@ -28,6 +28,8 @@ _GROUP: Final = 16
 """Rows from which it pays to take as many together as a vector has lanes."""
 _GROUP_COLUMNS: Final = 512
 """Elements of a row up to which those of a group stay in the first caches from pass to pass."""
+_SHORT: Final = 7
+"""Elements of a row up to which vectors lie across rows, where these are reduced."""
 _LONG: Final = 64
 """Elements of a row from which its maximum is guessed from the first ones."""
 _STRETCH: Final = 128
@@ -108,6 +110,13 @@ class FusedLoop:
             lane = wide[-1] if wide else lane
         if rank > 0:
             members = self._in_passes(members, lane)
+        rows = self._across(members, lane)
+        if rows is not None:
+            for phase in self._phases([self._lying(m, rows) for m in members], lane):
+                for member in phase:
+                    self._before(member, rows)
+                self._nest(phase[0].extents, 0, rows, None, phase)
+            return
         for member in members:
             self._before(member, lane)
         stretched = self._stretched(members[0], lane)
@@ -149,6 +158,30 @@ class FusedLoop:
                 passes[at] = min(readers)
         order = sorted(range(len(members)), key=lambda i: (passes[i], not wide[i], i))
         return [members[i] for i in order]
+
+    def _across(self, members: list[Member], lane: int) -> int | None:
+        """Return the dim along which vectors should lie where rows are too short for them: many rows at a time."""
+        extents = members[0].extents
+        rows = [d for d in range(lane) if extents[d].full != 1]
+        if lane != len(extents) - 1 or members[0].dense is not None or not rows:
+            return None
+        columns = max(m.extents[lane].full for m in members)
+        short = 1 < columns <= _SHORT and all(m.extents[lane].known for m in members)
+        if not short or extents[rows[-1]].full < _GROUP:
+            return None
+        if any(m.kind not in _AGAIN or self._crosses_rows(m) for m in members):
+            return None
+        return rows[-1] if any(m.kind == "reduce" for m in members) else None
+
+    def _lying(self, member: Member, rows: int) -> Member:
+        """Let what is kept between passes over short rows lie the way vectors do."""
+        view, strides = member.view, member.view.strides
+        kept = member.kind == "write" and member.source is member.node and view.in_scratch
+        if not kept or member.extents[-1].full == 1 or strides[-1] != 1 or rows != member.rank - 2:
+            return member
+        lying = replace(view, strides=(*strides[:rows], 1, member.extents[rows].full))
+        self.context.views[member.node] = lying
+        return replace(member, view=lying)
 
     def _before(self, member: Member, lane: int) -> None:
         """Start reductions that collect over rows at their neutral element."""

@@ -1,5 +1,7 @@
 """Fused loops over rows that go by groups, as many rows as a vector has lanes."""
 
+import ctypes
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,7 @@ def reductions(rows: int, columns: int, size: int, dtype: DType = DType.F32) -> 
 
 @pytest.mark.parametrize(
     ("rows", "columns", "tile", "dtype"),
-    [(64, 48, 32, DType.F32), (37, 50, 24, DType.F32), (37, 7, 37, DType.BF16)],
+    [(64, 48, 32, DType.F32), (37, 50, 24, DType.F32), (37, 9, 37, DType.BF16)],
 )
 def test_values_of_rows(tmp_path: Path, rows: int, columns: int, tile: int, dtype: DType) -> None:
     graph = reductions(rows, columns, tile, dtype)
@@ -56,6 +58,86 @@ def test_values_of_rows(tmp_path: Path, rows: int, columns: int, tile: int, dtyp
     inputs[0][0, 1, 3] = torch.nan
     inputs[0][1, rows - 1, columns - 1] = torch.inf
     check(graph, inputs, launched(kernel, graph, inputs))
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype"),
+    [(2, DType.F32), (3, DType.BF16), (4, DType.F32), (5, DType.F32), (7, DType.BF16)],
+)
+def test_vectors_lie_across_short_rows(tmp_path: Path, columns: int, dtype: DType) -> None:
+    rows = 37
+    graph = reductions(rows, columns, 24, dtype)
+    source = lower(graph, CpuConfig(), graph.name)
+    assert f", {columns}L" in source.text
+    assert "fold_rows" not in source.text
+    (kernel,) = compile_many([source], tmp_path)
+    assert isinstance(kernel, Kernel), kernel
+    inputs = [tensor(i, torch.Generator().manual_seed(1)) for i in graph.inputs]
+    inputs[0][0, 1, 1] = torch.nan
+    inputs[0][1, rows - 1, columns - 1] = torch.inf
+    check(graph, inputs, launched(kernel, graph, inputs))
+
+
+def test_truth_and_whole_numbers_of_short_rows(tmp_path: Path) -> None:
+    rows, columns = 40, 3
+    g = BlockBuilder("boxes", grid={"m": 2})
+    x = g.load(b.input_("x", (rows, columns)), ("m", 20), columns)
+    n = g.load(b.input_("n", (rows, columns), DType.I64), ("m", 20), columns)
+    inside = b.reduce(contraction.REDUCE_MIN, b.gt(x, -1.0), -1)
+    area = b.reduce(contraction.REDUCE_PROD, b.maximum(x, 0.0), -1)
+    most = b.reduce(contraction.REDUCE_MAX, n, -1)
+    for value in (b.where(inside, area, b.neg(area)), most):
+        g.store(value, (rows, 1), ("m", 20), 1)
+    graph = g.graph()
+    (kernel,) = compile_many([lower(graph, CpuConfig(), graph.name)], tmp_path)
+    assert isinstance(kernel, Kernel), kernel
+    inputs = [tensor(i, torch.Generator().manual_seed(2)) for i in graph.inputs]
+    check(graph, inputs, launched(kernel, graph, inputs))
+
+
+@pytest.mark.parametrize("width", [64, 32, 16])
+@pytest.mark.parametrize("element", ["float", "bf16"])
+def test_elements_apart_are_read_to_the_last_and_no_further(
+    tmp_path: Path, width: int, element: str
+) -> None:
+    steps = (2, 3, 4, 5, -1)
+    cases = "".join(
+        f"if (*step == {s}) store_n(to, load_strided(from, {s}L, *count), *count);\n"
+        f"if (*step == {s}) store_strided(back, {s}L, load_n<vf>(to, *count), *count);\n"
+        for s in steps
+    )
+    path = compiled(
+        f'#define SO_VECTOR_BYTES {width}\n#include "tile.h"\nusing namespace so;\n'
+        f"SO_KERNEL superopt_kernel(const {element}* from, float* to, {element}* back, "
+        f"const long* step, const long* count) {{\n{cases}}}",
+        tmp_path,
+    )
+    kernel, lanes = load_kernel(path, 5), width // 4
+    dtype = torch.float32 if element == "float" else torch.bfloat16
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    end, size = start + page, dtype.itemsize
+    libc = ctypes.CDLL(None)
+    assert libc.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0) == 0
+    try:
+        for step in steps:
+            for count in range(1, lanes + 1):
+                reach = abs(step) * (count - 1) + 1
+                x = torch.arange(1, reach + 1).to(dtype)
+                ctypes.memmove(end - reach * size, x.data_ptr(), reach * size)
+                first = end - (reach if step > 0 else 1) * size
+                to, back = torch.zeros(lanes), torch.zeros(reach, dtype=dtype)
+                begin = back.data_ptr() + (0 if step > 0 else (reach - 1) * size)
+                numbers = torch.tensor([step, count])
+                kernel(first, to.data_ptr(), begin, numbers.data_ptr(), numbers.data_ptr() + 8)
+                wanted = x[::step] if step > 0 else x.flip(0)
+                assert torch.equal(to[:count], wanted.float())
+                kept = torch.zeros_like(back)
+                kept[:: abs(step)] = x[:: abs(step)]
+                assert torch.equal(back, kept)
+    finally:
+        libc.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 3)
 
 
 @pytest.mark.parametrize("rows", [5, 37])

@@ -152,11 +152,22 @@ SO_INLINE vf load_apart(const T* p, long n) {
     return every_second_of(low, high, count_lanes<VL>::type());
   }
 }
+template <class T, int... LANE>
+SO_INLINE vf load_each(const T* p, long stride, lane_list<LANE...>) {
+  return vf{load_scalar<float>(p + LANE * stride)...};
+}
 template <class T>
 SO_INLINE vf load_strided(const T* p, long stride, long n = VL) {
   if (n > 0 && stride == 2) return load_apart<2>(p, n);
   if (n > 0 && stride == 4) return load_apart<4>(p, n);
+#if !SO_USE_512
+  if (n == VL) return load_each(p, stride, count_lanes<VL>::type());
+#endif
   return load_scattered(p, vi{}, 0, stride, n);
+}
+template <class T, int... LANE>
+SO_INLINE void store_each(T* p, long stride, vf v, lane_list<LANE...>) {
+  (store(p + LANE * stride, static_cast<float>(v[LANE])), ...);
 }
 template <class T>
 SO_INLINE void store_strided(T* p, long stride, vf v, long n = VL) {
@@ -172,6 +183,7 @@ SO_INLINE void store_strided(T* p, long stride, vf v, long n = VL) {
     return;
   }
 #endif
+  if (n == VL) return store_each(p, stride, v, count_lanes<VL>::type());
   for (long i = 0; i < n; ++i) store(p + i * stride, static_cast<float>(v[i]));
 }
 
