@@ -32,6 +32,7 @@ KEPT_WHOLE = (
     aten.dot.default,
     aten.baddbmm.default,
     aten.roll.default,
+    aten.linalg_cross.default,
     aten.im2col.default,
     aten.eye.default,
     aten.eye.m,

@@ -214,6 +214,16 @@ def _roll(call: Call, x: Node, shifts: Sequence[int], dims: Sequence[int]) -> No
     return b.reshape(y, call.shape)
 
 
+@rule(aten.linalg_cross.default)
+def _cross(call: Call, x: Node, y: Node, dim: int) -> Node:
+    def turned(t: Node, by: int) -> Node:
+        t = b.broadcast(t, call.shape)
+        axis = one_axis(t, dim)
+        return b.concat([b.slice_(t, axis, by, 3), b.slice_(t, axis, 0, by)], axis)
+
+    return b.sub(b.mul(turned(x, 1), turned(y, 2)), b.mul(turned(x, 2), turned(y, 1)))
+
+
 @rule(aten.repeat.default)
 def _repeat(call: Call, x: Node, repeats: Sequence[int]) -> Node:
     if 0 in repeats:
