@@ -516,10 +516,13 @@ class KernelGrower(Grower):
         return make(composite.ATTENTION, [q, k, self.input(2, keys, 2), *mask], attrs)
 
     def library(self) -> Node:
-        if self.random.choice((False, True)):
+        kind = self.random.choice(("max", "avg", "conv", "depthwise"))
+        if kind == "conv":
             attrs = library.ConvAttrs((2,), (1,), (1,), False, (0,), 1)
             return make(library.CONV, [self.input(1, 2, 4), self.input(3, 2, 2)], attrs)
-        kind = self.random.choice(("max", "avg"))
+        if kind == "depthwise":
+            attrs = library.ConvAttrs((2,), (1,), (2,), False, (0,), 2)
+            return make(composite.DEPTHWISE_CONV, [self.input(2, 2, 5), self.input(4, 1, 3)], attrs)
         pool = library.PoolAttrs(kind, (2,), (1,), (0,), (1,), False, True)
         return make(library.POOL, [self.input(1, 2, 4)], pool)
 
