@@ -16,7 +16,6 @@ import types
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import call
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -47,6 +46,7 @@ from superopt.watch import (
     same,
     slots_check,
     tensors_check,
+    written,
 )
 
 # The last is left in a module by `torch.compile`: nothing is computed from it, and the next process,
@@ -135,7 +135,9 @@ class Guards:
         if self.arrays:
             arrays = tuple(self.arrays)
             checks.append(lambda: all(array.tobytes() == then for array, then in arrays))
-        self.check = checks[0] if len(checks) == 1 else lambda: all(map(call, checks))
+        names = [f"check{i}" for i in range(len(checks))]
+        condition = " and ".join(f"{name}()" for name in names) or "True"
+        self.check = written(condition, dict(zip(names, checks, strict=True)))
         if self.folder is not None:
             self.compile(self.folder)
 

@@ -138,15 +138,30 @@ class Places:
         self.names = [name for _, name in self.where]
         self.first: Callable[[int], int] = self._first
         self.pointers: tuple[array[int], ...] = ()
+        self.quick = self._quick()
 
     def unchanged(self) -> bool:
         """Say whether all is as it was, or as good."""
+        if self.quick is not None and self.quick():
+            return True
         at = self.first(0)
         while at >= 0:
             if not self._accept(at):
                 return False
             at = self.first(at + 1)
         return True
+
+    def _quick(self) -> Check | None:
+        """Return a check of few places that is written out: this is on the path of every call."""
+        if not 0 < len(self.where) + len(self.sized) < _WORTH_C:
+            return None
+        scope = {"missing": MISSING, "values": self.values, "sizes": self.sizes}
+        scope |= {f"get{i}": get for i, get in enumerate(self.gets)}
+        scope |= {f"name{i}": name for i, name in enumerate(self.names)}
+        scope |= {f"inside{i}": inside for i, inside in enumerate(self.sized)}
+        tests = [f"get{i}(name{i}, missing) is values[{i}]" for i in range(len(self.where))]
+        tests += [f"len(inside{i}) == sizes[{i}]" for i in range(len(self.sized))]
+        return written(" and ".join(tests), scope)
 
     def compile(self, folder: Path) -> None:
         """Let C look through the dicts from now on, where that is worth it and there is a compiler."""
@@ -219,6 +234,12 @@ def _ids(objects: Iterable[object]) -> "array[int]":
     return array("Q", map(id, objects))
 
 
+def written(condition: str, scope: dict[str, Any]) -> Check:
+    """Return the check of a condition, whose text is made here, of names of our own."""
+    made: Check = eval(f"lambda: {condition}", scope)
+    return made
+
+
 def values_check(read: Callable[[], Iterable[Any]], then: Sequence[Any]) -> Check:
     """Return a check that what is read, always so many values, is the same."""
 
@@ -238,9 +259,8 @@ def slots_check(slots: Sequence[tuple[Any, str, Any]]) -> Check:
     scope: dict[str, Any] = {"check": check}
     for i, (holder, value) in enumerate(zip(holders, then, strict=True)):
         scope |= {f"f{i}": holder, f"v{i}": value}
-    tests = (f"f{i}.{name} is v{i}" for i, name in enumerate(names))
-    quick: Check = eval(f"lambda: {' and '.join(tests)} or check()", scope)
-    return quick
+    alike = " and ".join(f"f{i}.{name} is v{i}" for i, name in enumerate(names))
+    return written(f"{alike} or check()", scope)
 
 
 def cells_check(cells: Sequence[tuple[Any, Any]]) -> Check:

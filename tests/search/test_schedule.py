@@ -343,6 +343,16 @@ def test_blocks_of_a_linear_layer_share_columns_evenly_and_transpose_weights_onc
     assert extents == {300: 300, 777: 400}
 
 
+@pytest.mark.parametrize(("size", "alone"), [(64, True), (1 << 16, False)])
+def test_few_elements_wake_no_other_thread(size: int, alone: bool) -> None:
+    x = b.input_("x", (size,))
+    graph = b.kernel_graph("g", [x], [b.tanh(x)])
+    (schedule,) = derive(make_region(graph, filter(is_compute, graph.nodes())))
+    (atom,) = schedule.roles
+    _, tiles = best_tiles(schedule, Target(), 1)[0]
+    assert (tiles[atom] >= size) is alone
+
+
 def test_what_pairs_of_rows_make_stays_in_registers() -> None:
     """However large their tile; vectors lie along the second rows, and are to be full."""
     x, y = b.input_("x", (389, 1, 37)), b.input_("y", (1, 517, 37))

@@ -412,13 +412,16 @@ AS_GOOD = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_every_change_is_seen_and_what_is_as_good_is_not(compiled, tmp_path_factory):
+@pytest.mark.parametrize("how", ["looped", "written", "compiled"])
+def test_every_change_is_seen_and_what_is_as_good_is_not(how, tmp_path_factory, monkeypatch):
+    if how == "written":  # as for few places
+        monkeypatch.setattr("superopt.watch._WORTH_C", 1000)
     folder = tmp_path_factory.getbasetemp() / "guards"
     for name, change in (*SEEN.items(), *AS_GOOD.items()):
         module = Stack()
         guards = take_guards(module)
-        if compiled:
+        assert (guards.places.quick is not None) is (how == "written")
+        if how == "compiled":
             guards.compile(folder)
             assert guards.places.pointers
         assert guards.hold()
