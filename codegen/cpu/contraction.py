@@ -42,6 +42,8 @@ _FETCHED_ROWS, _FETCHED_DEPTH = 192, 128
 # in place of the usual register tile there: more rows read the panel less often, while its successor is fetched
 # (1 to 14 % at 37 to 77 rows), but a panel of one vector that is left costs as much as it gains
 _USUAL_TILE, _TALL_TILE, _ONE_LEFT = (6, 4), (8, 3), range(49, 65)
+# rows from which parts of them take turns with groups of panels, so that both are read from the second cache
+_TALL_ROWS, _GROUP_COLUMNS = 256, 128  # the latter as SHARED in runtime/gemm.h
 # rows of a register tile of one vector: six sums do not hide how long a multiplication takes (64 rows by 10 columns, k
 # 1031: 150 -> 122 us; AMX processor, two threads, float32, 2026-11-23)
 _THIN_ROWS = 12
@@ -467,6 +469,16 @@ class Product:
         rows, vectors = self._register_tile(m, n, tall=fetched and n.full not in _ONE_LEFT)
         # stretches of about one length: a short last one costs a pass over the result like any other
         depth = _stretch(k)
+        if m.full >= _TALL_ROWS and not any(self.bands):
+            columns = max(_GROUP_COLUMNS, config.vectors * _MOST_LANES)
+            size = (depth, columns)
+            panels = self.context.allocate(size, DType.F32, "panels", dense=True)
+            self.context.write(
+                f"gemm_tall<{rows}, {vectors}, {_flag(self.accumulate)}, {depth}>({m.text}, {n.text}, "
+                f"{k.text}, {a.text}, {a.row}L, {a.column}L, {b.text}, {b.column}L, {b.row}L, "
+                f"{panels.pointer}, {c.text}, {c.row}L);"
+            )
+            return
         panel = self.context.allocate(
             (depth, config.vectors * _MOST_LANES), DType.F32, "panel", dense=True
         )

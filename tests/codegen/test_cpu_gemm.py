@@ -176,6 +176,21 @@ def test_packed_any_extent(folder, width, element):
 
 @pytest.mark.parametrize("width", [64, 32, 16])
 @pytest.mark.parametrize("element", TYPES)
+def test_tall_any_extent(folder, width, element):
+    kernel = build(
+        f"auto a = (const {element}*)va; auto b = (const {element}*)vb;\n"
+        "static float panels[48 * SHARED];\n"
+        "if (e[3]) gemm_tall<5, 2, true, 48>(m, n, k, a, k, 1, b, k, 1, panels, c, e[4]);\n"
+        "else gemm_tall<5, 2, false, 48>(m, n, k, a, k, 1, b, k, 1, panels, c, e[4]);",
+        folder,
+        width,
+    )
+    check_rows_by_rows(kernel, element, (147, 275, 131))
+    check_rows_by_rows(kernel, element, (70, 131, 96))
+
+
+@pytest.mark.parametrize("width", [64, 32, 16])
+@pytest.mark.parametrize("element", TYPES)
 def test_pack_any_strides(folder, width, element):
     kernel = build(
         f"pack((const {element}*)va, e[3], e[4], n, k, c, e[5]);",

@@ -281,13 +281,18 @@ def test_rows_that_fill_no_vectors_or_are_not_few_stay_rows(shape):
 
 @pytest.mark.parametrize(
     ("rows", "depth", "tile", "fetched"),
-    [(37, 300, (8, 3), "true"), (37, 96, (6, 4), "false"), (517, 300, (6, 4), "false")],
+    [(37, 300, (8, 3), "true"), (37, 96, (6, 4), "false"), (217, 300, (6, 4), "false")],
 )
 def test_what_few_rows_transpose_next_is_fetched(rows, depth, tile, fetched):
     graph = linear(rows, depth, 200, (rows, depth, 80), transposed=True)
     text = lower(graph, CpuConfig(), "k").text
     assert f"gemm_packed<{tile[0]}, (int)min_of({tile[1]}, " in text
     assert f", {depth}, {fetched}>({rows}, n0, {depth}" in text
+
+
+def test_many_rows_share_groups_of_panels(folder):
+    graph = linear(517, 600, 300, (517, 600, 150), transposed=True)
+    assert "gemm_tall<" in check(graph, folder, tolerance=5e-4).text
 
 
 @pytest.mark.parametrize(("transposed", "kind"), [(False, "nn"), (True, "packed")])
