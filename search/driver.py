@@ -46,7 +46,13 @@ from superopt.search.schedule import Schedule, derive
 from superopt.search.sparse import without_known_factors
 from superopt.search.tiling import best_tiles, choices
 from superopt.search.transposes import laid_out, untransposed
-from superopt.verify.equivalence import Verdict, least_s, provable, verify_field
+from superopt.verify.equivalence import (
+    Verdict,
+    least_s,
+    nests_exponentials,
+    provable,
+    verify_field,
+)
 from superopt.verify.floating import FloatTest, sampled
 from superopt.verify.inputs import DISTRIBUTIONS, HARDEST
 from superopt.verify.reference import TorchDomain
@@ -528,6 +534,9 @@ class Driver:
         whole = None
         if provable(subgraph):
             whole = self.tune(region, now + share * (until - now), minor)
+        # sums that a kernel rescales by exponentials may have no proof where their results are exponents again
+        if whole and nests_exponentials(subgraph) and not self._provable_alone(region, whole):
+            whole = None
         if not products:
             return [] if whole is None else [(region, whole)]
         if whole is not None and time.monotonic() >= until and self._believed(region, whole):

@@ -185,7 +185,7 @@ def _verified(
     joint = left.graph
     if _error(joint, half) <= DIRECT_ERROR:
         verdict = _direct(joint, half, ranges, seed, error_bound, started)
-        if verdict.equivalent or not _nests_exponentials(joint):
+        if verdict.equivalent or not nests_exponentials(joint):
             return replace(verdict, alike=left.kept)
     boundaries = tuple(
         left.values[n]
@@ -255,10 +255,10 @@ def provable(graph: Graph) -> bool:
     return _error(whole, len(graph.outputs)) <= (DIRECT_ERROR if large else _MOST_ERROR)
 
 
-def _nests_exponentials(joint: Graph) -> bool:
+def nests_exponentials(graph: Graph) -> bool:
     """Say whether exponents of exponents are exponentials: of those the test knows no law."""
-    needs = needed_residues(joint)
-    return any(n.op in EXPONENTIAL and "r" in needs[n] for n in topological(joint.outputs))
+    needs = needed_residues(graph)
+    return any(n.op in EXPONENTIAL and "r" in needs[n] for n in topological(graph.outputs))
 
 
 def _signature_mismatch(original: Graph, candidate: Graph) -> str | None:
@@ -370,7 +370,7 @@ def _swept(
     original, candidate = joint.outputs[:half], joint.outputs[half:]
     types = {n.type for n in boundaries}
     watched = joint
-    if _nests_exponentials(joint):
+    if nests_exponentials(joint):
         # equal exponents are told by their residues modulo p
         like = [n for n in topological(joint.outputs) if n.type in types and real_valued(n)]
         watched = joint.with_outputs([*joint.outputs, *like])

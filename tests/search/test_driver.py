@@ -701,3 +701,25 @@ def test_exponentials_of_exponentials_are_proven_inside_one_kernel(
     assert found.verdict is not None
     assert not found.verdict.pieces
     assert [n.op is library.CUSTOM for n in found.graph.nodes()].count(True) == 1
+
+
+def test_a_kernel_without_a_proof_is_found_out_before_its_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # retrieval from a memory in three steps (Ramsauer et al., 2020): exponents of exponents are exponentials
+    value, keys = b.input_("x", (8, 8)), b.input_("k", (96, 8))
+    for _ in range(3):
+        value = b.matmul(softmax(b.matmul(value, b.transpose(keys))), keys)
+    graph = b.kernel_graph("hopfield", b.graph_inputs([value]), [value])
+    proposed = list[int]()
+    proven = Driver._first_proven
+
+    def counted(self: Driver, programs: Sequence[Graph]) -> object:
+        proposed.append(len(programs))
+        return proven(self, programs)
+
+    monkeypatch.setattr(Driver, "_first_proven", counted)
+    found = run(graph, Online(), budget_s=1000.0)
+    assert found.verdict is not None
+    assert len(proposed) == 1
+    assert [n.op is library.CUSTOM for n in found.graph.nodes()].count(True) > 1
