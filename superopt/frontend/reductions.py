@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import reduce
+from typing import Any, Final
 
 import torch
 
@@ -19,22 +20,45 @@ from superopt.frontend.rules import (
 from superopt.ir import build as b
 from superopt.ir import composite
 from superopt.ir.build import elementwise_op
-from superopt.ir.node import Node, make
+from superopt.ir.node import Node, make, topological
 from superopt.ir.ops import contraction as c
 from superopt.ir.ops import elementwise as e
 from superopt.ir.ops import structural
 from superopt.ir.ops.contraction import AxisAttrs
-from superopt.ir.ops.registry import Op
+from superopt.ir.ops.registry import Op, OpKind
 from superopt.ir.types import DType
 
 aten = torch.ops.aten
 Dims = int | Sequence[int] | None
 
 
+_COMBINED: Final = {c.REDUCE_SUM: b.add, c.REDUCE_MAX: b.maximum, c.REDUCE_MIN: b.minimum}
+_FEW: Final = 8
+"""Elements that are combined one by one: as many vectors are live at once."""
+
+
 def _reduce(op: Op, x: Node, axes: tuple[int, ...]) -> Node:
     if x.tensor.elements == 0:
         raise Decline("a reduction of no elements")
-    return b.reduce(op, x, axes) if axes else x
+    if not axes:
+        return x
+    # of few elements that do not lie beside each other each is a tensor: vectors lie along what remains
+    count = math.prod(x.shape[a] for a in axes)
+    across = any(a < -1 and x.shape[a] > 1 for a in axes) and x.shape[-1] > 1
+    dtype = x.tensor.dtype
+    if 1 < count <= _FEW and across and dtype.is_float and _is_at_hand(x):
+        parts = [b.cast(x, dtype.wide)]
+        for axis in axes:
+            parts = [b.slice_(p, axis, i, i + 1) for p in parts for i in range(x.shape[axis])]
+        return b.cast(reduce(_COMBINED[op], parts), dtype)
+    return b.reduce(op, x, axes)
+
+
+def _is_at_hand(x: Node) -> bool:
+    """Say whether elements are read, or computed from those of one place each: any may be asked for alone."""
+    return all(
+        n.op.kind in (OpKind.ELEMENTWISE, OpKind.LEAF, OpKind.STRUCTURAL) for n in topological((x,))
+    )
 
 
 def _shaped(call: Call, x: Node) -> Node:
@@ -51,7 +75,8 @@ def _sum(call: Call, x: Node, dims: Any = None, *_: Any) -> Node:
 def _mean_node(x: Node, axes: tuple[int, ...]) -> Node:
     if x.tensor.elements == 0:
         raise Decline("a mean of no elements")
-    return b.mean(x, axes) if axes else x
+    count = math.prod(x.shape[a] for a in axes)
+    return b.div(_reduce(c.REDUCE_SUM, x, axes), float(count)) if axes else x
 
 
 @rule(aten.mean.dim, aten.mean.default)

@@ -12,7 +12,10 @@ from torch.utils import _pytree as pytree
 from superopt.frontend import lift
 from superopt.ir.ops import leaf
 from superopt.ir.ops import library as library_ops
+from superopt.ir.ops.registry import OpKind
+from superopt.ir.semantics import expand
 from superopt.ir.text import parse_graph, print_graph
+from superopt.verify.reference import run_reference
 
 Results = dict[str, Any]
 
@@ -712,3 +715,28 @@ def test_numbers_are_rounded_where_pytorch_rounds_them(program: Any, number: flo
     constants = [n for n in lift(program, (x,)).graph.nodes() if n.op is leaf.CONSTANT]
     assert [n.attrs.value for n in constants] == [number]
     assert torch.equal((x.float() - 1004).bfloat16(), x - 1003)
+
+
+@pytest.mark.parametrize(
+    ("program", "cut"),
+    [
+        (lambda x: x.sum(1), True),
+        (lambda x: (x * 2).unflatten(2, (3, 2)).amax((1, 3)), True),
+        (lambda x: x.mean((1, 2)), False),  # of 24 elements
+        (lambda x: x.amin(-1), False),  # they lie beside each other
+        (
+            lambda x: x.softmax(-1).sum(1),
+            False,
+        ),  # what is asked for is not read, but computed of others
+        (lambda x: (x > 0).sum(1), False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_elements_that_lie_apart_are_combined_one_by_one(
+    program: Any, cut: bool, dtype: torch.dtype
+) -> None:
+    x = normal(2, 4, 6, dtype=dtype)
+    lifted = lift(program, (x,))
+    plain = expand(lifted.graph).nodes()
+    assert cut == (not any(n.op.kind is OpKind.REDUCTION for n in plain))
+    torch.testing.assert_close(run_reference(lifted.graph, [x])[0], program(x))
