@@ -32,7 +32,12 @@ aten = torch.ops.aten
 Dims = int | Sequence[int] | None
 
 
-_COMBINED: Final = {c.REDUCE_SUM: b.add, c.REDUCE_MAX: b.maximum, c.REDUCE_MIN: b.minimum}
+_COMBINED: Final = {
+    c.REDUCE_SUM: b.add,
+    c.REDUCE_PROD: b.mul,
+    c.REDUCE_MAX: b.maximum,
+    c.REDUCE_MIN: b.minimum,
+}
 _FEW: Final = 8
 """Elements that are combined one by one: as many vectors are live at once."""
 

@@ -722,6 +722,7 @@ def test_numbers_are_rounded_where_pytorch_rounds_them(program: Any, number: flo
     [
         (lambda x: x.sum(1), True),
         (lambda x: (x * 2).unflatten(2, (3, 2)).amax((1, 3)), True),
+        (lambda x: x.prod(1), True),
         (lambda x: x.mean((1, 2)), False),  # of 24 elements
         (lambda x: x.amin(-1), False),  # they lie beside each other
         (
